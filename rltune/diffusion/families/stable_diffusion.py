@@ -1,0 +1,90 @@
+"""Stable Diffusion 1.x and 2.x, and every ``StableDiffusionPipeline`` folder, the built-in model among them.
+
+B: images. P: prompts. L, D: text tokens and width. C, H, W: latent channels, rows, columns.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rltune.diffusion.families.base import FAMILIES
+from rltune.diffusion.table import ChainTable, read_ddim_table
+
+ENCODE_BATCH = 64
+
+
+@FAMILIES.register("StableDiffusionPipeline")
+class StableDiffusion:
+    """A Stable Diffusion pipeline: CLIP text encoder, UNet, KL autoencoder, DDIM on the pipeline's own schedule."""
+
+    lora_prefix = "unet"
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self._device = torch.device("cpu")
+        self._scaling_factor = float(pipeline.vae.config.scaling_factor)
+        size_px = int(pipeline.unet.config.sample_size) * int(pipeline.vae_scale_factor)
+        self.size_px = (size_px, size_px)
+        for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            module.requires_grad_(False).eval()
+
+    @property
+    def network(self) -> nn.Module:
+        """The UNet."""
+        return cast(nn.Module, self.pipeline.unet)
+
+    def read_table(self, *, num_steps: int, eta: float) -> ChainTable:
+        """Return DDIM's coefficients on the pipeline's schedule."""
+        return read_ddim_table(self.pipeline.scheduler, num_steps=num_steps, eta=eta)
+
+    def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
+        """Return (C, H, W).
+
+        Raises:
+            ValueError: A side is not a multiple of the UNet's total downsampling.
+        """
+        factor = int(self.pipeline.vae_scale_factor)
+        multiple = factor * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
+        if height_px % multiple or width_px % multiple:
+            raise ValueError(f"image sides must be multiples of {multiple} px, got {height_px} x {width_px}")
+        return int(self.pipeline.unet.config.in_channels), height_px // factor, width_px // factor
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """Embed prompts -> ``(P, L, D)`` float32 on the CPU; the text encoder is back on the CPU afterwards."""
+        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        encoder.to(self._device)
+        parts = []
+        for start in range(0, len(prompts), ENCODE_BATCH):
+            tokens = tokenizer(
+                list(prompts[start : start + ENCODE_BATCH]),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            # pad tokens are attended to, as in diffusers' own StableDiffusionPipeline
+            parts.append(encoder(tokens.input_ids.to(self._device))[0].float().cpu())
+        encoder.to("cpu")
+        return torch.cat(parts)
+
+    def predict(self, x_BCHW: Tensor, t: Tensor, text_BLD: Tensor) -> Tensor:
+        """Run the UNet -> (B, C, H, W) float32; epsilon or v, as the model was trained."""
+        dtype = self.pipeline.unet.dtype
+        output = self.pipeline.unet(x_BCHW.to(dtype), t, encoder_hidden_states=text_BLD.to(dtype), return_dict=False)
+        return cast(Tensor, output[0]).to(x_BCHW.dtype)
+
+    def decode(self, x_BCHW: Tensor) -> Tensor:
+        """Decode clean latents -> RGB in [0, 1], (B, 3, height, width) in the latents' dtype."""
+        latents = (x_BCHW / self._scaling_factor).to(self.pipeline.vae.dtype)
+        image_B3HW = self.pipeline.vae.decode(latents, return_dict=False)[0].to(x_BCHW.dtype)
+        # as AlignProp: the clamp zeroes the gradient of pixels that are already out of range
+        return cast(Tensor, (image_B3HW / 2 + 0.5).clamp(0, 1))
+
+    def to(self, device: torch.device) -> None:
+        """Move UNet and VAE; the text encoder follows only while it encodes."""
+        self._device = device
+        self.pipeline.unet.to(device)
+        self.pipeline.vae.to(device)

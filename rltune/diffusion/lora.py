@@ -1,0 +1,88 @@
+"""LoRA adapters by peft: attach, read, write, fold their scale, switch off."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""AlignProp's and TRL's choice."""
+ALL_LAYERS = (*ATTENTION, "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "ff.net.0.proj", "ff.net.2")
+ADAPTER = "default"
+
+
+def target_modules(targets: str | Sequence[str]) -> list[str]:
+    """Return module name endings for ``attention``, ``all`` or an explicit list."""
+    if isinstance(targets, str):
+        return list({"attention": ATTENTION, "all": ALL_LAYERS}[targets])
+    return list(targets)
+
+
+def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: str | Sequence[str], seed: int) -> None:
+    """Attach fresh float32 adapters to a frozen network: A gaussian with standard deviation 1/rank, B zero.
+
+    The initial values depend on ``seed`` alone, not on the process's random state, which is left as it was.
+
+    Args:
+        network: A diffusers model; its own weights must not require gradient.
+        rank: Inner width r.
+        alpha: Scale; the update is (alpha / r) B A.
+        targets: ``attention``, ``all``, or module name endings.
+        seed: Of the initial values.
+
+    Raises:
+        ValueError: No module of the network ends in one of ``targets``.
+    """
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=target_modules(targets))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        cast(Any, network).add_adapter(config, adapter_name=ADAPTER)
+    for parameter in lora_parameters(network):
+        parameter.data = parameter.data.float()
+
+
+def lora_parameters(network: nn.Module) -> list[nn.Parameter]:
+    """Return the adapters' parameters in the network's own order."""
+    return [parameter for name, parameter in network.named_parameters() if "lora_" in name]
+
+
+def lora_state(network: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the adapters, peft's key names, on the CPU."""
+    state = get_peft_model_state_dict(network, adapter_name=ADAPTER)
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+
+def load_lora_state(network: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put saved values into attached adapters.
+
+    Raises:
+        ValueError: The keys are not those of the attached adapters.
+    """
+    expected = set(get_peft_model_state_dict(network, adapter_name=ADAPTER))
+    if set(state) != expected:
+        odd = sorted(set(state) ^ expected)
+        raise ValueError(f"adapter keys differ from the attached LoRA: {odd[:3]} and {max(0, len(odd) - 3)} more")
+    set_peft_model_state_dict(network, state, adapter_name=ADAPTER)
+
+
+def fold_scale(state: dict[str, Tensor], *, scale: float) -> dict[str, Tensor]:
+    """Return adapters whose update B A already contains ``scale`` (alpha / rank).
+
+    Readers that ignore alpha (ComfyUI, diffusers without metadata) then agree with those that take it as the rank.
+    """
+    return {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in state.items()}
+
+
+@contextmanager
+def lora_off(network: nn.Module) -> Iterator[None]:
+    """Run the block with the base model: adapters are switched off, and on again after it."""
+    layered = cast(Any, network)
+    layered.disable_adapters()
+    try:
+        yield
+    finally:
+        layered.enable_adapters()

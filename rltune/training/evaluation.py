@@ -1,0 +1,176 @@
+"""Score a model on held-out prompts with seeds that every trial shares, and judge what rewards do not see.
+
+N: images, prompt-major. P: prompts. I: images per prompt. H, W: image rows and columns.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rltune.diffusion.chain import NO_GRADIENT
+from rltune.rewards.base import Reward
+from rltune.rewards.mixture import measure
+from rltune.training.step import Sampler
+from rltune.training.streams import Stream, noise
+from rltune.training.workers import Workers
+
+Values = npt.NDArray[np.float64]
+Pixels = npt.NDArray[np.uint8]
+Reading = Callable[[str, Reward, Tensor, Sequence[str]], Tensor]
+
+EVAL_SEED = 0
+"""Held-out noise does not follow the experiment's seed: runs that differ in it are compared on the same noise."""
+JUDGES = {"diversity": True, "drift": False}
+"""Judge -> whether larger is better."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Prompts, images a prompt, and the streams their noise comes from: names a fixed set of samples."""
+
+    prompts: tuple[str, ...]
+    images_per_prompt: int
+    latent_shape: tuple[int, int, int]
+    latent_stream: Stream = Stream.EVAL_LATENT
+    step_stream: Stream = Stream.EVAL_STEP_NOISE
+
+    def __len__(self) -> int:
+        return len(self.prompts) * self.images_per_prompt
+
+    def prompt_of(self, image: int) -> str:
+        """Return the prompt of image number ``image``; images of a prompt follow each other."""
+        return self.prompts[image // self.images_per_prompt]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A set's images and what the rewards say of them."""
+
+    pixels_NHW3: Pixels
+    values: Mapping[str, Values]
+    """``(N,)`` per reward."""
+
+
+@torch.no_grad()
+def sample_and_score(
+    sampler: Sampler,
+    images: ImageSet,
+    rewards: Mapping[str, Reward],
+    workers: Workers,
+    *,
+    batch_size: int,
+    read: Reading = measure,
+) -> Samples:
+    """Draw every image of the set and score it; workers share the images and all get the whole result.
+
+    The result does not depend on how many workers there are, up to the rounding of another batch composition.
+    ``read`` is ``rewards.mixture.measure`` for what is reported, ``score`` for the raw training signal.
+
+    Raises:
+        NonFiniteError: A reward is not finite.
+    """
+    mine = range(workers.rank, len(images), workers.count)
+    rows: list[tuple[int, Pixels, dict[str, float]]] = []
+    for start in range(0, len(mine), batch_size):
+        numbers = mine[start : start + batch_size]
+        prompts = [images.prompt_of(number) for number in numbers]
+        pixels_B3HW = sampler.decode(_draw(sampler, images, numbers, prompts, workers.device))
+        values = {name: read(name, reward, pixels_B3HW, prompts).tolist() for name, reward in rewards.items()}
+        pixels_BHW3 = to_uint8(pixels_B3HW)
+        rows += [
+            (number, pixels_BHW3[i], {name: values_B[i] for name, values_B in values.items()})
+            for i, number in enumerate(numbers)
+        ]
+    rows = sorted(workers.gather(rows), key=lambda row: row[0])
+    return Samples(
+        pixels_NHW3=np.stack([row[1] for row in rows]),
+        values={name: np.array([row[2][name] for row in rows]) for name in rewards},
+    )
+
+
+def _draw(
+    sampler: Sampler, images: ImageSet, numbers: Sequence[int], prompts: Sequence[str], device: torch.device
+) -> Tensor:
+    x_BCHW = noise(EVAL_SEED, images.latent_stream, [(number,) for number in numbers], images.latent_shape)
+
+    def step_noise(k: int) -> Tensor:
+        keys = [(number, k) for number in numbers]
+        return noise(EVAL_SEED, images.step_stream, keys, images.latent_shape).to(device)
+
+    chain_noise = None if sampler.table.is_deterministic else step_noise
+    return sampler.latents(prompts, x_BCHW.to(device), plan=NO_GRADIENT, noise=chain_noise)
+
+
+def to_uint8(pixels_B3HW: Tensor) -> Pixels:
+    """Return RGB in [0, 1] as bytes (B, H, W, 3), rounded."""
+    array: Pixels = (pixels_B3HW.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return array
+
+
+def diversity(pixels_NHW3: Pixels, images_per_prompt: int) -> Values:
+    """Return the mean pairwise distance of the images of each prompt, ``(P,)``, in [0, 1]; larger is more diverse.
+
+    The distance is the root mean squared difference of RGB in [0, 1]: weight-free, so that no reward shares its taste.
+    One image a prompt has no pairs and gives 0.
+    """
+    images_PIX = _as_rows(pixels_NHW3, images_per_prompt)
+    first, second = np.triu_indices(images_per_prompt, k=1)
+    if len(first) == 0:
+        return np.zeros(len(images_PIX))
+    squared = np.square(images_PIX[:, first] - images_PIX[:, second]).mean(axis=2)
+    return np.asarray(np.sqrt(squared).mean(axis=1))
+
+
+def drift(pixels_NHW3: Pixels, base_NHW3: Pixels, images_per_prompt: int) -> Values:
+    """Return how far each prompt's images are from the base model's for the same noise, ``(P,)``, in [0, 1].
+
+    The distance is ``diversity``'s, so the two compare; 0 is the base model.
+    """
+    difference = _as_rows(pixels_NHW3, images_per_prompt) - _as_rows(base_NHW3, images_per_prompt)
+    return np.asarray(np.sqrt(np.square(difference).mean(axis=2)).mean(axis=1))
+
+
+def _as_rows(pixels_NHW3: Pixels, images_per_prompt: int) -> Values:
+    return pixels_NHW3.reshape(-1, images_per_prompt, int(np.prod(pixels_NHW3.shape[1:]))).astype(np.float64) / 255
+
+
+def per_prompt(samples: Samples, base_NHW3: Pixels, images: ImageSet, judges: Sequence[str]) -> dict[str, Values]:
+    """Return the mean over each prompt's images, ``(P,)``, of every reward and every judge asked for."""
+    values = {name: rows.reshape(-1, images.images_per_prompt).mean(axis=1) for name, rows in samples.values.items()}
+    if "diversity" in judges:
+        values["diversity"] = diversity(samples.pixels_NHW3, images.images_per_prompt)
+    if "drift" in judges:
+        values["drift"] = drift(samples.pixels_NHW3, base_NHW3, images.images_per_prompt)
+    return values
+
+
+def summarise(values: Mapping[str, Values]) -> dict[str, float]:
+    """Return ``eval/NAME`` and its standard error ``eval/NAME_se`` from values per prompt.
+
+    The unit of the standard error is the prompt: images of one prompt are not independent samples of the prompt set.
+    """
+    means = {f"eval/{name}": float(values_P.mean()) for name, values_P in values.items()}
+    return means | {f"eval/{name}_se": standard_error(values_P) for name, values_P in values.items()}
+
+
+def standard_error(values_P: Values) -> float:
+    """Return the standard error of the mean; 0 for a single value, of which nothing is known."""
+    return float(values_P.std(ddof=1) / np.sqrt(len(values_P))) if len(values_P) > 1 else 0.0
+
+
+def save_grid(pixels_NHW3: Pixels, path: Path, *, columns: int) -> None:
+    """Write images as one PNG, row by row."""
+    num, height, width, _ = pixels_NHW3.shape
+    rows = -(-num // columns)
+    grid = np.full((rows * height, columns * width, 3), 255, np.uint8)
+    for i, image in enumerate(pixels_NHW3):
+        row, column = divmod(i, columns)
+        grid[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(grid).save(path)
