@@ -80,7 +80,7 @@ def sample_and_score(
     for start in range(0, len(mine), batch_size):
         numbers = mine[start : start + batch_size]
         prompts = [images.prompt_of(number) for number in numbers]
-        pixels_B3HW = sampler.decode(_draw(sampler, images, numbers, prompts, workers.device))
+        pixels_B3HW = draw_images(sampler, images, numbers, workers.device)
         values = {name: read(name, reward, pixels_B3HW, prompts).tolist() for name, reward in rewards.items()}
         pixels_BHW3 = to_uint8(pixels_B3HW)
         rows += [
@@ -94,17 +94,18 @@ def sample_and_score(
     )
 
 
-def _draw(
-    sampler: Sampler, images: ImageSet, numbers: Sequence[int], prompts: Sequence[str], device: torch.device
-) -> Tensor:
+@torch.no_grad()
+def draw_images(sampler: Sampler, images: ImageSet, numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Return the images ``numbers`` of a set, RGB in [0, 1] (B, 3, height, width) on ``device``."""
     x_BCHW = noise(EVAL_SEED, images.latent_stream, [(number,) for number in numbers], images.latent_shape)
 
     def step_noise(k: int) -> Tensor:
         keys = [(number, k) for number in numbers]
         return noise(EVAL_SEED, images.step_stream, keys, images.latent_shape).to(device)
 
+    prompts = [images.prompt_of(number) for number in numbers]
     chain_noise = None if sampler.table.is_deterministic else step_noise
-    return sampler.latents(prompts, x_BCHW.to(device), plan=NO_GRADIENT, noise=chain_noise)
+    return sampler.decode(sampler.latents(prompts, x_BCHW.to(device), plan=NO_GRADIENT, noise=chain_noise))
 
 
 def to_uint8(pixels_B3HW: Tensor) -> Pixels:

@@ -1,75 +1,30 @@
 """The training run: unpacks an experiment, builds what it names, and loops. Knows nothing of Ray."""
 
-import hashlib
-import json
 import logging
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from rltune.config.experiment import RunConfig
-from rltune.diffusion.families.base import ModelFamily
-from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, lora_parameters
-from rltune.diffusion.sampling import PromptEmbeddings
-from rltune.errors import NonFiniteError, UserError
-from rltune.estimators.base import ESTIMATORS, Estimator
-from rltune.rewards.base import REWARDS, Reward
+from rltune.errors import NonFiniteError
 from rltune.rewards.mixture import Mixture
 from rltune.training.base import BaseReference, load_base, measure_base, save_base
 from rltune.training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from rltune.training.evaluation import JUDGES, ImageSet, Pixels, per_prompt, sample_and_score, save_grid, summarise
-from rltune.training.prompts import read_prompts
+from rltune.training.evaluation import Pixels, per_prompt, sample_and_score, save_grid, summarise
 from rltune.training.reporter import MetricsFile, Reporter
-from rltune.training.step import Batch, Sampler, Sums, apply_gradient, backward
+from rltune.training.setup import Run, base_key, build_run
+from rltune.training.step import Batch, Sums, apply_gradient, backward
 from rltune.training.streams import Stream, generator, noise, prompt_indices, torch_seed
-from rltune.training.workers import Stopwatch, Workers, peak_gib
+from rltune.training.workers import Stopwatch, peak_gib
 
 logger = logging.getLogger(__name__)
 
-NUM_CALIBRATION_PROMPTS = 32
-"""Prompts, one image each, that the unit of a reward is measured on."""
 GRID_PROMPTS = 8
 """Prompts shown in a sample grid."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything a run needs, built from its experiment on one worker."""
-
-    config: RunConfig
-    workers: Workers
-    sampler: Sampler
-    rewards: Mapping[str, Reward]
-    estimator: Estimator
-    train_prompts: tuple[str, ...]
-    eval_images: ImageSet
-    calibration_images: ImageSet
-    latent_shape: tuple[int, int, int]
-
-    @property
-    def model(self) -> ModelFamily:
-        """The base model, with adapters once they are attached."""
-        return self.sampler.model
-
-    @property
-    def eval_batch(self) -> int:
-        """Images sampled at a time without gradient."""
-        return max(16, self.micro_batch)
-
-    @property
-    def local_batch(self) -> int:
-        """Images of a step on this worker."""
-        return self.config.optim.batch // self.workers.count
-
-    @property
-    def micro_batch(self) -> int:
-        """Images that are differentiated at a time on this worker."""
-        return min(self.config.optim.micro_batch or self.local_batch, self.local_batch)
 
 
 def train_run(
@@ -135,75 +90,6 @@ def base_run(config: RunConfig, *, trial_dir: Path, base_dir: Path, reporter: Re
     if run.workers.is_main:
         _save_samples(run, base.pixels_NHW3, trial_dir / "samples" / "base.png")
     reporter.report({"step": 0.0, "is_final": 1.0, **base.summary}, None)
-
-
-def build_run(config: RunConfig) -> Run:
-    """Load the model and the rewards of an experiment on this worker's device.
-
-    Raises:
-        UserError: Weights, prompts or a setting are not usable on this machine.
-    """
-    if config.resources.threads_per_worker != "auto":  # Ray has set OMP_NUM_THREADS to the worker's share
-        torch.set_num_threads(config.resources.threads_per_worker)
-    workers = Workers()
-    dtype = _dtype(config.resources.precision, workers.device)
-    model = load_model(config.model.base, revision=config.model.revision, dtype=dtype, device=workers.device)
-    height_px = config.sampler.height or model.size_px[0]
-    width_px = config.sampler.width or model.size_px[1]
-    try:
-        latent_shape = model.latent_shape(height_px, width_px)
-    except ValueError as error:
-        raise UserError(f"sampler.height/width: {error}") from error
-
-    options = {name: reward.options for name, reward in config.rewards.items()}
-    options |= {judge: {} for judge in config.evaluate.judges if judge not in JUDGES and judge not in options}
-    rewards = {name: REWARDS.get(name)(**chosen).to(workers.device) for name, chosen in options.items()}
-    train_prompts = read_prompts(config.prompts.train, where="prompts.train")
-    held_out = read_prompts(config.prompts.eval, where="prompts.eval")
-    if len(held_out) < config.evaluate.prompts:
-        raise UserError(
-            f"evaluate.prompts: {config.evaluate.prompts} prompts are wanted, but prompts.eval holds "
-            f"{len(held_out)}; lower it or give more"
-        )
-    embeddings = PromptEmbeddings(model)
-    eval_prompts = held_out[: config.evaluate.prompts]
-    embeddings.add([*train_prompts, *eval_prompts, ""])
-    estimator = ESTIMATORS.get(config.estimator.name)(
-        k=config.estimator.k, draw=config.estimator.draw, std=config.estimator.std, **config.estimator.options
-    )
-    return Run(
-        config=config,
-        workers=workers,
-        sampler=Sampler(
-            model=model,
-            embeddings=embeddings,
-            table=model.read_table(num_steps=config.sampler.steps, eta=config.sampler.eta),
-            guidance_scale=config.sampler.guidance,
-            use_checkpoint=config.estimator.checkpoint == "always",
-        ),
-        rewards=rewards,
-        estimator=estimator,
-        train_prompts=train_prompts,
-        eval_images=ImageSet(eval_prompts, config.evaluate.images_per_prompt, latent_shape),
-        calibration_images=ImageSet(
-            train_prompts[:NUM_CALIBRATION_PROMPTS],
-            1,
-            latent_shape,
-            latent_stream=Stream.CALIBRATION_LATENT,
-            step_stream=Stream.CALIBRATION_STEP_NOISE,
-        ),
-        latent_shape=latent_shape,
-    )
-
-
-def base_key(config: RunConfig) -> str:
-    """Return a name for the measurements of the base model that this experiment shares with others like it."""
-    parts = config.model_dump(mode="json", include={"prompts": True, "sampler": True, "evaluate": True})
-    del parts["evaluate"]["every"]
-    parts["model"] = [config.model.base, config.model.revision]
-    parts["rewards"] = {name: reward.options for name, reward in config.rewards.items()}
-    parts["precision"] = config.resources.precision
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _reference(run: Run, base_dir: Path) -> BaseReference:
@@ -330,10 +216,3 @@ def _save_samples(run: Run, pixels_NHW3: Pixels, path: Path) -> None:
     columns = run.config.evaluate.images_per_prompt
     shown = min(GRID_PROMPTS, len(run.eval_images.prompts)) * columns
     save_grid(pixels_NHW3[:shown], path, columns=columns * 4 if shown >= columns * 4 else columns)
-
-
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on an accelerator and float32 on a CPU, where a backward pass in bfloat16 is slower."""
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

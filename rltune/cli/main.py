@@ -1,0 +1,208 @@
+"""The command line: ``rltune COMMAND``. Heavy imports stay inside commands, so that ``--help`` is instant."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from click.exceptions import ClickException
+
+from rltune import __version__
+from rltune.cli.terminal import errors
+from rltune.errors import RltuneError
+
+app = typer.Typer(
+    name="rltune",
+    help="Align text-to-image diffusion models with rewards, by experiment.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+builtin = typer.Typer(help="The built-in text-to-image model: its scenes and its recipe.", no_args_is_help=True)
+app.add_typer(builtin, name="builtin")
+
+ExperimentArgument = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
+RunArgument = Annotated[Path, typer.Argument(help="Run folder, such as runs/mix.", show_default=False)]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting: --set optim.lr=1e-3. Repeatable.")
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster to attach to, HOST:PORT. Else RAY_ADDRESS, else a local one, else start one."),
+]
+NameOption = Annotated[str | None, typer.Option(help="Name of the run; the experiment's own if left out.")]
+StorageOption = Annotated[Path, typer.Option(help="Folder that holds run folders; shared, if the cluster has nodes.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    is_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    is_verbose: Annotated[bool, typer.Option("--verbose", help="Log what the libraries underneath do.")] = False,
+) -> None:
+    if is_version:
+        typer.echo(f"rltune {__version__}")
+        raise typer.Exit
+    logging.basicConfig(
+        level=logging.INFO if is_verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+@app.command()
+def sweep(
+    experiment: ExperimentArgument,
+    overrides: SetOption = None,
+    address: AddressOption = None,
+    name: NameOption = None,
+    storage: StorageOption = Path("runs"),
+    dry_run: DryRunOption = False,
+) -> None:
+    """Search the knobs of an experiment: plan, train, evaluate, export. The same command again resumes."""
+    from rltune.cli.running import run_experiment
+
+    run_experiment(
+        experiment, overrides or [], address=address, name=name, storage=storage, dry_run=dry_run, is_sweep=True
+    )
+
+
+@app.command()
+def train(
+    experiment: ExperimentArgument,
+    overrides: SetOption = None,
+    address: AddressOption = None,
+    name: NameOption = None,
+    storage: StorageOption = Path("runs"),
+    dry_run: DryRunOption = False,
+) -> None:
+    """Train one LoRA with fixed knobs, as one Ray Train job. The same command again resumes."""
+    from rltune.cli.running import run_experiment
+
+    run_experiment(
+        experiment, overrides or [], address=address, name=name, storage=storage, dry_run=dry_run, is_sweep=False
+    )
+
+
+@app.command()
+def status(run: RunArgument) -> None:
+    """Show the trial table of a running or finished run, from any terminal."""
+    from rltune.cli.inspecting import show_status
+
+    show_status(run)
+
+
+@app.command()
+def front(run: RunArgument) -> None:
+    """Show the Pareto front, its hypervolume and its knee."""
+    from rltune.cli.inspecting import show_front
+
+    show_front(run)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    pick: Annotated[str, typer.Option(help="knee, best:OBJECTIVE, or a trial.")] = "knee",
+) -> None:
+    """Write a trial's LoRA for diffusers, load it again and compare before saying so."""
+    from rltune.cli.exporting import export_pick
+
+    export_pick(run, pick)
+
+
+@app.command()
+def sample(
+    loras: Annotated[
+        list[Path] | None, typer.Argument(help="LoRA folders or files; none: the base model.")
+    ] = None,
+    prompts: Annotated[
+        list[str] | None, typer.Option("--prompt", help="What to draw; repeatable. Else held-out prompts.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path("samples.png"),
+    base: Annotated[str | None, typer.Option(help="Base model; that of the first LoRA's run if left out.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the run's, else 20.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; the run's, else 5.")] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, the same for every row.")] = 0,
+) -> None:
+    """Draw an image grid: the base model beside LoRAs, same prompts and same seeds."""
+    from rltune.cli.sampling import sample_grid
+
+    sample_grid(
+        loras or [], prompts or [], output, base=base, num_steps=steps, guidance=guidance, num_images=images, seed=seed
+    )
+
+
+@app.command()
+def doctor(address: AddressOption = None) -> None:
+    """Show what is installed, what hardware Ray sees, which weights are here, and whether the cluster answers."""
+    from rltune.cli.doctoring import diagnose
+
+    diagnose(address)
+
+
+@app.command()
+def rewards() -> None:
+    """List the rewards that an experiment can name."""
+    from rltune.cli.inspecting import show_rewards
+
+    show_rewards()
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of an experiment file, for editors."""
+    import json
+
+    from rltune.config.schema import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@builtin.command("train")
+def builtin_train(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where weights, prompts and card go.")],
+    work: Annotated[Path, typer.Option(help="Data and checkpoints; the same folder again resumes.")] = Path("builtin"),
+    seed: Annotated[int, typer.Option(min=0, help="Of data, initial weights and batches.")] = 0,
+    scale: Annotated[float, typer.Option(min=0.0, help="Multiplies the steps of every stage.")] = 1.0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+) -> None:
+    """Train the built-in model from nothing: scenes, autoencoder, image-text model, denoiser."""
+    from rltune.cli.building import train_model
+
+    train_model(output, work, seed=seed, scale=scale, device=device)
+
+
+@builtin.command("scenes")
+def builtin_scenes(
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path("scenes.png"),
+    count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the scenes.")] = 0,
+) -> None:
+    """Write a grid of the scenes that the built-in model was trained on, and print their captions."""
+    from rltune.cli.building import show_scenes
+
+    show_scenes(output, count=count, seed=seed)
+
+
+def main() -> None:
+    """Run the command line; exit codes: 2 for what the user wrote, 1 for a failed run, 130 for Ctrl-C."""
+    try:
+        app(standalone_mode=False)
+    except ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except RltuneError as error:
+        errors.print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("interrupted", highlight=False)
+        sys.exit(130)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,138 @@
+"""``rltune sweep`` and ``rltune train``: print the plan, run it, show it, export what it found."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rltune.cli.board import watch
+from rltune.cli.tables import front_view, status_view
+from rltune.cli.terminal import console, errors
+from rltune.config.experiment import Known
+from rltune.config.load import Experiment, load_experiment
+from rltune.errors import RunError, UserError
+from rltune.orchestration.cluster import Cluster, connect, find_address
+from rltune.orchestration.plan import Plan, make_plan
+from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
+
+
+def run_experiment(
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    address: str | None,
+    name: str | None,
+    storage: Path,
+    dry_run: bool,
+    is_sweep: bool,
+) -> None:
+    """Run or resume an experiment, or print its plan.
+
+    Raises:
+        UserError: The experiment, the cluster or the run folder does not allow it; nothing was started.
+        RunError: The base model could not be measured, or no trial ended well.
+        KeyboardInterrupt: It was interrupted; the same call resumes.
+    """
+    experiment = load_experiment(path, overrides, known_names())
+    if is_sweep and not experiment.is_searched:
+        raise UserError(f"{path}: every value is fixed, there is nothing to search; run 'rltune train {path}'")
+    if not is_sweep and experiment.is_searched:
+        raise UserError(
+            f"{path}: {', '.join(experiment.space)} are distributions; "
+            f"fix each with --set, or run 'rltune sweep {path}'"
+        )
+    if dry_run:
+        _print_plan(experiment, address)
+        return
+    folder = RunFolder(storage / (name or experiment.shared.name))
+    with folder.lock(), connect(address) as cluster:
+        _run(experiment, folder, cluster)
+
+
+def known_names() -> Known:
+    """Return every name that an experiment may use."""
+    from rltune.estimators.base import ESTIMATORS
+    from rltune.orchestration.search import SAMPLERS
+    from rltune.rewards.base import REWARDS
+    from rltune.training.evaluation import JUDGES
+
+    return Known(rewards=REWARDS.names(), estimators=ESTIMATORS.names(), judges=tuple(JUDGES), samplers=SAMPLERS)
+
+
+def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
+    from rltune.orchestration.exporting import best_picks, export_trial
+    from rltune.orchestration.status import read_status
+    from rltune.orchestration.sweep import Sweep
+
+    sweep = Sweep(experiment, folder, cluster)
+    print_plan(experiment, sweep.plan, cluster)
+    if sweep.results:
+        ended = sum(result.trial != BASE_TRIAL for result in sweep.results)
+        errors.print(f"resuming {folder.path}: {ended} trials have ended, {sweep.num_left} are left", highlight=False)
+    with watch(folder, experiment):
+        sweep.run()
+    if sweep.num_left:
+        errors.print(f"{sweep.num_left} trials are left; the same command resumes {folder.path}", highlight=False)
+        raise KeyboardInterrupt
+    console.print(status_view(read_status(folder, experiment), experiment.shared.objective_names))
+    front = sweep.front()
+    trained = [result for result in sweep.results if result.is_ok and result.trial != BASE_TRIAL]
+    if front is None or not trained:
+        raise RunError(f"no trial of {folder.path} ended well; the reasons are in {folder.results_file}")
+    console.print("\n[bold]Pareto front[/]")
+    console.print(front_view(front))
+    picks = best_picks(front) or trained[:1]
+    console.print("\n[bold]Exported[/]")
+    for result in picks:
+        exported = export_trial(result, folder, experiment)
+        console.print(
+            f"{_shown(exported.folder)}  loads in diffusers at weight 1.0 "
+            f"(reloaded and compared: images agree to {exported.difference:.1g})",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(
+        f"\nNext: rltune sample {_shown(folder.exports_dir / picks[0].trial)}   "
+        f"rltune export {_shown(folder.path)} --pick TRIAL",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _shown(path: Path) -> str:
+    """Return a path as short as it can be said from here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _print_plan(experiment: Experiment, address: str | None) -> None:
+    """Print what a run would do, for the cluster if one is there and for this machine if not; starts nothing."""
+    import torch
+
+    if find_address(address) is not None:
+        with connect(address) as cluster:
+            print_plan(experiment, make_plan(experiment, cluster.resources), cluster)
+        return
+    resources = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    print_plan(experiment, make_plan(experiment, resources), None)
+
+
+def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> None:
+    """Print a plan, one fact a line."""
+    config = experiment.shared
+    where = "a Ray cluster on this machine (loopback only)" if cluster is None or cluster.is_own else cluster.address
+    per_worker = f"{plan.num_gpus_per_worker:g} GPU" if plan.num_gpus_per_worker else "1 CPU"
+    k = "searched" if "estimator.k" in experiment.space else str(config.estimator.k)
+    lines = {
+        "experiment": config.name,
+        "method": f"{config.estimator.name} on the {config.model.base} model, K {k} of {config.sampler.steps} steps",
+        "searched": ", ".join(experiment.space) or "nothing",
+        "trials": f"the base model and {plan.num_trials} trained, {plan.num_concurrent} at a time",
+        "a trial": f"{plan.num_steps} steps of {plan.images_per_step} images, {plan.num_evaluations} evaluations of "
+        f"{plan.images_per_evaluation}; {plan.num_workers} worker(s) with {per_worker} each",
+        "images": f"{plan.num_images:,} in all",
+        "objectives": ", ".join(config.objective_names),
+        "runs on": where,
+    }
+    if cluster is not None and cluster.dashboard_url:
+        lines["dashboard"] = cluster.dashboard_url
+    for label, text in lines.items():
+        errors.print(f"[dim]{label:>11}[/]  {text}", highlight=False, soft_wrap=True)

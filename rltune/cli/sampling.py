@@ -1,0 +1,68 @@
+"""``rltune sample``: one grid, a row of blocks per model, the same noise in every row."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rltune.cli.terminal import console
+from rltune.errors import UserError
+
+NUM_DEFAULT_PROMPTS = 4
+
+
+def sample_grid(
+    loras: Sequence[Path],
+    prompts: Sequence[str],
+    output: Path,
+    *,
+    base: str | None,
+    num_steps: int | None,
+    guidance: float | None,
+    num_images: int,
+    seed: int,
+) -> None:
+    """Draw the base model and each LoRA on the same prompts and noise, and write one labelled PNG.
+
+    Raises:
+        UserError: A LoRA cannot be read, or was trained on another base model.
+    """
+    from rltune.config.experiment import RunConfig
+    from rltune.orchestration.job import quiet_libraries
+    from rltune.training.grids import draw_rows, labelled_grid
+    from rltune.training.prompts import read_prompts
+
+    quiet_libraries()
+    cards = [_read_card(path) for path in loras]
+    bases = {card["base_model"] for card in cards if card} | ({base} if base else set())
+    if len(bases) > 1:
+        raise UserError(f"sample: the LoRAs belong to different base models, {sorted(bases)}; sample them apart")
+    card = next((card for card in cards if card), None)
+    config = RunConfig.model_validate(card["experiment"]) if card else RunConfig()
+    update: dict[str, Any] = {"steps": num_steps, "guidance": guidance}
+    sampler = config.sampler.model_copy(update={name: value for name, value in update.items() if value is not None})
+    model = config.model.model_copy(update={"base": base or config.model.base})
+    config = config.model_copy(update={"sampler": sampler, "model": model})
+    shown = list(prompts) or list(read_prompts(config.prompts.eval, where="prompts.eval")[:NUM_DEFAULT_PROMPTS])
+    rows = draw_rows(config, [_weight_file(path) for path in loras], shown, num_images=num_images, seed=seed)
+    labels = ["base", *(path.parent.name if path.is_file() else path.name for path in loras)]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grid(rows, labels, shown, num_images=num_images).save(output)
+    console.print(f"{output}: {len(rows)} rows ({', '.join(labels)}), {num_images} images for each of", highlight=False)
+    for prompt in shown:
+        console.print(f"  {prompt}", highlight=False)
+
+
+def _weight_file(path: Path) -> Path:
+    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"sample: {path} holds no LoRA; name an exported folder or a .safetensors file")
+    return file
+
+
+def _read_card(path: Path) -> dict[str, Any] | None:
+    card = (path if path.is_dir() else path.parent) / "rltune.json"
+    if not card.is_file():
+        return None
+    content: dict[str, Any] = json.loads(card.read_text())
+    return content

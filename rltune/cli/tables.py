@@ -1,0 +1,137 @@
+"""Tables of a run, for the live view and for ``status`` and ``front``."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rltune.orchestration.objectives import Front
+from rltune.orchestration.rundir import BASE_TRIAL
+from rltune.orchestration.status import RunStatus, TrialStatus
+
+STATE_STYLES = {"done": "green", "failed": "red", "running": "cyan", "starting": "yellow", "interrupted": "yellow"}
+FRONT_MARK = "*"
+
+
+def status_view(status: RunStatus, objectives: Sequence[str]) -> RenderableType:
+    """Return the trial table with a headline above and the failures below."""
+    parts: list[RenderableType] = [_headline(status), _trial_table(status, objectives)]
+    parts += [
+        Text(f"trial {trial.trial} failed: {trial.reason}", style="red") for trial in status.trials if trial.reason
+    ]
+    if any(not trial.is_feasible for trial in status.trials):
+        parts.append(Text("! breaks a constraint, so it is not on the front", style="dim"))
+    return Group(*parts)
+
+
+def _headline(status: RunStatus) -> Text:
+    parts = [f"{status.name}: {status.num_ended} of {status.num_trials} trials"]
+    if status.front is not None:
+        parts.append(f"front {len(status.front.members)}")
+        parts.append(f"hypervolume {status.front.hypervolume:.3g}")
+    if status.step_s is not None:
+        parts.append(f"{status.step_s:.2f} s/step")
+    parts.append(f"{format_duration(status.elapsed_s)} elapsed")
+    if status.remaining_s is not None:
+        parts.append(f"about {format_duration(status.remaining_s)} left")
+    if not status.is_active:
+        ended = status.num_ended >= status.num_trials
+        parts.append("ended" if ended else "not running; the same command resumes it")
+    return Text(" | ".join(parts), style="bold")
+
+
+def _trial_table(status: RunStatus, objectives: Sequence[str]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    table.add_column("trial")
+    table.add_column("state")
+    table.add_column("step", justify="right")
+    for name in objectives:
+        table.add_column(name, justify="right")
+    paths = list(dict.fromkeys(path for trial in status.trials for path in trial.values))
+    for label in short_labels(paths):
+        table.add_column(label, justify="right", style="dim")
+    base = next((trial.metrics for trial in status.trials if trial.trial == BASE_TRIAL), {})
+    for trial in status.trials:
+        is_base = trial.trial == BASE_TRIAL
+        mark = FRONT_MARK if trial.is_on_front else "" if trial.is_feasible else "!"
+        table.add_row(
+            mark,
+            f"{trial.trial} base" if is_base else trial.trial,
+            Text(trial.state, style=STATE_STYLES[trial.state]),
+            "" if is_base else f"{trial.step}/{trial.num_steps}",
+            *(_objective(trial, name, base) for name in objectives),
+            *(format_value(trial.values.get(path, "")) for path in paths),
+            style="bold" if trial.is_on_front else None,
+        )
+    return table
+
+
+def _objective(trial: TrialStatus, name: str, base: Mapping[str, float]) -> str:
+    value = trial.metrics.get(f"eval/{name}")
+    if value is None:
+        return ""
+    reference = base.get(f"eval/{name}")
+    if trial.trial == BASE_TRIAL or reference is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} ({value - reference:+.3f})"
+
+
+def front_view(front: Front) -> RenderableType:
+    """Return the front as a table with its hypervolume, reference point and knee."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("")
+    table.add_column("trial")
+    for name in front.objectives.names:
+        table.add_column(name, justify="right")
+    paths = list(dict.fromkeys(path for member in front.members for path in member.values))
+    for label in short_labels(paths):
+        table.add_column(label, justify="right", style="dim")
+    for member in front.members:
+        is_knee = front.knee is not None and member.trial == front.knee.trial
+        table.add_row(
+            "knee" if is_knee else "",
+            f"{member.trial} base" if member.trial == BASE_TRIAL else member.trial,
+            *(
+                f"{member.metrics[f'eval/{name}']:.3f} +- {1.96 * member.metrics[f'eval/{name}_se']:.3f}"
+                for name in front.objectives.names
+            ),
+            *(format_value(member.values.get(path, "")) for path in paths),
+            style="bold" if is_knee else None,
+        )
+    reference = ", ".join(
+        f"{name} {value:.3f}" for name, value in zip(front.objectives.names, front.reference_D, strict=True)
+    )
+    note = (
+        f"+- is a 95 % interval over prompts. Hypervolume {front.hypervolume:.4g}, in standard deviations of the base "
+        f"model, from the reference point {reference} (the base model minus one of them)."
+    )
+    return Group(table, Text(note, style="dim"))
+
+
+def short_labels(paths: Sequence[str]) -> list[str]:
+    """Return a column label per dotted path: the last part, with the one before where that alone is ambiguous."""
+    labels = []
+    for path in paths:
+        parts = path.split(".")
+        is_weight = parts[0] == "rewards" and parts[-1] == "weight"
+        labels.append(f"w {parts[1][:9]}" if is_weight else parts[-1])
+    return [
+        ".".join(path.split(".")[-2:]) if labels.count(label) > 1 else label
+        for path, label in zip(paths, labels, strict=True)
+    ]
+
+
+def format_value(value: Any) -> str:
+    """Return a knob's value, short."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def format_duration(seconds: float) -> str:
+    """Return seconds as ``1 h 05 min``, ``4 min 10 s`` or ``12 s``."""
+    whole = round(max(seconds, 0))
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

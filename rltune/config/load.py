@@ -1,0 +1,146 @@
+"""An experiment file -> values and a search space, or one error that lists every fault of the file."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from rltune.config.distributions import Distribution, Simplex, show
+from rltune.config.draft import Draft
+from rltune.config.experiment import Context, Known, RunConfig
+from rltune.config.validation import faults_of_run, faults_of_space, first_values, replaced
+from rltune.config.yamlfile import Path, YamlError, read_yaml, write_yaml
+from rltune.errors import ExperimentError, Fault
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A valid experiment: what the user wrote and what of it is searched. ``load_experiment`` makes one."""
+
+    source: str
+    """Where it came from, for messages."""
+    raw: Mapping[str, Any]
+    """The file's content after overrides, distributions as they were written. Not to be changed."""
+    space: Mapping[str, Distribution]
+    """Dotted path -> distribution, in the file's order; empty if every value is concrete."""
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether any value is a distribution."""
+        return bool(self.space)
+
+    @property
+    def simplex_paths(self) -> tuple[str, ...]:
+        """Paths of the weights that must sum to one; none or at least two."""
+        return tuple(path for path, distribution in self.space.items() if isinstance(distribution, Simplex))
+
+    @property
+    def shared(self) -> RunConfig:
+        """The run at each distribution's first value: read from it what all trials share (search, resources, ..)."""
+        return self.concrete(_dotted(first_values(_split(self.space))))
+
+    def concrete(self, values: Mapping[str, Any]) -> RunConfig:
+        """Return the run with a value for every distribution, validated like a file without any.
+
+        Args:
+            values: Dotted path -> value, exactly the paths of ``space``.
+
+        Raises:
+            ExperimentError: The values do not make a valid run.
+            ValueError: A path is missing or too many, or simplex weights do not sum to one.
+        """
+        if set(values) != set(self.space):
+            raise ValueError(f"values must be for {sorted(self.space)}, got {sorted(values)}")
+        weights = [values[path] for path in self.simplex_paths]
+        if weights and not math.isclose(sum(weights), 1, abs_tol=1e-6):  # float32 weights sum to within 1e-7 each
+            raise ValueError(f"weights on the simplex must sum to 1, got {weights}")
+        data = replaced(self.raw, _split(values))
+        if clashes := faults_of_run(data, Context()):
+            raise ExperimentError(self.source, [Fault(c.where, c.what, c.remedy) for c in clashes])
+        return RunConfig.model_validate(data)
+
+    def to_yaml(self) -> str:
+        """Return YAML text that loads as this experiment again, overrides included."""
+        return write_yaml(self.raw)
+
+
+def load_experiment(
+    path: str | FilePath, overrides: Sequence[str] = (), known: Known | None = None, *, must_find_files: bool = True
+) -> Experiment:
+    """Return the experiment in a YAML file.
+
+    Args:
+        path: The file.
+        overrides: ``a.b=value`` each, the value in YAML; later ones win.
+        known: Names that rewards, estimators, judges and samplers are checked against; else any name passes.
+        must_find_files: Whether prompt files must be there; a finished run is read without them.
+
+    Raises:
+        ExperimentError: Lists every fault of the file, with its line.
+    """
+    try:
+        text = FilePath(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise _one_fault(path, "no such file", "check the path") from None
+    except IsADirectoryError:
+        raise _one_fault(path, "this is a directory", "name a YAML file in it") from None
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8 text, got the byte 0x{error.object[error.start]:02x} at offset {error.start}"
+        raise _one_fault(path, what, "save it as UTF-8") from None
+    except OSError as error:
+        raise _one_fault(path, f"cannot be read ({error.strerror})", "check its permissions") from None
+    return parse_experiment(text, str(path), overrides, known, must_find_files=must_find_files)
+
+
+def parse_experiment(
+    text: str,
+    source: str = "experiment",
+    overrides: Sequence[str] = (),
+    known: Known | None = None,
+    *,
+    must_find_files: bool = True,
+) -> Experiment:
+    """Return the experiment in YAML ``text``; ``source`` names it in messages, and it if it has no name.
+
+    Raises:
+        ExperimentError: Lists every fault.
+    """
+    try:
+        raw, lines, key_faults = read_yaml(text)
+    except YamlError as error:
+        place = source if error.line is None else f"{source}:{error.line}"
+        raise ExperimentError(source, [Fault(place, error.what, error.remedy)]) from None
+    if raw is None:
+        raise _one_fault(source, "the file is empty", "write at least: rewards: {aesthetic: {weight: 1.0}}")
+    if not isinstance(raw, dict):
+        raise _one_fault(source, f"must be a mapping of sections, got {show(raw)}", "write 'section: {key: value}'")
+    draft = Draft(source, raw, lines)
+    for line, fault in key_faults:
+        draft.report(fault.where, fault.what, fault.remedy, line)
+    for override in overrides:
+        draft.override(override)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", FilePath(source).stem).strip(".-_") or "experiment"
+    draft.raw.setdefault("name", stem[:100])
+    draft.collect(draft.raw)
+    draft.check_simplex()
+    context = Context(known or Known(), must_find_files=must_find_files)
+    data = draft.without_broken()
+    for clash in faults_of_space(data, draft.space, context, draft.broken):
+        draft.report(clash.where, clash.what, clash.remedy)
+    if draft.faults:
+        raise ExperimentError(source, draft.faults)
+    return Experiment(source, draft.raw, _dotted(draft.space))
+
+
+def _one_fault(path: str | FilePath, what: str, remedy: str) -> ExperimentError:
+    return ExperimentError(str(path), [Fault(str(path), what, remedy)])
+
+
+def _dotted(values: Mapping[Path, Any]) -> dict[str, Any]:
+    return {".".join(path): value for path, value in values.items()}
+
+
+def _split(values: Mapping[str, Any]) -> dict[Path, Any]:
+    return {tuple(path.split(".")): value for path, value in values.items()}

@@ -1,0 +1,159 @@
+"""RunConfig's JSON schema: where it leads to, in words for messages, and with distributions for editors."""
+
+import copy
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from rltune.config.distributions import show
+from rltune.config.experiment import WHOLE_SWEEP, RunConfig
+from rltune.config.yamlfile import Path
+
+Node = Mapping[str, Any]
+
+
+@cache
+def run_schema() -> Node:
+    """Return the schema of a concrete run; not to be changed."""
+    return RunConfig.model_json_schema()
+
+
+def node_at(path: Path) -> Node | None:
+    """Return what the schema says about ``path``: None where no such key is known, ``{}`` where anything goes."""
+    node: Node | None = run_schema()
+    for key in path:
+        node = _child(node, key) if node is not None else None
+    return node
+
+
+def _child(node: Node, key: str) -> Node | None:
+    if not node or node.get("additionalProperties") is True:
+        return {}
+    child: Node | None = None
+    for branch in node.get("anyOf", (node,)):
+        if key in branch.get("properties", {}):
+            child = branch["properties"][key]
+        elif isinstance(branch.get("additionalProperties"), Mapping):
+            child = branch["additionalProperties"]
+        elif branch.get("type") == "array" and key.isdigit():
+            items = branch.get("prefixItems", [])
+            child = items[int(key)] if int(key) < len(items) else branch.get("items")
+    return _resolved(child) if child is not None else None
+
+
+def _resolved(node: Node) -> Node:
+    if "$ref" not in node:
+        return node
+    return {**run_schema()["$defs"][node["$ref"].rsplit("/", 1)[1]], **{k: v for k, v in node.items() if k != "$ref"}}
+
+
+def is_leaf(node: Node) -> bool:
+    """Return whether one value, and not a section, stands here."""
+    return bool(node) and node.get("type") != "object"
+
+
+def known_keys(node: Node) -> tuple[str, ...]:
+    """Return the keys of a section."""
+    return tuple(node.get("properties", ()))
+
+
+def belongs_to_whole_sweep(path: Path) -> bool:
+    """Return whether all trials share the value at ``path``, so that no distribution may stand there."""
+    return any(".".join(path[: depth + 1]) in WHOLE_SWEEP for depth in range(len(path)))
+
+
+def describe(node: Node) -> str:
+    """Return what would be right at ``node``, for people: ``a whole number, at least 1``."""
+    if "x-expects" in node:
+        return str(node["x-expects"])
+    if "anyOf" in node:
+        return " or ".join(describe(branch) for branch in node["anyOf"] if branch.get("type") != "null")
+    if "const" in node or "enum" in node:
+        values = [show(value) for value in node.get("enum", [node.get("const")])]
+        return values[0] if len(values) == 1 else ", ".join(values[:-1]) + " or " + values[-1]
+    kind = node.get("type")
+    if kind == "array":
+        size = f"{len(node['prefixItems'])} items" if "prefixItems" in node else "items"
+        item = node["prefixItems"][0] if "prefixItems" in node else node["items"]
+        return f"a list of {size}, each {describe(item)}"
+    if kind == "object":
+        keys = known_keys(_resolved(node))
+        return f"a section with any of the keys {', '.join(keys)}" if keys else "a section of names and their settings"
+    noun = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}.get(str(kind), "text")
+    multiple = f", a multiple of {node['multipleOf']}" if "multipleOf" in node else ""
+    return noun + _interval(node) + multiple
+
+
+def _interval(node: Node) -> str:
+    if "minimum" in node and "maximum" in node:
+        return f" from {node['minimum']} to {node['maximum']}"
+    words = {
+        "minimum": "at least",
+        "exclusiveMinimum": "above",
+        "maximum": "at most",
+        "exclusiveMaximum": "below",
+    }
+    bounds = [f"{word} {node[key]}" for key, word in words.items() if key in node]
+    return ", " + " and ".join(bounds) if bounds else ""
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the schema of an experiment file for editors: RunConfig's, where a value may also be a distribution."""
+    schema = copy.deepcopy(dict(run_schema()))
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "rltune experiment"
+    schema["$defs"]["Choice"] = _distribution("choice", "One of these values.", {"type": "array", "minItems": 1})
+    pairs = (
+        ("IntRange", "int", "A whole number from low to high.", "integer"),
+        ("FloatRange", "float", "A number from low to high.", "number"),
+        ("LogFloatRange", "log_float", "A positive number from low to high, uniform in its logarithm.", "number"),
+    )
+    for name, kind, text, item in pairs:
+        pair = {"type": "array", "items": {"type": item}, "minItems": 2, "maxItems": 2}
+        schema["$defs"][name] = _distribution(kind, text, pair)
+    schema["$defs"]["IntRange"]["properties"]["step"] = {"type": "integer", "minimum": 1}
+    schema["$defs"]["Simplex"] = _distribution("simplex", "Weights that sum to one over all rewards.", {"const": True})
+    _admit(schema, schema, ())
+    return schema
+
+
+def _distribution(kind: str, text: str, value: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "description": text,
+        "type": "object",
+        "properties": {kind: value},
+        "required": [kind],
+        "additionalProperties": False,
+    }
+
+
+def _admit(node: dict[str, Any], root: dict[str, Any], path: Path) -> None:
+    """Let distributions stand for the values below ``node``, and nothing for a section: ``optim:`` is all defaults."""
+    for key, child in node.get("properties", {}).items():
+        here = (*path, key)
+        if "$ref" in child:
+            section = root["$defs"][child["$ref"].rsplit("/", 1)[1]]
+            _admit(section, root, here)
+            child.setdefault("description", section["description"])  # pydantic leaves out what says the same
+            child["anyOf"] = [{"$ref": child.pop("$ref")}, {"type": "null"}]
+        elif child.get("type") == "object":
+            child["type"] = ["object", "null"]
+            items = child["additionalProperties"]
+            if isinstance(items, dict):
+                _admit(root["$defs"][items["$ref"].rsplit("/", 1)[1]], root, (*here, "*"))
+        elif not belongs_to_whole_sweep(here):
+            node["properties"][key] = _or_distribution(child, here)
+
+
+def _or_distribution(leaf: dict[str, Any], path: Path) -> dict[str, Any]:
+    notes: dict[str, Any] = {key: leaf.pop(key) for key in ("title", "description", "default") if key in leaf}
+    branches = leaf.get("anyOf", [leaf])
+    for branch in branches:
+        if branch.get("type") == "array" and "prefixItems" in branch:
+            branch["prefixItems"] = [_or_distribution(item, path) for item in branch["prefixItems"]]
+    kinds = {branch.get("type") for branch in branches}
+    names = [] if kinds <= {"array"} else ["Choice"]
+    names += ["IntRange"] if kinds & {"integer", "number"} else []
+    names += ["FloatRange", "LogFloatRange"] if "number" in kinds else []
+    names += ["Simplex"] if path == ("rewards", "*", "weight") else []
+    return {**notes, "anyOf": [*branches, *({"$ref": f"#/$defs/{name}"} for name in names)]}

@@ -1,0 +1,141 @@
+"""Find, start and leave a Ray cluster. Everything here that must be set before ray is imported is set here."""
+
+import logging
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rltune.errors import RunError, UserError
+
+QUIET = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_MAX_PENDING_TRIALS_PG": "8",
+}
+"""rltune draws its own table and writes its own files."""
+BEHAVIOUR = {
+    # a report waits for the controller's next poll: 0.2 s instead of 2 s
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # a trial that reports an objective late must not abort the sweep
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # Tune's own snapshots are not read back: the run folder is the state
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+}
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""Binds every process of a cluster on one machine to 127.0.0.1; without it Ray 2.60 listens on all interfaces."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A connected cluster."""
+
+    address: str
+    is_own: bool
+    """Whether this process started it, and it ends with this process."""
+    dashboard_url: str
+    resources: Mapping[str, float]
+    num_nodes: int
+
+    @property
+    def num_cpus(self) -> float:
+        """CPUs that Ray may hand out."""
+        return self.resources.get("CPU", 0.0)
+
+    @property
+    def num_gpus(self) -> float:
+        """GPUs that Ray may hand out."""
+        return self.resources.get("GPU", 0.0)
+
+
+def find_address(address: str | None) -> str | None:
+    """Return where to attach: the option, else ``RAY_ADDRESS``, else a cluster that runs on this machine, else None."""
+    return address or os.environ.get("RAY_ADDRESS") or _running_here()
+
+
+@contextmanager
+def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Cluster]:
+    """Attach to a cluster or start one on this machine, and leave it at the end; one that we started ends.
+
+    While connected, SIGTERM is taken as Ctrl-C: Ray's own handler would abort without saving anything.
+
+    Args:
+        address: ``host:port``, ``auto``, or None for what ``find_address`` finds.
+        num_cpus: CPUs of a cluster that is started here; all by default.
+
+    Raises:
+        UserError: The address is of a kind that cannot be attached to.
+        RunError: There is no cluster at the address, or it could not be started.
+    """
+    found = find_address(address)
+    if found is not None and found.startswith(("ray://", "http://", "https://")):
+        raise UserError(
+            f"--address: {found!r} is not a cluster address, which is HOST:PORT (the GCS, usually port 6379); for "
+            "a Jobs URL run 'ray job submit --address URL -- rltune sweep ...' so that the sweep runs on the cluster"
+        )
+    os.environ.update({name: value for name, value in (QUIET | BEHAVIOUR).items() if name not in os.environ})
+    if found is None:
+        os.environ.update({name: value for name, value in LOOPBACK.items() if name not in os.environ})
+    elif "RAY_AUTH_MODE" not in os.environ and _has_token():
+        os.environ["RAY_AUTH_MODE"] = "token"  # without it a client with a token hangs for 20 s and fails in riddles
+    import ray
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    try:
+        if found is None:
+            context = ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)
+        else:
+            context = ray.init(address=found, **quiet)
+    except Exception as error:  # ray raises whatever its layers raise
+        where = f"--address: no Ray cluster answers at {found!r}" if found else "a local Ray cluster did not start"
+        advice = "check address and token (RAY_AUTH_TOKEN)" if found else "see /tmp/ray/session_latest/logs"
+        raise RunError(f"{where}: {error}; {advice}") from error
+    for name in ("ray", "ray.tune", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    previous = _term_as_interrupt()
+    try:
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        yield Cluster(
+            address=found or context.address_info["gcs_address"],
+            is_own=found is None,
+            dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else "",
+            resources=ray.cluster_resources(),
+            num_nodes=len(alive),
+        )
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+        ray.shutdown()
+
+
+def _term_as_interrupt() -> Any:
+    try:
+        return signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    except ValueError:  # not in the main thread, where a signal could not be handled anyway
+        return None
+
+
+def _running_here() -> str | None:
+    """Return the address that ``ray start --head`` left on this machine, if something still listens there."""
+    try:
+        address = (Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster").read_text().strip()
+        host, _, port = address.rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=0.5):
+            return address
+    except (OSError, ValueError):
+        return None
+
+
+def _has_token() -> bool:
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH", str(Path.home() / ".ray" / "auth_token"))
+    return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).is_file()

@@ -1,0 +1,161 @@
+"""Optuna over an experiment's distributions: ask for a trial's knobs, tell how it ended. Knows nothing of Ray."""
+
+import logging
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState, create_trial
+
+from rltune.config.distributions import Choice, Distribution, FloatRange, IntRange, LogFloatRange, Simplex
+from rltune.config.load import Experiment
+from rltune.orchestration.objectives import Objectives
+from rltune.orchestration.results import TrialResult
+from rltune.orchestration.rundir import TrialSpec
+
+logger = logging.getLogger(__name__)
+
+SAMPLERS = ("tpe", "random", "nsga2", "gp")
+SIMPLEX = "simplex"
+"""Parameters ``simplex[0]`` .. ``simplex[n-2]`` in [0, 1] stand for n weights."""
+
+
+def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    """Return an Optuna sampler by the name it has in an experiment.
+
+    Raises:
+        ValueError: The name is not one of ``SAMPLERS``.
+    """
+    makers: Mapping[str, Any] = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=5),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed),
+        "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=5),
+    }
+    if name not in makers:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    sampler: optuna.samplers.BaseSampler = makers[name]()
+    return sampler
+
+
+def to_optuna(space: Mapping[str, Distribution]) -> dict[str, BaseDistribution]:
+    """Return Optuna's distributions; n weights on the simplex become n - 1 parameters."""
+    converted: dict[str, BaseDistribution] = {}
+    num_weights = 0
+    for path, distribution in space.items():
+        match distribution:
+            case Choice(options=options):
+                converted[path] = CategoricalDistribution(options)
+            case IntRange(low=low, high=high, step=step):
+                converted[path] = IntDistribution(low, high, step=step)
+            case FloatRange(low=low, high=high):
+                converted[path] = FloatDistribution(low, high)
+            case LogFloatRange(low=low, high=high):
+                converted[path] = FloatDistribution(low, high, log=True)
+            case Simplex():
+                num_weights += 1
+    return converted | {f"{SIMPLEX}[{i}]": FloatDistribution(0.0, 1.0) for i in range(num_weights - 1)}
+
+
+def simplex_weights(uniforms: Sequence[float]) -> list[float]:
+    """Return n + 1 weights, uniform on the simplex if the n arguments are uniform on [0, 1].
+
+    Stick breaking: the share that weight i takes of what is left is Beta(1, n - i) distributed, whose inverse
+    distribution function is 1 - (1 - u)^(1 / (n - i)). Weights normalised after independent draws would crowd the
+    middle of the simplex.
+    """
+    left, weights = 1.0, []
+    for i, uniform in enumerate(uniforms):
+        share = 1.0 - (1.0 - uniform) ** (1.0 / (len(uniforms) - i))
+        weights.append(left * share)
+        left -= weights[-1]
+    return [*weights, max(left, 0.0)]
+
+
+def values_of(params: Mapping[str, Any], experiment: Experiment) -> dict[str, Any]:
+    """Return the value of every searched setting from the searcher's parameters."""
+    simplex_paths = experiment.simplex_paths
+    uniforms = [params[f"{SIMPLEX}[{i}]"] for i in range(len(simplex_paths) - 1)]
+    weights = dict(zip(simplex_paths, simplex_weights(uniforms), strict=True)) if simplex_paths else {}
+    return {path: weights[path] if path in weights else params[path] for path in experiment.space}
+
+
+class Search:
+    """A study that lives in memory and is rebuilt from what the run folder says; nothing of it needs saving.
+
+    Args:
+        experiment: With the distributions and the ``search`` section.
+        objectives: What is searched over.
+        results: Trials that ended before, the base model left out.
+        unfinished: Trials that were started before and have no result: they are asked for again first.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        objectives: Objectives,
+        *,
+        results: Sequence[TrialResult] = (),
+        unfinished: Sequence[TrialSpec] = (),
+    ) -> None:
+        self._experiment = experiment
+        self._objectives = objectives
+        self._distributions = to_optuna(experiment.space)
+        self._waiting = list(unfinished)
+        self._running: dict[str, optuna.Trial] = {}
+        ids = [int(result.trial) for result in results] + [int(spec.id) for spec in unfinished]
+        self._next_id = max(ids, default=0) + 1
+        search = experiment.shared.search
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # a resumed search goes on with other draws than the first ones, which its trials already have
+        sampler = make_sampler(search.sampler, search.seed + 1_000_003 * len(ids))
+        directions = ["maximize" if sign > 0 else "minimize" for sign in objectives.signs_D]
+        self.study = optuna.create_study(sampler=sampler, directions=directions)
+        for result in results:
+            self._add(result)
+
+    def ask(self) -> TrialSpec:
+        """Return the next trial: first those that a kill interrupted, with their knobs, then new ones."""
+        if self._waiting:
+            spec = self._waiting.pop(0)
+            self.study.enqueue_trial(dict(spec.params))
+            trial = self.study.ask(self._distributions)
+        else:
+            trial = self.study.ask(self._distributions)
+            spec = TrialSpec(f"{self._next_id:03d}", values_of(trial.params, self._experiment), dict(trial.params))
+            self._next_id += 1
+        self._running[spec.id] = trial
+        trial.set_user_attr("trial", spec.id)
+        return spec
+
+    def tell(self, result: TrialResult) -> None:
+        """Take the end of a trial that was asked for; a failed one teaches nothing."""
+        trial = self._running.pop(result.trial)
+        if not result.is_ok:
+            self.study.tell(trial, state=TrialState.FAIL)
+            return
+        for name, violation in result.constraints.items():
+            trial.set_constraint(name, violation)
+        self.study.tell(trial, self._objectives.raw_D(result.metrics).tolist())
+
+    def _add(self, result: TrialResult) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # constraints of a finished trial are experimental in Optuna 5.0
+            self.study.add_trial(
+                create_trial(
+                    state=TrialState.COMPLETE if result.is_ok else TrialState.FAIL,
+                    values=self._objectives.raw_D(result.metrics).tolist() if result.is_ok else None,
+                    params=dict(result.params),
+                    distributions=self._distributions,
+                    user_attrs={"trial": result.trial},
+                    constraints=dict(result.constraints) or None,
+                )
+            )
+
+
+def is_finite(metrics: Mapping[str, float], objectives: Objectives) -> bool:
+    """Whether every objective is there and finite; Optuna keeps a trial for ever that is told anything else."""
+    return all(math.isfinite(metrics.get(f"eval/{name}", math.nan)) for name in objectives.names)

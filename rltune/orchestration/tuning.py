@@ -1,0 +1,102 @@
+"""Ray Tune's side of a sweep: the searcher that deals trials, the trainable that drives one, the record of its end."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ray import tune
+from ray.tune.search import Searcher
+
+from rltune.orchestration.job import JobSpec, make_trainer
+
+SPEC = "spec"
+"""Key of the ``JobSpec`` in a Tune trial's config."""
+
+
+def drive(config: dict[str, Any]) -> None:
+    """Run one trial as a Ray Train job and wait for it: the Tune trainable. Uses no CPU of its own."""
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    make_trainer(config[SPEC], callbacks=[TuneReportCallback()]).fit()
+
+
+class Dealer(Searcher):  # type: ignore[misc]  # ray has no types
+    """Gives Tune one trial after another, the first of them alone.
+
+    Args:
+        deal: Returns the next trial, or None when there is none left.
+        first: The base model's trial if it is still to be run; nothing else is dealt until ``first_ended`` says so.
+        is_first_done: Whether the base model has a result.
+        num_trials: How many trials ``deal`` will be asked for.
+    """
+
+    def __init__(
+        self, deal: Callable[[], JobSpec], *, first: JobSpec | None, is_first_done: Callable[[], bool], num_trials: int
+    ) -> None:
+        super().__init__()
+        self._deal = deal
+        self._first = first
+        self._is_first_done = is_first_done
+        self._num_left = num_trials
+
+    def suggest(self, trial_id: str) -> Any:
+        """Return the next trial's config, None to be asked again later, or FINISHED."""
+        if self._first is not None:
+            spec, self._first = self._first, None
+            return {SPEC: spec}
+        if self._num_left == 0:
+            return Searcher.FINISHED
+        if not self._is_first_done():
+            return None
+        self._num_left -= 1
+        return {SPEC: self._deal()}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Do nothing: results are recorded by ``Recorder``."""
+
+    def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
+        """Accept whatever Tune knows of metrics: nothing."""
+        return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: the run folder is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Recorder(tune.Callback):  # type: ignore[misc]  # ray has no types
+    """Calls back with every trial's end: its spec, its last report, Ray's error text, its duration in seconds."""
+
+    def __init__(self, on_end: Callable[[JobSpec, Mapping[str, Any], str, float], None]) -> None:
+        self._on_end = on_end
+        self._started: dict[str, float] = {}
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note when the trial started."""
+        self._started.setdefault(trial.trial_id, time.monotonic())
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Pass on the last report."""
+        self._end(trial, "")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Pass on what went wrong."""
+        self._end(trial, _last_line(trial))
+
+    def _end(self, trial: Any, error: str) -> None:
+        duration_s = time.monotonic() - self._started.get(trial.trial_id, time.monotonic())
+        self._on_end(trial.config[SPEC], trial.last_result or {}, error, duration_s)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def _last_line(trial: Any) -> str:
+    """Return the line of a trial's traceback that says what happened."""
+    text = str(trial.get_error() or "the trial died without a word")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else text

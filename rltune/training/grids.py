@@ -1,0 +1,88 @@
+"""Image grids that compare a base model with LoRA files on the same prompts and noise.
+
+R: rows, the base model first. N: images of a row, prompt-major. H, W: image rows and columns.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from rltune.config.experiment import RunConfig
+from rltune.diffusion.chain import NO_GRADIENT, StepNoise
+from rltune.errors import UserError
+from rltune.training.evaluation import Pixels, to_uint8
+from rltune.training.setup import image_shape, load_base_model, make_sampler
+from rltune.training.streams import Stream, noise
+
+MARGIN_PX = 4
+LABEL_PX = 20
+MIN_IMAGE_PX = 128
+"""Small images are shown larger, pixels kept square."""
+BATCH = 16
+
+
+def draw_rows(
+    config: RunConfig, lora_files: Sequence[Path], prompts: Sequence[str], *, num_images: int, seed: int
+) -> list[Pixels]:
+    """Draw the base model, then each LoRA at weight 1, on the same noise -> bytes (N, H, W, 3) a row.
+
+    Raises:
+        UserError: The model is not there, or a file is not a LoRA of it.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_base_model(config, device)
+    sampler = make_sampler(config, model)
+    shape = image_shape(config, model)
+    rows: list[Pixels] = []
+    for file in [None, *lora_files]:
+        if file is not None:
+            name = f"lora{len(rows)}"
+            try:
+                model.pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+            except (ValueError, RuntimeError, KeyError, OSError) as error:
+                raise UserError(f"{file}: not a LoRA that {config.model.base!r} can load ({error})") from error
+            model.pipeline.set_adapters(name)
+        numbers = range(len(prompts) * num_images)
+        parts = []
+        for start in range(0, len(numbers), BATCH):
+            chosen = numbers[start : start + BATCH]
+            x_BCHW = noise(seed, Stream.EVAL_LATENT, [(number,) for number in chosen], shape).to(device)
+            chain_noise = None if sampler.table.is_deterministic else _step_noise(seed, chosen, shape, device)
+            shown = [prompts[number // num_images] for number in chosen]
+            with torch.no_grad():
+                latents = sampler.latents(shown, x_BCHW, plan=NO_GRADIENT, noise=chain_noise)
+                parts.append(to_uint8(sampler.decode(latents)))
+        rows.append(np.concatenate(parts))
+    return rows
+
+
+def _step_noise(seed: int, numbers: Sequence[int], shape: tuple[int, int, int], device: torch.device) -> StepNoise:
+    return lambda k: noise(seed, Stream.EVAL_STEP_NOISE, [(number, k) for number in numbers], shape).to(device)
+
+
+def labelled_grid(
+    rows: Sequence[Pixels], labels: Sequence[str], prompts: Sequence[str], *, num_images: int
+) -> Image.Image:
+    """Return one picture: a block of rows per prompt under its text, in it a row per model with its label."""
+    zoom = max(1, MIN_IMAGE_PX // rows[0].shape[1])
+    height, width = rows[0].shape[1] * zoom, rows[0].shape[2] * zoom
+    font = ImageFont.load_default(13)
+    label_width = int(max(font.getlength(label) for label in labels)) + 2 * MARGIN_PX
+    block = LABEL_PX + len(rows) * (height + MARGIN_PX) + MARGIN_PX
+    text_width = int(max(font.getlength(prompt) for prompt in prompts)) + 2 * MARGIN_PX
+    page_width = max(label_width + num_images * (width + MARGIN_PX), text_width)
+    page = Image.new("RGB", (page_width, block * len(prompts)), "white")
+    draw = ImageDraw.Draw(page)
+    for i, prompt in enumerate(prompts):
+        top = i * block
+        draw.text((MARGIN_PX, top + 2), prompt, fill="black", font=font)
+        for j, (pixels_NHW3, label) in enumerate(zip(rows, labels, strict=True)):
+            y = top + LABEL_PX + j * (height + MARGIN_PX)
+            draw.text((MARGIN_PX, y + height // 2 - 8), label, fill="black", font=font)
+            for n, pixels_HW3 in enumerate(pixels_NHW3[i * num_images : (i + 1) * num_images]):
+                picture = Image.fromarray(pixels_HW3).resize((width, height), Image.Resampling.NEAREST)
+                page.paste(picture, (label_width + n * (width + MARGIN_PX), y))
+    return page

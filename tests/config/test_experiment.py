@@ -1,0 +1,79 @@
+import re
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from rltune.config.experiment import WHOLE_SWEEP, RunConfig
+from rltune.config.schema import node_at
+
+
+def run(**sections: Any) -> RunConfig:
+    return RunConfig.model_validate({"rewards": {"a": {}, "b": {"weight": 0}}, **sections})
+
+
+def test_defaults_run() -> None:
+    assert run().weights == {"a": 1.0, "b": 0.0}
+
+
+def test_a_section_without_content_is_all_defaults() -> None:
+    empty = dict.fromkeys(
+        name for name in RunConfig.model_fields if name not in ("name", "rewards", "seed", "objectives")
+    )
+    assert run(**empty, rewards={"a": None, "b": {"weight": 0, "options": None}}) == run()
+
+
+def test_alpha_follows_the_rank_unless_it_is_a_number() -> None:
+    assert run(model={"lora": {"rank": 16}}).model.lora.alpha_value == 16.0
+    assert run(model={"lora": {"rank": 16, "alpha": 4}}).model.lora.alpha_value == 4.0
+
+
+def test_objectives_are_every_reward_unless_they_are_named() -> None:
+    assert run().objective_names == ("a", "b")
+    assert run(objectives=["drift", "a"]).objective_names == ("drift", "a")
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"sampler": {"steps": 5}, "estimator": {"k": 5}},
+        {"optim": {"batch": 12, "micro_batch": 3}, "resources": {"workers": 2}},
+        {"optim": {"batch": 4, "micro_batch": 4}},
+        {"sampler": {"height": 64, "width": 96}},
+        {"constraints": {"b": {"min": 1, "max": 1}}},
+        {"estimator": {"draw": "gaussian", "std": 2}},
+        {"resources": {"gpus_per_worker": 0.5, "concurrent": 2, "threads_per_worker": 1}},
+    ],
+)
+def test_what_just_fits_is_valid(sections: dict[str, Any]) -> None:
+    run(**sections)
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"sampler": {"steps": 5}, "estimator": {"k": 6}}, "estimator.k: K must not exceed the 5 sampling steps"),
+        ({"optim": {"batch": 5}, "resources": {"workers": 2}}, "optim.batch: must be a multiple of the 2 workers"),
+        ({"sampler": {"width": 96}}, "sampler.width: needs sampler.height beside it"),
+        ({"rewards": {}}, "rewards: there is nothing to train on"),
+        ({"rewards": {"a": {"weight": 0}}}, "rewards.a.weight: no reward has a positive weight"),
+        ({"search": {"prune": True}}, "search.prune: pruning is not available yet"),
+    ],
+)
+def test_a_dictionary_from_ray_meets_the_same_rules(sections: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(message)):
+        run(**sections)
+
+
+def test_several_clashes_are_raised_together() -> None:
+    with pytest.raises(ValidationError, match=r"estimator\.k: (.|\n)*optim\.batch: (.|\n)*search\.prune: "):
+        run(estimator={"k": 21}, optim={"batch": 3}, resources={"workers": 2}, search={"prune": True})
+
+
+def test_a_run_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        run().optim.lr = 1.0  # type: ignore[misc]
+
+
+def test_what_the_whole_sweep_shares_exists() -> None:
+    assert all(node_at(tuple(path.split("."))) for path in WHOLE_SWEEP)

@@ -1,0 +1,307 @@
+"""Malformed experiments: each is answered by one error with all its faults, in words a user can act on."""
+
+import pytest
+
+from rltune.config.experiment import Known
+from rltune.config.load import parse_experiment
+from rltune.errors import ExperimentError
+
+KNOWN = Known(
+    rewards=("aesthetic", "alignment", "compressibility"),
+    estimators=("alignprop", "draft", "refl"),
+    judges=("diversity", "drift"),
+    samplers=("tpe", "random", "nsga2", "gp"),
+)
+FIRST_LINE = "rewards: {aesthetic: {weight: 1.0}}\n"
+"""Stands before every text of VALUES, whose own first line is therefore line 2."""
+
+VALUES: list[tuple[str, list[str]]] = [
+    # keys
+    ("optim: {learning_rat: 1}", ["x.yaml:2 optim.learning_rat: unknown key, got 'learning_rat'; known: lr, steps"]),
+    ("optim: {max_gradnorm: 1}", ["got 'max_gradnorm'; did you mean 'max_grad_norm'? known: lr, "]),
+    (
+        "optimizer: {lr: 1e-3}",
+        ["x.yaml:2 optimizer: unknown key, got 'optimizer'; did you mean 'optim'? known: name, "],
+    ),
+    ("seed: 1\nseed: 2", ["x.yaml:3 seed: stands here twice, got it first on line 2; delete one"]),
+    ("optim:\n  lr: 1e-3\n  lr: 2e-3", ["x.yaml:4 optim.lr: stands here twice, got it first on line 3"]),
+    (
+        "optim.lr: 1e-3",
+        ["a key must not hold a dot, got 'optim.lr'; write optim: {lr: ..}", "unknown key, got 'optim.lr'"],
+    ),
+    ("1: 2", ["x.yaml:2 1: unknown key, got '1'; known: name, model"]),
+    # values of the wrong kind
+    ("optim: 5", ["x.yaml:2 optim: must be a section with any of the keys lr, steps, "]),
+    ("constraints: [diversity]", ["constraints: must be a section of names and their settings, got ['diversity']"]),
+    ("seed: one", ["seed: must be a whole number, at least 0 and below 4294967296, got 'one'; the default is 0"]),
+    ('optim: {batch: "8"}', ["optim.batch: must be a whole number, at least 1, got '8'; remove the quotes"]),
+    ("optim: {batch: 8.0}", ["optim.batch: must be a whole number, at least 1, got 8.0; write 8"]),
+    ("optim: {steps: true}", ["optim.steps: must be a whole number, at least 1, got true"]),
+    ("optim: {lr: true}", ["optim.lr: must be a number from 0 to 1, got true; the default is 0.001"]),
+    ("optim: {lr: null}", ["optim.lr: must be a number from 0 to 1, got nothing"]),
+    ("search: {prune: 0}", ["search.prune: must be true or false, got 0; the default is false"]),
+    ("search: {prune: no}", ["search.prune: must be true or false, got 'no'"]),
+    ("name: 7", ["name: must be 1 to 100 letters, digits"]),
+    ("name: a/b", ["name: must be 1 to 100 letters, digits, '.', '_' or '-', a letter or digit first, got 'a/b'"]),
+    ("model: {base: 3}", ["model.base: must be text, got 3; the default is 'builtin'"]),
+    ("model: {base: ''}", ["model.base: must be text, got ''"]),
+    ("model: {lora: {alpha: rnk}}", ["model.lora.alpha: must be 'rank' or a number, above 0, got 'rnk'"]),
+    (
+        "model: {lora: {targets: mlp}}",
+        ["must be 'attention' or 'all' or a list of items, each text, got 'mlp'; the default is 'attention'"],
+    ),
+    ("objectives: aesthetic", ["objectives: must be a list of items, each text, got 'aesthetic'"]),
+    ("prompts: {train: ['cat: a cat', cat: a cat]}", ["prompts.train: must be text or a list of items, each text"]),
+    ("evaluate: {judges: [drift, 3]}", ["x.yaml:2 evaluate.judges[1]: must be text, got 3"]),
+    (
+        "optim: {betas: [0.9]}",
+        ["optim.betas: must be a list of 2 items, each a number, at least 0 and below 1, got [0.9]"],
+    ),
+    # values out of bounds
+    ("optim: {lr: -1e-3}", ["optim.lr: must be a number from 0 to 1, got -0.001; the default is 0.001"]),
+    ("optim: {lr: .nan}", ["optim.lr: must be a number from 0 to 1, got nan"]),
+    ("sampler: {guidance: .inf}", ["sampler.guidance: must be a number from 0 to 100, got inf"]),
+    ("estimator: {options: {x: [1.0, -.inf]}}", ["estimator.options.x[1]: must be a finite number, got -inf"]),
+    ("constraints: {drift: {max: .inf}}", ["constraints.drift.max: must be a number, got inf"]),
+    ("sampler: {height: 100, width: 64}", ["must be a whole number from 8 to 8192, a multiple of 8, got 100"]),
+    ("optim: {betas: [0.9, 1.0]}", ["optim.betas[1]: must be a number, at least 0 and below 1, got 1.0"]),
+    ("estimator: {draw: unifrom}", ["got 'unifrom'; did you mean 'uniform'? known: fixed, uniform, gaussian"]),
+    ("resources: {precision: fp8}", ["must be 'auto', 'fp32' or 'bf16', got 'fp8'"]),
+    ("resources: {concurrent: 0}", ["resources.concurrent: must be 'auto' or a whole number, at least 1, got 0"]),
+    # values that do not fit each other
+    (
+        "sampler: {steps: 12}\nestimator: {k: 13}",
+        ["x.yaml:3 estimator.k: K must not exceed the 12 sampling steps (sampler.steps), got 13; lower it to 12"],
+    ),
+    (
+        "resources: {workers: 3}",
+        ["optim.batch: must be a multiple of the 3 workers (resources.workers), got 8; write 9"],
+    ),
+    (
+        "optim: {batch: 12, micro_batch: 4}\nresources: {workers: 2}",
+        ["optim.micro_batch: must divide a worker's share of the batch, 12 / 2 = 6 images, got 4; write one of 1, 2"],
+    ),
+    ("sampler: {height: 64}", ["sampler.height: needs sampler.width beside it, got 64 alone; give both or neither"]),
+    ("objectives: [alignment]", ["x.yaml:2 objectives[0]: nothing measures this, got 'alignment'; name a reward or"]),
+    ("objectives: [drift, drift]", ["objectives[1]: stands here twice, got 'drift'"]),
+    ("constraints: {divresity: {min: 0}}", ["nothing measures this, got 'divresity'"]),
+    ("constraints: {drift: {}}", ["constraints.drift: needs a bound, got none; give min_ratio_to_base, min or max"]),
+    (
+        "constraints: {drift: {min: 2, max: 1}}",
+        ["constraints.drift.min: must not be above max 1.0, got 2.0; swap them"],
+    ),
+    # names nobody knows
+    (
+        "estimator: {name: alingprop}",
+        ["unknown estimator, got 'alingprop'; did you mean 'alignprop'? known: alignprop, dr"],
+    ),
+    (
+        "search: {sampler: bayes}",
+        ["search.sampler: unknown search sampler, got 'bayes'; known: tpe, random, nsga2, gp"],
+    ),
+    (
+        "evaluate: {judges: [fid]}",
+        ["evaluate.judges[0]: unknown judge, got 'fid'; known: diversity, drift, aesthetic, "],
+    ),
+    ("prompts: {eval: heldout}", ["prompts.eval: no such file, got 'heldout'"]),
+    ("prompts: {train: builtn}", ["no such file, got 'builtn'"]),
+    # not built yet
+    ("search: {prune: true}", ["search.prune: pruning is not available yet, got true; set prune: false"]),
+    ("resources: {executor: warm}", ["this executor is not available yet, got 'warm'; set executor: train"]),
+    # distributions
+    ("optim: {lr: {loguniform: [1, 2]}}", ["optim.lr.loguniform: unknown distribution, got"]),
+    ("optim: {lr: {log_flaot: [1, 2]}}", ["got {log_flaot: [1, 2]}; did you mean 'log_float'? known: choice, int"]),
+    ("optim: {lr: {}}", ["optim.lr: a distribution has one kind, got {}; write one of {choice: ..}, "]),
+    (
+        "optim: {lr: {float: [0.1, 0.2], choice: [1]}}",
+        ["optim.lr: a distribution has one kind, got {float: [0.1, 0.2]"],
+    ),
+    ("optim: {lr: {log_float: [0, 1]}}", ["x.yaml:2 optim.lr.log_float[0]: must be above 0, got 0; a logarithm needs"]),
+    ("optim: {lr: {float: [0.2, 0.1]}}", ["optim.lr.float: low must be below high, got [0.2, 0.1]; swap them"]),
+    ("optim: {lr: {float: [0.1, 0.1]}}", ["got [0.1, 0.1]; write the value itself: 0.1"]),
+    ("optim: {lr: {float: [0.1, .inf]}}", ["optim.lr.float[1]: must be a number, got inf; write {float: [low, high]}"]),
+    (
+        "optim: {lr: {float: 0.1}}",
+        ["optim.lr.float: must be a list of two numbers, got 0.1; write {float: [low, high]}"],
+    ),
+    ("optim: {lr: {float: [0.1, 2]}}", ["optim.lr.float[1]: must be a number from 0 to 1, got 2.0"]),
+    ("optim: {lr: {float: [0.1, 0.2], step: 1}}", ["optim.lr.step: only int takes a step"]),
+    ("estimator: {k: {int: [1, true]}}", ["estimator.k.int[1]: must be a whole number, got true"]),
+    ("estimator: {k: {int: [1, 6, 2]}}", ["estimator.k.int: must be a list of two whole numbers, got [1, 6, 2]"]),
+    (
+        "estimator: {k: {int: [1, 6], step: 2}}",
+        ["estimator.k.int[1]: steps of 2 from 1 miss the high end, got 6; write 5"],
+    ),
+    ("estimator: {k: {int: [1, 5], step: 0}}", ["estimator.k.step: must be a whole number, at least 1, got 0"]),
+    ("estimator: {k: {float: [1, 4]}}", ["k.float[0]: must be a whole", "k.float[1]: must be a whole"]),
+    ("estimator: {k: {int: [1, 40]}}", ["estimator.k.int[1]: K must not exceed the 20 sampling steps"]),
+    ("model: {lora: {rank: {choice: []}}}", ["model.lora.rank.choice: must be a list of at least one value, got []"]),
+    ("model: {lora: {rank: {choice: 4}}}", ["model.lora.rank.choice: must be a list of at least one value, got 4"]),
+    ("model: {lora: {rank: {choice: [4, 4]}}}", ["model.lora.rank.choice[1]: stands here twice, got 4; delete one"]),
+    ("model: {lora: {rank: {choice: [4, [8]]}}}", ["model.lora.rank.choice[1]: must be a single value, got [8]"]),
+    (
+        "model: {lora: {rank: {choice: [4, 0]}}}",
+        ["model.lora.rank.choice[1]: must be a whole number from 1 to 1024, got 0"],
+    ),
+    ("model: {lora: {choice: [1]}}", ["model.lora.choice: a whole section cannot be a distribution"]),
+    ("name: {choice: [a, b]}", ["x.yaml:2 name: cannot be searched, got {choice: ['a', 'b']}; all trials share it"]),
+    ("search: {trials: {int: [1, 2]}}", ["search.trials: cannot be searched, got {int: [1, 2]}; all trials share it"]),
+    ("evaluate: {every: {int: [1, 2]}}", ["evaluate.every: cannot be searched"]),
+    (
+        "model: {lora: {targets: [to_q, {choice: [to_k, to_v]}]}}",
+        ["model.lora.targets: must be 'attention' or 'all' or a list of items, each text, got ['to_q', {choice: "],
+    ),
+    ("optim: {lr: {simplex: true}}", ["optim.lr.simplex: not a reward's weight"]),
+    (
+        "resources: {workers: 2}\noptim: {batch: {int: [8, 12]}}",
+        ["optim.batch.int: must be a multiple of the 2 workers"],
+    ),
+]
+
+WHOLE: list[tuple[str, list[str]]] = [
+    ("", ["x.yaml: the file is empty; write at least: rewards:"]),
+    ("# nothing\n", ["x.yaml: the file is empty"]),
+    ("- a\n- b", ["x.yaml: must be a mapping of sections, got ['a', 'b']"]),
+    ("just text", ["x.yaml: must be a mapping of sections, got 'just text'"]),
+    ("a: [1\nb: 2", ["x.yaml:2: not valid YAML at column 2 (expected ',' or ']', but got ':')"]),
+    ("a:\n\tb: 1", ["x.yaml:2: not valid YAML at column 1 (found character '\\t' that cannot start any token)"]),
+    ("a: 1\n--- \nb: 1", ["x.yaml:2: not valid YAML at column 1 (but found another document)"]),
+    ("a: 1\nb: \x07", ["x.yaml:2: not valid YAML, got the character '\\x07'; delete it"]),
+    ("a: !!python/name:os.system x", ["x.yaml:1: not valid YAML at column 4 (could not determine a constructor"]),
+    ("a: &a [*a]", ["x.yaml:1: an alias holds itself; write the values out"]),
+    ("? [a, b]\n: 1", ["x.yaml:1: a key must be text, got a list or mapping"]),
+    ("seed: 1", ["rewards: there is nothing to train on, got no reward; name at least one"]),
+    ("rewards:", ["x.yaml:1 rewards: there is nothing to train on"]),
+    (
+        "rewards: {aesthetic: 1.0}",
+        ["rewards.aesthetic: must be a section with any of the keys weight, options, got 1.0"],
+    ),
+    ("rewards: {aesthetic: {weight: -1}}", ["rewards.aesthetic.weight: must be a number, at least 0, got -1"]),
+    (
+        "rewards: {aesthetic: {weight: 0}}",
+        ["rewards.aesthetic.weight: no reward has a positive weight, got 0 for every"],
+    ),
+    (
+        "rewards: {aestetic: {}}",
+        ["rewards.aestetic: unknown reward, got 'aestetic'; did you mean 'aesthetic'? known: "],
+    ),
+    (
+        "rewards:\n  aesthetic: {weight: {simplex: true}}\n  alignment: {weight: 1}\n  compressibility:",
+        [
+            "x.yaml:3 rewards.alignment.weight: must be on the simplex like rewards.aesthetic.weight, got 1; w",
+            "x.yaml:4 rewards.compressibility.weight: must be on the simplex like rewards.aesthetic.weight, got 1.0",
+        ],
+    ),
+    (
+        "rewards: {aesthetic: {weight: {simplex: true}}}",
+        ["a simplex needs at least two rewards, got one; write weight: 1.0"],
+    ),
+    ("rewards: {aesthetic: {weight: {simplex: yes}}}", ["rewards.aesthetic.weight.simplex: must be true, got 'yes'"]),
+    (
+        "rewards: {aesthetic: {weight: {simplx: true}}, alignment: {weight: {simplex: true}}}",
+        ["rewards.aesthetic.weight.simplx: unknown distribution, got {simplx: true}; did you mean 'simplex'?"],
+    ),
+    (
+        "rewards: {aesthetic: {weight: {simplex: true}}, alignment: {weight: {float: [0, 1]}}}",
+        ["rewards.alignment.weight: must be on the simplex like rewards.aesthetic.weight, got {float: [0, 1]}"],
+    ),
+]
+
+
+def faults_in(text: str) -> list[str]:
+    with pytest.raises(ExperimentError) as caught:
+        parse_experiment(text, "x.yaml", known=KNOWN)
+    assert caught.value.source == "x.yaml"
+    assert caught.value.exit_code == 2
+    return [str(fault) for fault in caught.value.faults]
+
+
+def check(faults: list[str], expected: list[str]) -> None:
+    assert len(faults) == len(expected), faults
+    for fault, part in zip(faults, expected, strict=True):
+        assert part in fault
+        where, _, rest = fault.partition(": ")
+        assert where
+        assert rest
+        for jargon in ("Input should", "type=", "literal[", "validation error", "None", "True", "False"):
+            assert jargon not in fault
+
+
+@pytest.mark.parametrize(("text", "expected"), VALUES, ids=[text for text, _ in VALUES])
+def test_each_fault_is_named_with_its_place_value_and_remedy(text: str, expected: list[str]) -> None:
+    check(faults_in(FIRST_LINE + text), expected)
+
+
+@pytest.mark.parametrize(("text", "expected"), WHOLE, ids=[text for text, _ in WHOLE])
+def test_a_file_without_usable_content_is_answered_in_words(text: str, expected: list[str]) -> None:
+    check(faults_in(text), expected)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "name",
+        "model.base",
+        "model.revision",
+        "prompts.eval",
+        "evaluate.prompts",
+        "constraints.drift.min",
+        "search.trials",
+        "resources.workers",
+    ],
+)
+def test_what_all_trials_share_cannot_be_searched(path: str) -> None:
+    text = path.replace(".", ": {") + ": {choice: [1, 2]}" + "}" * path.count(".")
+    check(
+        faults_in(FIRST_LINE + text),
+        [f"x.yaml:2 {path}: cannot be searched, got {{choice: [1, 2]}}; all trials share it"],
+    )
+
+
+def test_a_wrong_name_brings_no_fault_about_an_unknown_default() -> None:
+    with pytest.raises(ExperimentError) as caught:
+        parse_experiment(FIRST_LINE + "search: {sampler: 3}", known=Known(samplers=("random",)))
+    assert len(caught.value.faults) == 1
+
+
+def test_all_faults_are_listed_at_once_in_the_order_of_the_file() -> None:
+    faults = faults_in("""\
+rewards:
+  aesthetic: {weight: heavy}
+  aligment: {}
+optim:
+  lr: -1
+  batch: 9
+  stepz: 3
+estimator:
+  k: {int: [1, 30]}
+  draw: {choice: [fixed, random]}
+resources: {workers: 2, executor: warm}
+seed: 1
+seed: 2
+""")
+    places = [fault.split(": ")[0] for fault in faults]
+    assert places == [
+        "x.yaml:2 rewards.aesthetic.weight",
+        "x.yaml:3 rewards.aligment",
+        "x.yaml:5 optim.lr",
+        "x.yaml:6 optim.batch",
+        "x.yaml:7 optim.stepz",
+        "x.yaml:9 estimator.k.int[1]",
+        "x.yaml:10 estimator.draw.choice[1]",
+        "x.yaml:11 resources.executor",
+        "x.yaml:13 seed",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sampler: {steps: four}\nestimator: {k: 30}",  # K is compared with no T that the user did not write
+        "resources: {workers: two}\noptim: {batch: 9}",
+        "evaluate: {judges: [3]}\nobjectives: [diversity]",
+        "constraints: {drift: {min: low}}",
+    ],
+)
+def test_a_wrong_value_brings_no_fault_about_the_default_in_its_place(text: str) -> None:
+    assert len(faults_in(FIRST_LINE + text)) == 1
