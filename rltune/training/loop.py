@@ -164,7 +164,8 @@ def _train_step(
         grad_norm = apply_gradient(parameters, optimizer, workers, max_grad_norm=config.optim.max_grad_norm)
     means = (workers.sum(sums.totals.to(workers.device)) / config.optim.batch).tolist()
     row = {f"train/{name}": mean for name, mean in zip(sums.names, means, strict=True)}
-    row |= {"grad_norm": grad_norm, "k": float(len(plan.active)), "step_s": time.perf_counter() - start}
+    row |= {"grad_norm": grad_norm, "k": len(plan.active), "workers": workers.count}
+    row |= {"step_s": time.perf_counter() - start}
     row |= {f"{part}_s": seconds for part, seconds in stopwatch.seconds.items()}
     return row | {"peak_gib": peak_gib(workers.device)}
 

@@ -43,12 +43,11 @@ class StableDiffusion:
         """Return (C, H, W).
 
         Raises:
-            ValueError: A side is not a multiple of the UNet's total downsampling.
+            ValueError: A side is not a multiple of the autoencoder's downsampling; the UNet takes any latent size.
         """
         factor = int(self.pipeline.vae_scale_factor)
-        multiple = factor * 2 ** (len(self.pipeline.unet.config.block_out_channels) - 1)
-        if height_px % multiple or width_px % multiple:
-            raise ValueError(f"image sides must be multiples of {multiple} px, got {height_px} x {width_px}")
+        if height_px % factor or width_px % factor:
+            raise ValueError(f"image sides must be multiples of {factor} px, got {height_px} x {width_px}")
         return int(self.pipeline.unet.config.in_channels), height_px // factor, width_px // factor
 
     @torch.no_grad()

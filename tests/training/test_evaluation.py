@@ -1,0 +1,54 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rltune.training.evaluation import ImageSet, Samples, diversity, drift, per_prompt, save_grid, summarise
+
+
+def flat_images(*levels: int) -> np.ndarray:
+    return np.stack([np.full((4, 6, 3), level, np.uint8) for level in levels])
+
+
+def test_diversity_is_the_mean_pairwise_distance_within_a_prompt() -> None:
+    # flat images differ by their levels alone: prompt one |0 - 51|, |0 - 255|, |51 - 255|; prompt two all equal
+    pixels = flat_images(0, 51, 255, 40, 40, 40)
+    assert diversity(pixels, 3) == pytest.approx([(51 + 255 + 204) / 3 / 255, 0.0])
+
+
+def test_diversity_of_single_images_is_zero() -> None:
+    assert diversity(flat_images(0, 255), 1).tolist() == [0.0, 0.0]
+
+
+def test_drift_is_the_distance_to_the_base_image_of_the_same_noise() -> None:
+    assert drift(flat_images(51, 0, 10, 10), flat_images(0, 51, 10, 10), 2) == pytest.approx([0.2, 0.0])
+
+
+def test_distances_are_root_mean_squares_over_pixels() -> None:
+    pixels = flat_images(0, 0)
+    pixels[1, :, :3] = 255  # half of the columns
+    assert diversity(pixels, 2) == pytest.approx([0.5**0.5])
+
+
+def test_summary_takes_the_prompt_as_the_unit() -> None:
+    images = ImageSet(("a", "b"), 2, (4, 8, 8))
+    samples = Samples(flat_images(0, 0, 0, 0), {"score": np.array([1.0, 3.0, 4.0, 8.0])})
+    values = per_prompt(samples, samples.pixels_NHW3, images, ["drift"])
+    summary = summarise(values)
+    assert summary["eval/score"] == 4.0  # prompt means 2 and 6
+    assert summary["eval/score_se"] == pytest.approx(np.std([2.0, 6.0], ddof=1) / 2**0.5)
+    assert summary["eval/drift"] == 0.0
+    assert "eval/diversity" not in summary
+
+
+def test_images_of_a_prompt_follow_each_other() -> None:
+    images = ImageSet(("a", "b"), 3, (4, 8, 8))
+    assert [images.prompt_of(i) for i in range(len(images))] == ["a", "a", "a", "b", "b", "b"]
+
+
+def test_grid_is_filled_row_by_row(tmp_path: Path) -> None:
+    save_grid(flat_images(10, 20, 30), tmp_path / "new" / "grid.png", columns=2)
+    grid = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
+    assert grid.shape == (8, 12, 3)
+    assert [grid[0, 0, 0], grid[0, 6, 0], grid[4, 0, 0], grid[4, 6, 0]] == [10, 20, 30, 255]
