@@ -2,17 +2,19 @@
 
 import difflib
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Callable
-from typing import Generic, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
 
-from rltune.errors import UnknownNameError
+from rltune.errors import UnknownNameError, UserError
 
 T = TypeVar("T")
+Builder = TypeVar("Builder", bound=Callable[..., Any])
 
 
 class Registry(Generic[T]):
-    """Builders of one kind, by name.
+    """Builders of one kind of thing, by name.
 
     Args:
         kind: What is registered, for messages: ``"reward"``.
@@ -22,17 +24,17 @@ class Registry(Generic[T]):
     def __init__(self, kind: str, package: str) -> None:
         self.kind = kind
         self._package = package
-        self._builders: dict[str, T] = {}
+        self._builders: dict[str, Callable[..., T]] = {}
         self._is_loaded = False
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[Builder], Builder]:
         """Return a decorator that files a builder under ``name``.
 
         Raises:
             ValueError: The name is taken by another builder.
         """
 
-        def decorate(builder: T) -> T:
+        def decorate(builder: Builder) -> Builder:
             if name in self._builders:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
             self._builders[name] = builder
@@ -45,7 +47,7 @@ class Registry(Generic[T]):
         self._load()
         return tuple(sorted(self._builders))
 
-    def get(self, name: str) -> T:
+    def get(self, name: str) -> Callable[..., T]:
         """Return the builder of ``name``.
 
         Raises:
@@ -55,6 +57,27 @@ class Registry(Generic[T]):
         if name not in self._builders:
             raise UnknownNameError(f"{self.kind} {name!r} is unknown; {suggest(name, self.names())}")
         return self._builders[name]
+
+    def check(self, name: str, options: Mapping[str, Any]) -> None:
+        """Check that ``name`` is known and takes ``options`` by keyword; builds nothing.
+
+        Raises:
+            UserError: The name or an option is unknown; the message lists the known ones.
+        """
+        takes = tuple(inspect.signature(self.get(name)).parameters)
+        for option in options:
+            if option not in takes:
+                advice = suggest(option, takes) if takes else "it takes none"
+                raise UserError(f"{self.kind} {name!r}: option {option!r} is unknown; {advice}")
+
+    def build(self, name: str, options: Mapping[str, Any]) -> T:
+        """Return what ``name`` stands for, built with ``options``.
+
+        Raises:
+            UserError: The name or an option is unknown, or the builder refuses a value.
+        """
+        self.check(name, options)
+        return self.get(name)(**options)
 
     def _load(self) -> None:
         if self._is_loaded:

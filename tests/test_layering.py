@@ -20,7 +20,8 @@ ALLOWED = {
     "builtin": BASE | {"diffusion", "rewards"},
     "export": BASE | {"diffusion"},
     "orchestration": BASE | {"config", "pareto", "diffusion", "rewards", "estimators", "training", "export"},
-    "cli": BASE | {"config", "pareto", "diffusion", "rewards", "estimators", "training", "builtin", "export", "orchestration"},
+    "cli": BASE
+    | {"config", "pareto", "diffusion", "rewards", "estimators", "training", "builtin", "export", "orchestration"},
 }
 """Room -> the rooms it may import from (besides itself)."""
 CONFINED = {

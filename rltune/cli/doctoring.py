@@ -11,11 +11,9 @@ from pathlib import Path
 from rltune.assets import BUILTIN_AESTHETIC_HEAD, BUILTIN_CLIP_DIR, BUILTIN_PIPELINE_DIR
 from rltune.cli.terminal import console
 from rltune.errors import RltuneError
+from rltune.orchestration.rundir import LIBRARIES as RUN_LIBRARIES
 
-LIBRARIES = (
-    "rltune", "ray", "torch", "torchvision", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch",
-    "kornia", "optuna",
-)  # fmt: skip
+LIBRARIES = ("rltune", *RUN_LIBRARIES)
 OK, NOTE, BAD = "[green]ok[/]  ", "[yellow]note[/]", "[red]bad[/] "
 
 

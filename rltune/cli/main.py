@@ -61,6 +61,9 @@ def sweep(
     dry_run: DryRunOption = False,
 ) -> None:
     """Search the knobs of an experiment: plan, train, evaluate, export. The same command again resumes."""
+    from rltune.orchestration.cluster import prepare
+
+    prepare(address)  # before anything imports ray
     from rltune.cli.running import run_experiment
 
     run_experiment(
@@ -78,6 +81,9 @@ def train(
     dry_run: DryRunOption = False,
 ) -> None:
     """Train one LoRA with fixed knobs, as one Ray Train job. The same command again resumes."""
+    from rltune.orchestration.cluster import prepare
+
+    prepare(address)  # before anything imports ray
     from rltune.cli.running import run_experiment
 
     run_experiment(
@@ -114,9 +120,7 @@ def export(
 
 @app.command()
 def sample(
-    loras: Annotated[
-        list[Path] | None, typer.Argument(help="LoRA folders or files; none: the base model.")
-    ] = None,
+    loras: Annotated[list[Path] | None, typer.Argument(help="LoRA folders or files; none: the base model.")] = None,
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", help="What to draw; repeatable. Else held-out prompts.")
     ] = None,
@@ -138,6 +142,9 @@ def sample(
 @app.command()
 def doctor(address: AddressOption = None) -> None:
     """Show what is installed, what hardware Ray sees, which weights are here, and whether the cluster answers."""
+    from rltune.orchestration.cluster import prepare
+
+    prepare(address)  # before anything imports ray
     from rltune.cli.doctoring import diagnose
 
     diagnose(address)

@@ -11,8 +11,10 @@ from rltune.config.experiment import Known
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import RunError, UserError
 from rltune.orchestration.cluster import Cluster, connect, find_address
+from rltune.orchestration.job import quiet_libraries
 from rltune.orchestration.plan import Plan, make_plan
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
+from rltune.training.setup import check_options
 
 
 def run_experiment(
@@ -40,6 +42,7 @@ def run_experiment(
             f"{path}: {', '.join(experiment.space)} are distributions; "
             f"fix each with --set, or run 'rltune sweep {path}'"
         )
+    check_options(experiment.shared)
     if dry_run:
         _print_plan(experiment, address)
         return
@@ -82,6 +85,7 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
     console.print(front_view(front))
     picks = best_picks(front) or trained[:1]
     console.print("\n[bold]Exported[/]")
+    quiet_libraries()
     for result in picks:
         exported = export_trial(result, folder, experiment)
         console.print(

@@ -1,6 +1,5 @@
 """What a reward-gradient estimator is: a choice of which sampling steps carry gradient."""
 
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -20,8 +19,5 @@ class Estimator(Protocol):
         ...
 
 
-EstimatorBuilder = Callable[..., Estimator]
-"""Builds an estimator from ``k``, ``draw``, ``std`` and the options of an experiment's ``estimator`` section."""
-
-
-ESTIMATORS: Registry[EstimatorBuilder] = Registry("estimator", "rltune.estimators")
+ESTIMATORS: Registry[Estimator] = Registry("estimator", "rltune.estimators")
+"""Built from ``k``, ``draw``, ``std`` and the options of an experiment's ``estimator`` section."""

@@ -32,8 +32,12 @@ BEHAVIOUR = {
     # Tune's own snapshots are not read back: the run folder is the state
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
 }
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-"""Binds every process of a cluster on one machine to 127.0.0.1; without it Ray 2.60 listens on all interfaces."""
+LOCAL = {
+    # binds every process of a cluster on one machine to 127.0.0.1; without it Ray 2.60 listens on all interfaces
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    # a trial is some eight processes, most of them idle: on few cores Ray would start them in turn, and warn
+    "RAY_worker_maximum_startup_concurrency": str(max(16, os.cpu_count() or 1)),
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,21 @@ def find_address(address: str | None) -> str | None:
     return address or os.environ.get("RAY_ADDRESS") or _running_here()
 
 
+def prepare(address: str | None) -> str | None:
+    """Set what Ray reads from the environment when it is imported, and return where to attach, None to start.
+
+    Call it before anything that may import ray; accelerate does. What the user has set stays.
+    """
+    found = find_address(address)
+    wanted = QUIET | BEHAVIOUR
+    if found is None:
+        wanted |= LOCAL
+    elif _has_token():
+        wanted["RAY_AUTH_MODE"] = "token"  # without it a client with a token hangs for 20 s and fails in riddles
+    os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
+    return found
+
+
 @contextmanager
 def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Cluster]:
     """Attach to a cluster or start one on this machine, and leave it at the end; one that we started ends.
@@ -77,17 +96,12 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
         UserError: The address is of a kind that cannot be attached to.
         RunError: There is no cluster at the address, or it could not be started.
     """
-    found = find_address(address)
+    found = prepare(address)
     if found is not None and found.startswith(("ray://", "http://", "https://")):
         raise UserError(
             f"--address: {found!r} is not a cluster address, which is HOST:PORT (the GCS, usually port 6379); for "
             "a Jobs URL run 'ray job submit --address URL -- rltune sweep ...' so that the sweep runs on the cluster"
         )
-    os.environ.update({name: value for name, value in (QUIET | BEHAVIOUR).items() if name not in os.environ})
-    if found is None:
-        os.environ.update({name: value for name, value in LOOPBACK.items() if name not in os.environ})
-    elif "RAY_AUTH_MODE" not in os.environ and _has_token():
-        os.environ["RAY_AUTH_MODE"] = "token"  # without it a client with a token hangs for 20 s and fails in riddles
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
@@ -100,6 +114,12 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
         where = f"--address: no Ray cluster answers at {found!r}" if found else "a local Ray cluster did not start"
         advice = "check address and token (RAY_AUTH_TOKEN)" if found else "see /tmp/ray/session_latest/logs"
         raise RunError(f"{where}: {error}; {advice}") from error
+    if found is None and not context.address_info["gcs_address"].startswith("127."):
+        ray.shutdown()
+        raise RunError(
+            f"the local Ray cluster listens at {context.address_info['gcs_address']}, not on loopback alone: ray was "
+            "imported before rltune could say so; call rltune.orchestration.cluster.prepare first"
+        )
     for name in ("ray", "ray.tune", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     previous = _term_as_interrupt()

@@ -13,7 +13,7 @@ from rltune.config.experiment import RunConfig
 from rltune.orchestration.results import TrialResult
 from rltune.orchestration.rundir import BASE_TRIAL
 from rltune.pareto.front import non_dominated
-from rltune.pareto.hypervolume import hypervolume
+from rltune.pareto.hypervolume import hypervolume, reference_point
 from rltune.pareto.knee import knee
 from rltune.training.evaluation import JUDGES
 
@@ -106,7 +106,7 @@ def find_front(results: Sequence[TrialResult], objectives: Objectives, spread: M
     return Front(
         objectives=objectives,
         members=tuple(members),
-        reference_D=objectives.raw_D(base.metrics) - objectives.signs_D * unit_D,
+        reference_D=reference_point(signed_base_D, unit_D) * objectives.signs_D,
         hypervolume=float(hypervolume(members_ND, np.zeros(len(objectives.names)))),
         knee=middle,
     )

@@ -18,7 +18,7 @@ import rltune
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import UserError
 
-LIBRARIES = ("ray", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "kornia", "optuna")
+LIBRARIES = ("ray", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "optuna")
 BASE_TRIAL = "000"
 """The base model; every figure has it as reference."""
 

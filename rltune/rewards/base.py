@@ -4,7 +4,7 @@ B: images in the batch. H, W: image rows and columns.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,15 +15,24 @@ from rltune.registry import Registry
 class Reward(Protocol):
     """A score of images, in its own raw scale, larger is better.
 
-    Attributes:
-        is_differentiable: Whether the score has a useful gradient with respect to the images.
-        value_range: Least and greatest raw score it can give (``inf`` where unbounded).
-        metric_unit: Unit of ``metric`` for tables, ``""`` for a bare number.
+    A caller's batch that is not ``(B, 3, H, W)`` floating point, or that has not one prompt an image, is a
+    ``ValueError`` (``check_batch``). An empty batch gives an empty score.
     """
 
-    is_differentiable: bool
-    value_range: tuple[float, float]
-    metric_unit: str
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether the score has a useful gradient with respect to the images."""
+        ...
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """Least and greatest raw score it can give (``inf`` where unbounded)."""
+        ...
+
+    @property
+    def metric_unit(self) -> str:
+        """Unit of ``metric`` for tables, ``""`` for a bare number."""
+        ...
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1] -> ``(B,)`` float32, differentiable in the images; row i depends on image i alone."""
@@ -41,10 +50,19 @@ class Reward(Protocol):
         ...
 
 
-class RewardBuilder(Protocol):
-    """Builds a reward from the ``options`` of an experiment; raises ``UserError`` for a wrong or missing one."""
-
-    def __call__(self, **options: Any) -> Reward: ...
+REWARDS: Registry[Reward] = Registry("reward", "rltune.rewards")
+"""Built from keyword options, each with a default; a builder raises ``UserError`` for a wrong value."""
 
 
-REWARDS: Registry[RewardBuilder] = Registry("reward", "rltune.rewards")
+def check_batch(images_B3HW: Tensor, prompts: Sequence[str]) -> None:
+    """Check what every reward is called with; the values are not looked at, since that would wait for the device.
+
+    Raises:
+        ValueError: The images are not ``(B, 3, H, W)`` floating point, or there is not one prompt an image.
+    """
+    if images_B3HW.ndim != 4 or images_B3HW.shape[1] != 3 or not images_B3HW.is_floating_point():
+        shape = tuple(images_B3HW.shape)
+        raise ValueError(f"images must be (B, 3, H, W) floating point in [0, 1], got {shape} {images_B3HW.dtype}")
+    if isinstance(prompts, str) or len(prompts) != images_B3HW.shape[0]:
+        got = repr(prompts) if isinstance(prompts, str) else len(prompts)
+        raise ValueError(f"prompts must be one an image ({images_B3HW.shape[0]}), got {got}")

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -75,16 +76,13 @@ def build_run(config: RunConfig) -> Run:
     sampler.embeddings.add([*train_prompts, *eval_images.prompts, sampler.negative_prompt])
     options = {name: reward.options for name, reward in config.rewards.items()}
     options |= {judge: {} for judge in config.evaluate.judges if judge not in JUDGES and judge not in options}
-    rewards = {name: REWARDS.get(name)(**chosen).to(workers.device) for name, chosen in options.items()}
-    estimator = ESTIMATORS.get(config.estimator.name)(
-        k=config.estimator.k, draw=config.estimator.draw, std=config.estimator.std, **config.estimator.options
-    )
+    rewards = {name: REWARDS.build(name, chosen).to(workers.device) for name, chosen in options.items()}
     return Run(
         config=config,
         workers=workers,
         sampler=sampler,
         rewards=rewards,
-        estimator=estimator,
+        estimator=ESTIMATORS.build(config.estimator.name, _estimator_options(config)),
         train_prompts=train_prompts,
         eval_images=eval_images,
         calibration_images=ImageSet(
@@ -96,6 +94,22 @@ def build_run(config: RunConfig) -> Run:
         ),
         latent_shape=eval_images.latent_shape,
     )
+
+
+def check_options(config: RunConfig) -> None:
+    """Check the options of rewards and estimator against what they take; loads no weights.
+
+    Raises:
+        UserError: A name or an option is unknown.
+    """
+    for name, reward in config.rewards.items():
+        REWARDS.check(name, reward.options)
+    ESTIMATORS.check(config.estimator.name, _estimator_options(config))
+
+
+def _estimator_options(config: RunConfig) -> dict[str, Any]:
+    estimator = config.estimator
+    return {"k": estimator.k, "draw": estimator.draw, "std": estimator.std, **estimator.options}
 
 
 def load_base_model(config: RunConfig, device: torch.device) -> ModelFamily:

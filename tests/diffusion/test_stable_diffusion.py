@@ -31,9 +31,7 @@ def test_images_are_those_of_diffusers_own_pipeline(
     model = load_model(str(folder))
     embeddings = PromptEmbeddings(model)
     cpu = torch.device("cpu")
-    denoise = guided_denoiser(
-        model, embeddings.get(PROMPTS, cpu), embeddings.get([""], cpu), guidance_scale=guidance
-    )
+    denoise = guided_denoiser(model, embeddings.get(PROMPTS, cpu), embeddings.get([""], cpu), guidance_scale=guidance)
     with torch.no_grad():
         ours = model.decode(run_chain(denoise, latents, model.read_table(num_steps=6, eta=0.0)))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)  # float32 over six steps
@@ -78,11 +76,13 @@ def test_a_folder_that_is_no_pipeline_is_named(tmp_path: Path) -> None:
 
 def test_an_unknown_pipeline_class_lists_the_known(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "PixArtAlphaPipeline"}')
-    with pytest.raises(UserError, match="'PixArtAlphaPipeline' is unknown; .*StableDiffusionPipeline"):
+    with pytest.raises(UserError, match=r"'PixArtAlphaPipeline' is unknown; .*StableDiffusionPipeline"):
         load_model(str(tmp_path))
 
 
 def test_weights_that_are_not_here_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="'someone/some-model' is neither a folder here .*hf download someone/some-model"):
+    with pytest.raises(
+        UserError, match=r"'someone/some-model' is neither a folder here .*hf download someone/some-model"
+    ):
         load_model("someone/some-model")

@@ -136,7 +136,7 @@ class Blind(Brightness):
 
 
 def test_a_reward_that_is_not_finite_names_itself_and_the_prompt(make_config: Make, tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteError, match="'nan_when_two'.*two red birds"):
+    with pytest.raises(NonFiniteError, match=r"'nan_when_two'.*two red birds"):
         train(make_config(rewards={"nan_when_two": {}}), tmp_path)
 
 

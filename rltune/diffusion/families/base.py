@@ -3,7 +3,7 @@
 B: images. P: prompts. L, D: text tokens and width. C, H, W: latent channels, rows, columns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -53,8 +53,5 @@ class ModelFamily(Protocol):
         ...
 
 
-FamilyBuilder = Callable[[Any], ModelFamily]
-"""Wraps a pipeline whose class name it is registered under."""
-
-
-FAMILIES: Registry[FamilyBuilder] = Registry("pipeline class", "rltune.diffusion.families")
+FAMILIES: Registry[ModelFamily] = Registry("pipeline class", "rltune.diffusion.families")
+"""Built from a pipeline of the class they are registered under."""

@@ -1,0 +1,62 @@
+"""Which points no other beats. Larger is better in every objective.
+
+N: points. D: objectives.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+
+
+def non_dominated(values_ND: npt.ArrayLike) -> npt.NDArray[np.bool_]:
+    """Return which points are on the front: ``(N,)`` booleans.
+
+    A point dominates another if it is at least as good in every objective and better in one. Equal points do not
+    dominate one another, so that all copies of a point on the front are on it.
+
+    Raises:
+        ValueError: ``values_ND`` is not a matrix of finite numbers with at least one column.
+    """
+    points_ND = as_points(values_ND)
+    is_front_N = np.ones(len(points_ND), dtype=np.bool_)
+    for i, point_D in enumerate(points_ND):
+        is_as_good_N = (points_ND >= point_D).all(axis=1)
+        is_better_N = (points_ND > point_D).any(axis=1)
+        is_front_N[i] = not (is_as_good_N & is_better_N).any()
+    return is_front_N
+
+
+def ranks(values_ND: npt.ArrayLike) -> npt.NDArray[np.intp]:
+    """Return each point's front, ``(N,)``: 0 on the front, 1 on the front of the rest without it, and so on.
+
+    The non-dominated sorting of NSGA-II (Deb et al. 2002, section III-A), by its definition: a few hundred points do
+    not need its bookkeeping.
+
+    Raises:
+        ValueError: ``values_ND`` is not a matrix of finite numbers with at least one column.
+    """
+    points_ND = as_points(values_ND)
+    rank_N = np.zeros(len(points_ND), dtype=np.intp)
+    rest = np.arange(len(points_ND))
+    rank = 0
+    while rest.size:
+        is_front = non_dominated(points_ND[rest])
+        rank_N[rest[is_front]] = rank
+        rest = rest[~is_front]
+        rank += 1
+    return rank_N
+
+
+def as_points(values_ND: npt.ArrayLike) -> Array:
+    """Return the values as a float64 matrix, one point a row.
+
+    Raises:
+        ValueError: They are not a matrix of finite numbers with at least one column.
+    """
+    points_ND = np.asarray(values_ND, dtype=np.float64)
+    if points_ND.ndim != 2 or points_ND.shape[1] == 0:
+        raise ValueError(f"values must be of shape (N, D) with D >= 1, got {points_ND.shape}")
+    if not np.isfinite(points_ND).all():
+        raise ValueError(f"values must be finite, got {points_ND[~np.isfinite(points_ND).all(axis=1)][0].tolist()}")
+    return points_ND

@@ -1,0 +1,186 @@
+"""The weighted sum of standardised rewards against the formula, and what it says when a reward misbehaves."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rltune.errors import NonFiniteError, RunError
+from rltune.rewards.base import REWARDS
+from rltune.rewards.mixture import Calibration, Mixture, calibrate, measure, score
+
+PROMPTS = ("a cat", "a dog")
+IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass
+class Fake:
+    """A reward that answers what a function of the images gives."""
+
+    function: Callable[[Tensor], Tensor]
+    is_differentiable: bool = True
+    value_range: tuple[float, float] = (-math.inf, math.inf)
+    metric_unit: str = ""
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.function(images_B3HW)
+
+    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return 10 * self.function(images_B3HW)
+
+    def to(self, device: torch.device) -> "Fake":
+        return self
+
+
+def mean_of(images_B3HW: Tensor) -> Tensor:
+    return images_B3HW.mean(dim=(1, 2, 3))
+
+
+def make_mixture(**changes: Any) -> Mixture:
+    arguments: dict[str, Any] = {
+        "rewards": {"bright": REWARDS.build("brightness", {}), "square": Fake(lambda x: mean_of(x) ** 2)},
+        "weights": {"bright": 3.0, "square": 1.0},
+        "calibration": {"bright": Calibration(0.5, 0.1), "square": Calibration(0.2, 0.05)},
+    }
+    return Mixture(**(arguments | changes))
+
+
+def test_the_total_is_the_weighted_sum_of_standardised_scores() -> None:
+    result = make_mixture()(IMAGES, PROMPTS)
+    means = [float(image.double().mean()) for image in IMAGES]
+    expected = [0.75 * (mean - 0.5) / 0.1 + 0.25 * (mean**2 - 0.2) / 0.05 for mean in means]
+    assert result.total_B.tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)  # float32, a difference over 0.05
+    assert result.raw["square"].tolist() == pytest.approx([mean**2 for mean in means], rel=1e-6)
+    assert result.standardised["bright"].tolist() == pytest.approx([(m - 0.5) / 0.1 for m in means], abs=1e-5)
+
+
+def test_the_gradient_is_the_weighted_sum_of_gradients() -> None:
+    images = IMAGES.clone().requires_grad_()
+    make_mixture()(images, PROMPTS).total_B.sum().backward()
+    means = IMAGES.mean(dim=(1, 2, 3), keepdim=True)
+    expected = (0.75 / 0.1 + 0.25 / 0.05 * 2 * means).expand_as(IMAGES) / 192
+    torch.testing.assert_close(images.grad, expected, rtol=1e-5, atol=0)
+
+
+def test_weights_are_normalised() -> None:
+    assert make_mixture().weights == {"bright": 0.75, "square": 0.25}
+    assert make_mixture(weights={"bright": 0.0, "square": 2.0}).weights == {"bright": 0.0, "square": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"bright": 1.0, "square": -1.0}, "not all zero, got"),
+        ({"bright": 0.0, "square": 0.0}, "not all zero, got"),
+        ({"bright": math.nan, "square": 1.0}, "not all zero, got"),
+        ({"bright": math.inf, "square": 1.0}, "not all zero, got"),
+        ({"bright": 1.0}, "weights must name the rewards"),
+        ({"bright": 1.0, "square": 1.0, "other": 1.0}, "weights must name the rewards"),
+    ],
+)
+def test_wrong_weights_are_the_callers_fault(weights: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_mixture(weights=weights)
+
+
+def test_a_missing_calibration_is_the_callers_fault() -> None:
+    with pytest.raises(ValueError, match=r"\['square'\] are missing"):
+        make_mixture(calibration={"bright": Calibration(0.0, 1.0)})
+
+
+def test_a_reward_that_is_the_same_for_every_base_image_is_named() -> None:
+    calibration = {"bright": Calibration(0.5, 0.1), "square": Calibration(0.2, 0.0)}
+    with pytest.raises(RunError, match="reward 'square': it gives the same score to every base image"):
+        make_mixture(calibration=calibration)
+
+
+def test_a_reward_of_weight_0_is_scored_without_gradient_or_not_at_all() -> None:
+    images = IMAGES.clone().requires_grad_()
+    weights = {"bright": 1.0, "square": 0.0}
+    result = make_mixture(weights=weights)(images, PROMPTS)
+    assert not result.raw["square"].requires_grad
+    assert result.raw["square"].tolist() == pytest.approx((mean_of(IMAGES) ** 2).tolist())
+    assert torch.equal(result.total_B, result.standardised["bright"])
+    quiet = make_mixture(weights=weights, calibration={"bright": Calibration(0.5, 0.1)}, score_all=False)
+    assert set(quiet(images, PROMPTS).raw) == set(quiet.metrics(images, PROMPTS)) == {"bright"}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_not_finite_names_reward_and_prompt(bad: float) -> None:
+    rewards = {"bright": REWARDS.build("brightness", {}), "square": Fake(lambda x: torch.tensor([1.0, bad]))}
+    mixture = make_mixture(rewards=rewards)
+    with pytest.raises(NonFiniteError, match=rf"^reward 'square': not finite, got {bad} for 'a dog';"):
+        mixture(IMAGES, PROMPTS)
+    with pytest.raises(NonFiniteError, match=r"^metric of reward 'square': not finite"):
+        mixture.metrics(IMAGES, PROMPTS)
+
+
+def test_many_scores_that_are_not_finite_are_counted() -> None:
+    with pytest.raises(NonFiniteError, match="nan for 'p2' and 2 more"):
+        score(
+            "bad", Fake(lambda x: x.mean(dim=(1, 2, 3)) * math.nan), torch.ones(5, 3, 2, 2), [f"p{i}" for i in range(5)]
+        )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 1), (3,)])
+def test_a_score_of_another_shape_names_the_reward(shape: tuple[int, ...]) -> None:
+    rewards = {"bright": REWARDS.build("brightness", {}), "square": Fake(lambda x: torch.ones(shape))}
+    with pytest.raises(ValueError, match=r"reward 'square': must be of shape \(2,\), got"):
+        make_mixture(rewards=rewards)(IMAGES, PROMPTS)
+
+
+def test_rewards_run_in_float32_whatever_autocast_is_on() -> None:
+    def matmul(images_B3HW: Tensor) -> Tensor:
+        flat_BN = images_B3HW.flatten(1)
+        return (flat_BN @ flat_BN.T).diagonal()
+
+    rewards = {"bright": REWARDS.build("brightness", {}), "square": Fake(matmul)}
+    mixture = make_mixture(rewards=rewards)
+    expected = mixture(IMAGES, PROMPTS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert matmul(IMAGES).dtype == torch.bfloat16
+        actual = mixture(IMAGES, PROMPTS)
+    assert torch.equal(actual.total_B, expected.total_B)
+    assert actual.raw["square"].dtype == torch.float32
+    low = score("square", Fake(lambda x: x.mean(dim=(1, 2, 3))), IMAGES.bfloat16(), PROMPTS)
+    assert low.dtype == torch.float32
+
+
+def test_metrics_are_the_rewards_own() -> None:
+    assert make_mixture().metrics(IMAGES, PROMPTS)["square"].tolist() == pytest.approx(
+        (10 * mean_of(IMAGES) ** 2).tolist()
+    )
+    assert torch.equal(measure("bright", REWARDS.build("brightness", {}), IMAGES, PROMPTS), mean_of(IMAGES))
+
+
+def test_a_mixture_is_differentiable_where_its_weights_are() -> None:
+    rewards = {"bright": REWARDS.build("brightness", {}), "square": Fake(mean_of, is_differentiable=False)}
+    assert not make_mixture(rewards=rewards).is_differentiable
+    assert make_mixture(rewards=rewards, weights={"bright": 1.0, "square": 0.0}).is_differentiable
+
+
+def test_a_mixture_moves_its_rewards() -> None:
+    mixture = make_mixture()
+    assert mixture.to(torch.device("cpu")) is mixture
+
+
+def test_a_calibration_is_mean_and_population_deviation() -> None:
+    assert calibrate(torch.tensor([1.0, 3.0, 5.0, 7.0])) == Calibration(mean=4.0, std=pytest.approx(math.sqrt(5)))
+
+
+@pytest.mark.parametrize("value", [0.1, -3.3e4, 0.0])
+def test_a_calibration_of_equal_scores_has_deviation_0(value: float) -> None:
+    # In float64 the mean of equal numbers is off by a rounding, and so would be the deviation.
+    assert calibrate(torch.full((7,), value)).std == 0.0
+    nearly = torch.tensor([value, value * (1 + 1e-7)])  # neighbours in float32
+    assert calibrate(nearly).std == 0.0
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
+def test_a_calibration_needs_finite_values(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="at least one finite value"):
+        calibrate(torch.tensor(values))

@@ -1,0 +1,164 @@
+"""The suite that every registered reward passes: the contract of ``rltune.rewards.base.Reward``."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rltune.errors import UnknownNameError, UserError
+from rltune.rewards.base import REWARDS, Reward
+
+PROMPTS = ("a red bird", "two blue cats", "a star")
+Options = Mapping[str, Mapping[str, Any]]
+
+
+@pytest.fixture(params=REWARDS.names())
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def reward(name: str, reward_options: Options) -> Reward:
+    return REWARDS.build(name, reward_options.get(name, {}))
+
+
+def make_images(num_images: int = 3, height: int = 48, width: int = 48, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(num_images, 3, height // 4 + 1, width // 4 + 1, generator=generator, dtype=torch.float64)
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+    return (0.1 + 0.8 * smooth + 0.05 * torch.rand(smooth.shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+
+def test_a_score_is_a_finite_float32_number_an_image_within_the_stated_range(reward: Reward) -> None:
+    for values in (reward(make_images(), PROMPTS), reward.metric(make_images(), PROMPTS)):
+        assert values.shape == (3,)
+        assert values.dtype == torch.float32
+        assert values.isfinite().all()
+    low, high = reward.value_range
+    assert low < high
+    assert ((low <= reward(make_images(), PROMPTS)) & (reward(make_images(), PROMPTS) <= high)).all()
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+def test_a_flat_image_is_scored_within_the_stated_range(reward: Reward, level: float) -> None:
+    values = reward(torch.full((1, 3, 48, 48), level), PROMPTS[:1])
+    low, high = reward.value_range
+    assert values.isfinite().all()
+    # A mean of 6912 float32 numbers, or the norm of a vector, may be off by a few roundings.
+    assert low - 1e-6 <= values.item() <= high + 1e-6
+
+
+@pytest.mark.parametrize("size", [(65, 49), (33, 64), (17, 16), (96, 160)])
+def test_any_image_size_is_scored(reward: Reward, size: tuple[int, int]) -> None:
+    for values in (reward(make_images(2, *size), PROMPTS[:2]), reward.metric(make_images(2, *size), PROMPTS[:2])):
+        assert values.shape == (2,)
+        assert values.isfinite().all()
+
+
+def test_the_image_gradient_is_finite_and_reaches_every_image(reward: Reward) -> None:
+    if not reward.is_differentiable:
+        pytest.skip("says that it is not differentiable")
+    images = make_images(3, 65, 49).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
+    assert gradient.isfinite().all()
+    assert (gradient.flatten(1).abs().amax(dim=1) > 0).all()
+
+
+def test_the_image_gradient_is_the_slope(name: str, reward_options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A float64 twin: rewards cast weights and images with ``float()``, and that is made to mean double here.
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(torch.nn.Module, "float", torch.nn.Module.double)
+    reward = REWARDS.build(name, reward_options.get(name, {}))
+    if not reward.is_differentiable:
+        pytest.skip("says that it is not differentiable")
+    images = make_images(2, 33, 41, dtype=torch.float64).requires_grad_()
+    values = reward(images, PROMPTS[:2])
+    assert values.dtype == torch.float64
+    (gradient,) = torch.autograd.grad(values.sum(), images)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        direction = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+        step = 1e-6 * direction
+        rise = (reward(images + step, PROMPTS[:2]) - reward(images - step, PROMPTS[:2])).sum() / 2e-6
+        # Rounding: 1e-16 * 10 / 1e-6 = 1e-9, against slopes of 1e-3 and more; truncation: (1e-6)^2, far less.
+        assert rise.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-5, abs=1e-8)
+
+
+def test_an_image_moves_no_other_score(reward: Reward) -> None:
+    images = make_images()
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(images, PROMPTS)[1], images)
+    assert gradient[0].abs().max() == 0
+    assert gradient[2].abs().max() == 0
+    images = images.detach()
+    changed = torch.cat([1 - images[:1], images[1:]])
+    before, after = reward(images, PROMPTS), reward(changed, PROMPTS)
+    assert torch.equal(before[1:], after[1:])
+    assert before[0] != after[0]
+
+
+def test_a_batch_of_one_scores_as_in_a_batch(reward: Reward) -> None:
+    images = make_images()
+    alone = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
+    # Matrix products of other sizes sum in another order: float32 rounding.
+    torch.testing.assert_close(alone, reward(images, PROMPTS), rtol=1e-5, atol=1e-5)
+
+
+def test_an_empty_batch_has_no_scores(reward: Reward) -> None:
+    for values in (reward(torch.zeros(0, 3, 48, 48), []), reward.metric(torch.zeros(0, 3, 48, 48), [])):
+        assert values.shape == (0,)
+        assert values.dtype == torch.float32
+
+
+def test_a_malformed_batch_is_the_callers_fault(reward: Reward) -> None:
+    images = make_images(2)
+    for bad_images, bad_prompts in (
+        (images, PROMPTS),
+        (images, PROMPTS[:1]),
+        (images, "ab"),
+        (images[0], PROMPTS[:3]),
+        (images[:, :1], PROMPTS[:2]),
+        ((images * 255).byte(), PROMPTS[:2]),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            reward(bad_images, bad_prompts)
+        with pytest.raises(ValueError, match="must be"):
+            reward.metric(bad_images, bad_prompts)
+
+
+def test_low_precision_images_are_scored_in_float32(reward: Reward) -> None:
+    images = make_images().bfloat16()
+    torch.testing.assert_close(reward(images, PROMPTS), reward(images.float(), PROMPTS), rtol=0, atol=0)
+
+
+def test_a_reward_moves_and_keeps_its_score(reward: Reward) -> None:
+    before = reward(make_images(), PROMPTS)
+    assert torch.equal(reward.to(torch.device("cpu"))(make_images(), PROMPTS), before)
+
+
+def test_an_unknown_option_lists_the_known_ones(name: str) -> None:
+    with pytest.raises(UserError, match=f"reward '{name}': option 'colour' is unknown; (known:|it takes none)"):
+        REWARDS.build(name, {"colour": 1})
+
+
+def test_an_unknown_reward_lists_the_known_ones() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'aesthetic'"):
+        REWARDS.build("aestetic", {})
+
+
+def test_smoothness_is_minus_total_variation() -> None:
+    stripes = torch.zeros(1, 3, 4, 4)
+    stripes[..., ::2] = 1.0  # every horizontal step is 1, every vertical one 0
+    assert REWARDS.build("smoothness", {})(stripes, [""]).item() == -1.0
+    checks = (torch.arange(4)[:, None] + torch.arange(4)[None, :]).remainder(2).float().expand(1, 3, 4, 4)
+    assert REWARDS.build("smoothness", {})(checks, [""]).item() == -2.0
+
+
+def test_brightness_is_the_mean() -> None:
+    images = torch.stack([torch.full((3, 5, 7), 0.25), torch.ones(3, 5, 7)])
+    # A mean of 105 equal float32 numbers, rounded.
+    assert REWARDS.build("brightness", {})(images, ["", ""]).tolist() == pytest.approx([0.25, 1.0], rel=1e-6)
+    assert not math.isinf(REWARDS.build("brightness", {}).value_range[1])
