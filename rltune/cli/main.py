@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from click.exceptions import ClickException
 
 from rltune import __version__
 from rltune.cli.terminal import errors
 from rltune.errors import RltuneError
 
+INTERRUPTED = 130
 app = typer.Typer(
     name="rltune",
     help="Align text-to-image diffusion models with rewards, by experiment.",
@@ -197,16 +197,14 @@ def builtin_scenes(
 def main() -> None:
     """Run the command line; exit codes: 2 for what the user wrote, 1 for a failed run, 130 for Ctrl-C."""
     try:
-        app(standalone_mode=False)
-    except ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        app()
     except RltuneError as error:
         errors.print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        errors.print("interrupted", highlight=False)
-        sys.exit(130)
+    except SystemExit as end:  # typer's own: 0, 2 for a usage error that it has printed, 130 for Ctrl-C
+        if end.code == INTERRUPTED:
+            errors.print("interrupted", highlight=False)
+        raise
 
 
 def _escaped(text: str) -> str:

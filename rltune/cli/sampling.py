@@ -38,7 +38,7 @@ def sample_grid(
     if len(bases) > 1:
         raise UserError(f"sample: the LoRAs belong to different base models, {sorted(bases)}; sample them apart")
     card = next((card for card in cards if card), None)
-    config = RunConfig.model_validate(card["experiment"]) if card else RunConfig()
+    config = RunConfig.model_validate(card["experiment"]) if card else _plain_config()
     update: dict[str, Any] = {"steps": num_steps, "guidance": guidance}
     sampler = config.sampler.model_copy(update={name: value for name, value in update.items() if value is not None})
     model = config.model.model_copy(update={"base": base or config.model.base})
@@ -51,6 +51,13 @@ def sample_grid(
     console.print(f"{output}: {len(rows)} rows ({', '.join(labels)}), {num_images} images for each of", highlight=False)
     for prompt in shown:
         console.print(f"  {prompt}", highlight=False)
+
+
+def _plain_config() -> Any:
+    """Return defaults for LoRAs that come without a run; nothing is scored, so the reward does not matter."""
+    from rltune.config.experiment import RunConfig
+
+    return RunConfig.model_validate({"rewards": {"brightness": {}}})
 
 
 def _weight_file(path: Path) -> Path:

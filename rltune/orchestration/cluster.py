@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ LOCAL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # a trial is some eight processes, most of them idle: on few cores Ray would start them in turn, and warn
     "RAY_worker_maximum_startup_concurrency": str(max(16, os.cpu_count() or 1)),
+    "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
 }
 
 

@@ -59,7 +59,7 @@ def pick_trial(pick: str, folder: RunFolder, experiment: Experiment) -> TrialRes
     if kind == "best" and name in front.objectives.names:
         return front.best(name)
     best = ", ".join(f"best:{objective}" for objective in front.objectives.names)
-    ids = ", ".join(sorted(trial for trial in results if trial != BASE_TRIAL))
+    ids = ", ".join(sorted(row.trial for row in results.values() if row.is_ok and row.trial != BASE_TRIAL))
     raise UserError(f"--pick: {pick!r} is not a choice; write knee, {best}, or a trial: {ids}")
 
 
@@ -106,7 +106,7 @@ def export_trial(result: TrialResult, folder: RunFolder, experiment: Experiment)
 
 
 def _write_card(target: Path, result: TrialResult, folder: RunFolder, config: RunConfig) -> None:
-    base = next(row for row in read_results(folder.results_file) if row.trial == BASE_TRIAL)
+    base = next(row for row in read_results(folder.results_file) if row.trial == BASE_TRIAL and row.is_ok)
     write_card(
         target,
         {

@@ -14,6 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from rltune.config.experiment import RunConfig
 from rltune.errors import RltuneError
+from rltune.orchestration.loopback import FileTorchConfig
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
 
 MAX_FAILURES = 2
@@ -32,6 +33,8 @@ class JobSpec:
     num_gpus_per_worker: float
     work_dir: str
     """Where the user stands; relative paths of the experiment are meant from there."""
+    is_loopback: bool
+    """Whether the cluster is our own on one machine, where nothing may listen to the network."""
 
     @property
     def folder(self) -> RunFolder:
@@ -106,7 +109,9 @@ def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrai
             use_gpu=spec.num_gpus_per_worker > 0,
             resources_per_worker=worker_resources(spec.num_gpus_per_worker),
         ),
-        torch_config=TorchConfig(backend="nccl" if spec.num_gpus_per_worker >= 1 else "gloo"),
+        torch_config=(FileTorchConfig if spec.is_loopback else TorchConfig)(
+            backend="nccl" if spec.num_gpus_per_worker >= 1 else "gloo"  # two ranks of NCCL cannot share a GPU
+        ),
         run_config=ray.train.RunConfig(
             name=spec.train_name,
             storage_path=str(storage),

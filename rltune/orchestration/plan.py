@@ -52,7 +52,7 @@ def make_plan(experiment: Experiment, resources: Mapping[str, float]) -> Plan:
         per_worker = float(wanted.gpus_per_worker)
     fit = int(num_cpus // wanted.workers)
     if per_worker:
-        fit = min(fit, int(num_gpus // (per_worker * wanted.workers) + 1e-9))
+        fit = min(fit, _gpu_slots(num_gpus, per_worker) // wanted.workers)
     if fit < 1:
         raise UserError(
             f"resources: a trial needs {wanted.workers} CPUs and {per_worker * wanted.workers:g} GPUs, the cluster has "
@@ -74,3 +74,10 @@ def make_plan(experiment: Experiment, resources: Mapping[str, float]) -> Plan:
         num_evaluations=-(-config.optim.steps // config.evaluate.every),
         images_per_evaluation=config.evaluate.prompts * config.evaluate.images_per_prompt,
     )
+
+
+def _gpu_slots(num_gpus: float, per_worker: float) -> int:
+    """Return how many workers the GPUs hold; one that takes a fraction must find it on a single GPU."""
+    if per_worker > 1:
+        return int(num_gpus // per_worker)
+    return int(num_gpus) * int(1 / per_worker + 1e-9)  # not 1 // per_worker: 1 // 0.1 is 9

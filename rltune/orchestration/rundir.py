@@ -123,7 +123,7 @@ class RunFolder:
         lock_file = self.path / ".lock"
         if not lock_file.is_file():
             return False
-        with lock_file.open("a+") as handle:
+        with lock_file.open() as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
@@ -161,8 +161,9 @@ def _question(experiment: Experiment) -> dict[str, Any]:
     asked = copy.deepcopy(dict(experiment.raw))
     asked.pop("resources", None)
     asked.pop("name", None)
-    asked.get("search", {}).pop("trials", None)
-    return asked
+    search = asked.pop("search", None) or {}
+    search.pop("trials", None)
+    return {**asked, "search": search}
 
 
 def _provenance() -> str:

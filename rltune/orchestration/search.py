@@ -111,7 +111,7 @@ class Search:
         search = experiment.shared.search
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # a resumed search goes on with other draws than the first ones, which its trials already have
-        sampler = make_sampler(search.sampler, search.seed + 1_000_003 * len(ids))
+        sampler = make_sampler(search.sampler, (search.seed + 1_000_003 * len(ids)) % 2**32)
         directions = ["maximize" if sign > 0 else "minimize" for sign in objectives.signs_D]
         self.study = optuna.create_study(sampler=sampler, directions=directions)
         for result in results:

@@ -43,6 +43,7 @@ class Sweep:
     def __init__(self, experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
         self._experiment = experiment
         self._folder = folder
+        self._cluster = cluster
         self._shared = experiment.shared
         self.plan: Plan = make_plan(experiment, cluster.resources)
         if cluster.num_nodes > 1:
@@ -129,6 +130,7 @@ class Sweep:
             config=config.model_dump(mode="json"),
             num_gpus_per_worker=self.plan.num_gpus_per_worker,
             work_dir=str(Path.cwd()),
+            is_loopback=self._cluster.is_own,
         )
 
     def _on_end(self, job: JobSpec, last: Mapping[str, Any], error: str, duration_s: float) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora import add_lora, lora_parameters
-from rltune.errors import NonFiniteError
+from rltune.errors import NonFiniteError, UserError
 from rltune.rewards.mixture import Mixture
 from rltune.training.base import BaseReference, load_base, measure_base, save_base
 from rltune.training.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -57,7 +57,10 @@ def train_run(
     network = run.model.network
     lora = config.model.lora
     adapter_seed = torch_seed(config.seed, Stream.ADAPTER)
-    add_lora(network, rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets, seed=adapter_seed)
+    try:
+        add_lora(network, rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets, seed=adapter_seed)
+    except ValueError as error:
+        raise UserError(f"model.lora.targets: {error}; name endings of the network's own modules") from error
     parameters = lora_parameters(network)
     optim = config.optim
     optimizer = torch.optim.AdamW(

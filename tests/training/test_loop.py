@@ -159,6 +159,13 @@ def test_too_few_held_out_prompts_are_refused(make_config: Make, tmp_path: Path)
         train(make_config(evaluate={"prompts": 9}), tmp_path)
 
 
+def test_lora_targets_that_match_nothing_are_refused(make_config: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"model\.lora\.targets: .*nothing_like_this"):
+        train(
+            make_config(model={"lora": {"targets": ["nothing_like_this"]}, "base": make_config().model.base}), tmp_path
+        )
+
+
 WORKER = """
 import json, sys
 from pathlib import Path

@@ -1,0 +1,51 @@
+"""A torch process group for one machine that opens no port to the network.
+
+Ray Train meets its workers over a TCP store, which torch binds to every interface, unauthenticated, even for a single
+worker. On a cluster that rltune started itself all workers are on this machine, so they can meet over a file.
+"""
+
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train.torch.config import (
+    TorchConfig,
+    _set_torch_distributed_env_vars,
+    _setup_torch_process_group,
+    _TorchBackend,
+)
+
+
+@dataclass
+class FileTorchConfig(TorchConfig):  # type: ignore[misc]  # ray has no types
+    """``TorchConfig`` whose workers meet over a file in the machine's temporary folder."""
+
+    @property
+    def backend_cls(self) -> type:
+        """The backend that starts the group."""
+        return _FileTorchBackend
+
+
+class _FileTorchBackend(_TorchBackend):  # type: ignore[misc]  # ray has no types
+    """Ray's own steps, with a file in the place of the TCP store; a restarted group gets a new file."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        meeting = Path(tempfile.gettempdir()) / f"rltune-{uuid.uuid4().hex}.rendezvous"
+        worker_group.execute(_set_torch_distributed_env_vars)
+        ray.get(
+            [
+                worker_group.execute_single_async(
+                    rank,
+                    _setup_torch_process_group,
+                    backend=backend_config.backend,
+                    world_rank=rank,
+                    world_size=len(worker_group),
+                    init_method=f"file://{meeting}",
+                    timeout_s=backend_config.timeout_s,
+                )
+                for rank in range(len(worker_group))
+            ]
+        )
