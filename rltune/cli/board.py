@@ -20,7 +20,12 @@ REFRESH_S = 1.0
 def watch(folder: RunFolder, experiment: Experiment) -> Iterator[None]:
     """Show the run on standard error for as long as the block runs. Reads the run folder, touches nothing."""
     if errors.is_terminal:
-        with Live(get_renderable=lambda: _view(folder, experiment), console=errors, refresh_per_second=1 / REFRESH_S):
+        with Live(
+            get_renderable=lambda: _view(folder, experiment),
+            console=errors,
+            refresh_per_second=1 / REFRESH_S,
+            transient=True,
+        ):
             yield
         return
     stop = threading.Event()
@@ -61,7 +66,7 @@ def _lines(trial: TrialStatus, objectives: tuple[str, ...], status: RunStatus) -
     elif trial.metrics:
         scores = ", ".join(f"{objective} {trial.metrics[f'eval/{objective}']:.3f}" for objective in objectives)
         step = "" if trial.trial == BASE_TRIAL else f" step {int(trial.metrics['step'])}/{trial.num_steps}"
-        yield f"{name}{step}: {scores}" + (" (done)" if trial.state == "done" else "")
+        yield f"{name}{step}: {scores}"
     elif trial.trial != BASE_TRIAL:
         yield f"{name} started"
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rltune.cli.board import watch
-from rltune.cli.tables import front_view, status_view
+from rltune.cli.tables import front_view, gain_view, status_view
 from rltune.cli.terminal import console, errors
 from rltune.config.experiment import Known
 from rltune.config.load import Experiment, load_experiment
@@ -73,17 +73,24 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
         errors.print(f"resuming {folder.path}: {ended} trials have ended, {sweep.num_left} are left", highlight=False)
     with watch(folder, experiment):
         sweep.run()
+    table = status_view(read_status(folder, experiment), experiment.shared.objective_names)
     if sweep.num_left:
+        errors.print(table)
         errors.print(f"{sweep.num_left} trials are left; the same command resumes {folder.path}", highlight=False)
         raise KeyboardInterrupt
-    console.print(status_view(read_status(folder, experiment), experiment.shared.objective_names))
+    console.print(table)
     front = sweep.front()
     trained = [result for result in sweep.results if result.is_ok and result.trial != BASE_TRIAL]
     if front is None or not trained:
         raise RunError(f"no trial of {folder.path} ended well; the reasons are in {folder.results_file}")
-    console.print("\n[bold]Pareto front[/]")
-    console.print(front_view(front))
-    picks = best_picks(front) or trained[:1]
+    if experiment.is_searched:
+        console.print("\n[bold]Pareto front[/]")
+        console.print(front_view(front))
+        picks = best_picks(front) or trained[:1]
+    else:
+        console.print("\n[bold]Gain over the base model[/]")
+        console.print(gain_view(trained[0]))
+        picks = trained[:1]
     console.print("\n[bold]Exported[/]")
     quiet_libraries()
     for result in picks:
@@ -95,8 +102,7 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
             soft_wrap=True,
         )
     console.print(
-        f"\nNext: rltune sample {_shown(folder.exports_dir / picks[0].trial)}   "
-        f"rltune export {_shown(folder.path)} --pick TRIAL",
+        f"\nSee it beside the base model:  rltune sample {_shown(folder.exports_dir / picks[0].trial)}",
         highlight=False,
         soft_wrap=True,
     )

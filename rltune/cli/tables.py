@@ -1,18 +1,43 @@
 """Tables of a run, for the live view and for ``status`` and ``front``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from rltune.orchestration.objectives import Front
+from rltune.orchestration.results import TrialResult
 from rltune.orchestration.rundir import BASE_TRIAL
 from rltune.orchestration.status import RunStatus, TrialStatus
 
 STATE_STYLES = {"done": "green", "failed": "red", "running": "cyan", "starting": "yellow", "interrupted": "yellow"}
 FRONT_MARK = "*"
+UNBOUNDED = 10_000
+"""Columns of a console on which every table fits."""
+
+
+@dataclass(frozen=True)
+class FittedTable:
+    """A table that leaves out knobs, the last ones first, until it fits: rich would cut digits off numbers instead."""
+
+    make: Callable[[Sequence[str]], Table]
+    """From the paths of the knobs to show."""
+    paths: Sequence[str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for num_shown in range(len(self.paths), -1, -1):
+            table = self.make(self.paths[:num_shown])
+            width = Measurement.get(console, options.update_width(UNBOUNDED), table).maximum
+            if width <= options.max_width or num_shown == 0:
+                break
+        yield table
+        if num_shown < len(self.paths):
+            hidden = ", ".join(short_labels(self.paths)[num_shown:])
+            yield Text(f"not shown, a wider terminal has room for them: {hidden}", style="dim")
 
 
 def status_view(status: RunStatus, objectives: Sequence[str]) -> RenderableType:
@@ -42,7 +67,12 @@ def _headline(status: RunStatus) -> Text:
     return Text(" | ".join(parts), style="bold")
 
 
-def _trial_table(status: RunStatus, objectives: Sequence[str]) -> Table:
+def _trial_table(status: RunStatus, objectives: Sequence[str]) -> FittedTable:
+    paths = list(dict.fromkeys(path for trial in status.trials for path in trial.values))
+    return FittedTable(lambda shown: _trial_table_with(shown, status, objectives), paths)
+
+
+def _trial_table_with(paths: Sequence[str], status: RunStatus, objectives: Sequence[str]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("")
     table.add_column("trial")
@@ -50,7 +80,6 @@ def _trial_table(status: RunStatus, objectives: Sequence[str]) -> Table:
     table.add_column("step", justify="right")
     for name in objectives:
         table.add_column(name, justify="right")
-    paths = list(dict.fromkeys(path for trial in status.trials for path in trial.values))
     for label in short_labels(paths):
         table.add_column(label, justify="right", style="dim")
     base = next((trial.metrics for trial in status.trials if trial.trial == BASE_TRIAL), {})
@@ -81,12 +110,23 @@ def _objective(trial: TrialStatus, name: str, base: Mapping[str, float]) -> str:
 
 def front_view(front: Front) -> RenderableType:
     """Return the front as a table with its hypervolume, reference point and knee."""
+    paths = list(dict.fromkeys(path for member in front.members for path in member.values))
+    reference = ", ".join(
+        f"{name} {value:.3f}" for name, value in zip(front.objectives.names, front.reference_D, strict=True)
+    )
+    note = (
+        f"+- is a 95 % interval over prompts. Hypervolume {front.hypervolume:.4g}, in standard deviations of the base "
+        f"model, from the reference point {reference} (the base model minus one of them)."
+    )
+    return Group(FittedTable(lambda shown: _front_table_with(shown, front), paths), Text(note, style="dim"))
+
+
+def _front_table_with(paths: Sequence[str], front: Front) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("")
     table.add_column("trial")
     for name in front.objectives.names:
         table.add_column(name, justify="right")
-    paths = list(dict.fromkeys(path for member in front.members for path in member.values))
     for label in short_labels(paths):
         table.add_column(label, justify="right", style="dim")
     for member in front.members:
@@ -101,13 +141,29 @@ def front_view(front: Front) -> RenderableType:
             *(format_value(member.values.get(path, "")) for path in paths),
             style="bold" if is_knee else None,
         )
-    reference = ", ".join(
-        f"{name} {value:.3f}" for name, value in zip(front.objectives.names, front.reference_D, strict=True)
-    )
-    note = (
-        f"+- is a 95 % interval over prompts. Hypervolume {front.hypervolume:.4g}, in standard deviations of the base "
-        f"model, from the reference point {reference} (the base model minus one of them)."
-    )
+    return table
+
+
+def gain_view(result: TrialResult) -> RenderableType:
+    """Return what a trial gained over the base model in every reward and judge, with intervals."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("held-out prompts")
+    for label in ("base", "trained", "gain"):
+        table.add_column(label, justify="right")
+    for key, gain in result.metrics.items():
+        kind, _, name = key.partition("/")
+        if kind != "gain" or name.endswith("_se"):
+            continue
+        value, half = result.metrics[f"eval/{name}"], 1.96 * result.metrics[f"{key}_se"]
+        is_clear = abs(gain) > half
+        table.add_row(
+            name,
+            f"{value - gain:.3f}",
+            f"{value:.3f}",
+            f"{gain:+.3f} +- {half:.3f}",
+            style="bold" if is_clear else None,
+        )
+    note = "+- is a 95 % interval over prompts, paired: same prompts and noise. Bold where the interval excludes zero."
     return Group(table, Text(note, style="dim"))
 
 

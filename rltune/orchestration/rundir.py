@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,12 +110,10 @@ class RunFolder:
                 f"{self.path}: the run folder cannot be written ({error.strerror}); give another --storage"
             ) from error
         with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not _try_lock(handle.fileno()):
                 raise UserError(
                     f"{self.path}: another rltune process works on this run; wait for it, or give another --name"
-                ) from None
+                )
             yield
 
     @property
@@ -144,6 +143,18 @@ class RunFolder:
                     "now; give another --name, or put the settings back to resume it"
                 )
         write_atomically(self.experiment_file, _provenance() + experiment.to_yaml())
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Take the lock, trying for a second: ``rltune status`` holds it for a moment to see whether it is free."""
+    for _ in range(10):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return True
+    return False
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -157,5 +157,6 @@ class Search:
 
 
 def is_finite(metrics: Mapping[str, float], objectives: Objectives) -> bool:
-    """Whether every objective is there and finite; Optuna keeps a trial for ever that is told anything else."""
-    return all(math.isfinite(metrics.get(f"eval/{name}", math.nan)) for name in objectives.names)
+    """Whether every objective is there and every metric is finite; Optuna keeps a trial for ever otherwise."""
+    has_all = all(f"eval/{name}" in metrics for name in objectives.names)
+    return has_all and all(math.isfinite(value) for value in metrics.values())

@@ -1,7 +1,7 @@
 """Where a run stands, read from its folder alone: the live table and ``rltune status`` are the same reading."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,9 +42,11 @@ class RunStatus:
     """Trained trials that the run will have."""
     front: Front | None
     elapsed_s: float
-    """Since the first trial started, up to the last sign of life."""
+    """Since the run was started or resumed, up to the last sign of life."""
     step_s: float | None
     """Mean seconds of an optimiser step so far."""
+    trial_s: float | None
+    """Mean seconds of the trained trials that ended."""
 
     @property
     def num_ended(self) -> int:
@@ -53,12 +55,12 @@ class RunStatus:
 
     @property
     def remaining_s(self) -> float | None:
-        """A rough time left, from the share of optimiser steps done; None before there is a basis for it."""
-        trained = [trial for trial in self.trials if trial.trial != BASE_TRIAL]
-        done = sum(1.0 if trial.state in ("done", "failed") else trial.step / trial.num_steps for trial in trained)
-        if not self.is_active or done < 0.5:
+        """A rough time left, as if trials still to come took as long as those that ended; None without one."""
+        running = [trial for trial in self.trials if trial.state in ("starting", "running") and trial.num_steps]
+        left = self.num_trials - self.num_ended - sum(trial.step / trial.num_steps for trial in running)
+        if not self.is_active or self.trial_s is None or self.num_ended >= self.num_trials:
             return None
-        return self.elapsed_s * (self.num_trials - done) / done
+        return self.trial_s * left / max(len(running), 1)
 
 
 def read_status(folder: RunFolder, experiment: Experiment) -> RunStatus:
@@ -99,8 +101,13 @@ def read_status(folder: RunFolder, experiment: Experiment) -> RunStatus:
         num_trials=shared.search.trials if experiment.is_searched else 1,
         front=front,
         elapsed_s=(time.time() if is_active else last_sign) - start,
-        step_s=sum(step_times) / len(step_times) if step_times else None,
+        step_s=_mean(step_times),
+        trial_s=_mean([r.duration_s for r in results.values() if r.trial != BASE_TRIAL and r.is_ok]),
     )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _state(result: TrialResult | None, *, has_rows: bool, is_active: bool) -> str:

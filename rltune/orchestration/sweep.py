@@ -153,7 +153,7 @@ class Sweep:
         if not reason and not is_final:
             return None
         if not reason and not is_finite(metrics, self._objectives):
-            reason = f"an objective is missing or not finite: {metrics}"
+            reason = f"an objective is missing or a metric is not finite: {metrics}"
         base = self._base_result()
         reference = metrics if job.trial == BASE_TRIAL or base is None else base.metrics
         spec = next((spec for spec in self._folder.read_trials() if spec.id == job.trial), None)
@@ -244,4 +244,4 @@ def front_as_csv(front: Front) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith("eval/") or name in ("step", "images_seen")
+    return name.startswith(("eval/", "gain/")) or name in ("step", "images_seen")

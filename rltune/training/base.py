@@ -15,7 +15,7 @@ import torch
 
 from rltune.rewards.base import Reward
 from rltune.rewards.mixture import Calibration, calibrate, score
-from rltune.training.evaluation import ImageSet, Pixels, per_prompt, sample_and_score, summarise
+from rltune.training.evaluation import ImageSet, Pixels, Values, per_prompt, sample_and_score
 from rltune.training.step import Sampler
 from rltune.training.workers import Workers
 
@@ -26,12 +26,17 @@ class BaseReference:
 
     calibration: Mapping[str, Calibration]
     """Mean and standard deviation of each raw reward on images of training prompts."""
-    summary: Mapping[str, float]
-    """``eval/NAME`` and ``eval/NAME_se`` on the held-out set."""
-    spread: Mapping[str, float]
-    """Standard deviation over held-out prompts of each reward and judge."""
+    values: Mapping[str, Values]
+    """Each reward and judge on the held-out set, ``(P,)``: the mean over each prompt's images."""
     pixels_NHW3: Pixels
     """Held-out images, that drift is measured from."""
+
+    @property
+    def spread(self) -> dict[str, float]:
+        """Standard deviation over held-out prompts of each reward and judge; 0 for a single prompt."""
+        return {
+            name: float(values_P.std(ddof=1)) if len(values_P) > 1 else 0.0 for name, values_P in self.values.items()
+        }
 
 
 def measure_base(
@@ -47,11 +52,9 @@ def measure_base(
     """Sample and score the model as it is; adapters must be absent or switched off."""
     raw = sample_and_score(sampler, calibration_images, rewards, workers, batch_size=batch_size, read=score)
     held_out = sample_and_score(sampler, eval_images, rewards, workers, batch_size=batch_size)
-    values = per_prompt(held_out, held_out.pixels_NHW3, eval_images, judges)
     return BaseReference(
         calibration={name: calibrate(torch.from_numpy(values_N)) for name, values_N in raw.values.items()},
-        summary=summarise(values),
-        spread={name: float(values_P.std(ddof=1)) if len(values_P) > 1 else 0.0 for name, values_P in values.items()},
+        values=per_prompt(held_out, held_out.pixels_NHW3, eval_images, judges),
         pixels_NHW3=held_out.pixels_NHW3,
     )
 
@@ -63,8 +66,7 @@ def save_base(folder: Path, base: BaseReference) -> None:
     np.save(partial / "pixels.npy", base.pixels_NHW3)
     numbers = {
         "calibration": {name: asdict(unit) for name, unit in base.calibration.items()},
-        "summary": dict(base.summary),
-        "spread": dict(base.spread),
+        "values": {name: values_P.tolist() for name, values_P in base.values.items()},
     }
     (partial / "base.json").write_text(json.dumps(numbers, indent=2))
     if folder.exists():
@@ -80,7 +82,6 @@ def load_base(folder: Path) -> BaseReference | None:
     numbers = json.loads((folder / "base.json").read_text())
     return BaseReference(
         calibration={name: Calibration(**unit) for name, unit in numbers["calibration"].items()},
-        summary=numbers["summary"],
-        spread=numbers["spread"],
+        values={name: np.array(values_P) for name, values_P in numbers["values"].items()},
         pixels_NHW3=np.load(folder / "pixels.npy", allow_pickle=False),
     )

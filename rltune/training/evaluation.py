@@ -151,13 +151,18 @@ def per_prompt(samples: Samples, base_NHW3: Pixels, images: ImageSet, judges: Se
     return values
 
 
-def summarise(values: Mapping[str, Values]) -> dict[str, float]:
-    """Return ``eval/NAME`` and its standard error ``eval/NAME_se`` from values per prompt.
+def summarise(values: Mapping[str, Values], base_values: Mapping[str, Values]) -> dict[str, float]:
+    """Return ``eval/NAME``, ``gain/NAME`` over the base model, and standard errors ``.._se``, from values per prompt.
 
-    The unit of the standard error is the prompt: images of one prompt are not independent samples of the prompt set.
+    The unit of a standard error is the prompt: images of one prompt are not independent samples of the prompt set. A
+    gain is paired by prompt and noise, so its standard error is far smaller than that of a difference of two means.
     """
-    means = {f"eval/{name}": float(values_P.mean()) for name, values_P in values.items()}
-    return means | {f"eval/{name}_se": standard_error(values_P) for name, values_P in values.items()}
+    summary: dict[str, float] = {}
+    for name, values_P in values.items():
+        gain_P = values_P - base_values[name]
+        summary |= {f"eval/{name}": float(values_P.mean()), f"eval/{name}_se": standard_error(values_P)}
+        summary |= {f"gain/{name}": float(gain_P.mean()), f"gain/{name}_se": standard_error(gain_P)}
+    return summary
 
 
 def standard_error(values_P: Values) -> float:

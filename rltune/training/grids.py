@@ -39,12 +39,11 @@ def draw_rows(
     rows: list[Pixels] = []
     for file in [None, *lora_files]:
         if file is not None:
-            name = f"lora{len(rows)}"
+            model.pipeline.unload_lora_weights()  # the one before: peft warns of a second one beside it
             try:
-                model.pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+                model.pipeline.load_lora_weights(file.parent, weight_name=file.name)
             except (ValueError, RuntimeError, KeyError, OSError) as error:
                 raise UserError(f"{file}: not a LoRA that {config.model.base!r} can load ({error})") from error
-            model.pipeline.set_adapters(name)
         numbers = range(len(prompts) * num_images)
         parts = []
         for start in range(0, len(numbers), BATCH):

@@ -92,7 +92,7 @@ def base_run(config: RunConfig, *, trial_dir: Path, base_dir: Path, reporter: Re
     base = _reference(run, base_dir)
     if run.workers.is_main:
         _save_samples(run, base.pixels_NHW3, trial_dir / "samples" / "base.png")
-    reporter.report({"step": 0.0, "is_final": 1.0, **base.summary}, None)
+    reporter.report({"step": 0.0, "is_final": 1.0, **summarise(base.values, base.values)}, None)
 
 
 def _reference(run: Run, base_dir: Path) -> BaseReference:
@@ -128,7 +128,7 @@ def _loop(
 ) -> None:
     config = run.config
     if progress.step == 0:
-        reporter.report({"step": 0.0, "is_final": 0.0, **base.summary}, None)
+        reporter.report({"step": 0.0, "is_final": 0.0, **summarise(base.values, base.values)}, None)
     elif progress.step >= config.optim.steps:  # killed after its last checkpoint, before its result was taken
         summary = _evaluate(run, base, progress, trial_dir)
         _report(run, optimizer, progress, summary, reporter, is_final=True)
@@ -196,7 +196,7 @@ def _evaluate(run: Run, base: BaseReference, progress: Progress, trial_dir: Path
     values = per_prompt(samples, base.pixels_NHW3, run.eval_images, run.config.evaluate.judges)
     if run.workers.is_main:
         _save_samples(run, samples.pixels_NHW3, trial_dir / "samples" / f"step-{progress.step:06d}.png")
-    return {**summarise(values), "eval_s": time.perf_counter() - start}
+    return {**summarise(values, base.values), "eval_s": time.perf_counter() - start}
 
 
 def _report(

@@ -35,11 +35,14 @@ def test_summary_takes_the_prompt_as_the_unit() -> None:
     images = ImageSet(("a", "b"), 2, (4, 8, 8))
     samples = Samples(flat_images(0, 0, 0, 0), {"score": np.array([1.0, 3.0, 4.0, 8.0])})
     values = per_prompt(samples, samples.pixels_NHW3, images, ["drift"])
-    summary = summarise(values)
+    summary = summarise(values, {"score": np.array([1.0, 4.0]), "drift": np.zeros(2)})
     assert summary["eval/score"] == 4.0  # prompt means 2 and 6
     assert summary["eval/score_se"] == pytest.approx(np.std([2.0, 6.0], ddof=1) / 2**0.5)
     assert summary["eval/drift"] == 0.0
     assert "eval/diversity" not in summary
+    # paired by prompt: 2 - 1 and 6 - 4
+    assert summary["gain/score"] == 1.5
+    assert summary["gain/score_se"] == pytest.approx(np.std([1.0, 2.0], ddof=1) / 2**0.5)
 
 
 def test_images_of_a_prompt_follow_each_other() -> None:

@@ -1,0 +1,102 @@
+import io
+import threading
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from rltune.cli import board
+from rltune.cli.board import watch
+from rltune.orchestration.results import append_result
+from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
+from rltune.orchestration.status import read_status
+from tests.runs import VALUES, experiment, result, write_rows, write_run
+
+BASE = result(BASE_TRIAL, 0.5, 0.0)
+OBJECTIVES = ("brightness", "drift")
+
+
+def lines_of(folder: RunFolder) -> list[str]:
+    status = read_status(folder, experiment())
+    return [line for trial in status.trials for line in board._lines(trial, OBJECTIVES, status)]
+
+
+def test_each_state_has_its_line(tmp_path: Path) -> None:
+    results = [BASE, result("001", 0.7, 0.25), result("002", reason="step 3: 'a [red] dog'")]
+    folder = write_run(tmp_path / "mix", experiment(), results, started=["003", "004"])
+    write_rows(folder, "003", [{"step": 5, "eval/brightness": 0.44, "eval/drift": 0.125}, {"step": 6}])
+    write_rows(folder, "004", [{"step": 1}])
+    with folder.lock():
+        assert lines_of(folder) == [
+            "base model: brightness 0.500, drift 0.000",
+            "trial 001 step 10/10: brightness 0.700, drift 0.250",
+            "trial 002 failed: step 3: 'a [red] dog'",
+            "trial 003 step 5/10: brightness 0.440, drift 0.125",
+            "trial 004 started",
+        ]
+
+
+def test_a_run_that_has_just_begun_says_nothing_of_the_base_model(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "mix", experiment())
+    assert lines_of(folder) == []
+
+
+class Readings:
+    """Stands for the clock of the board: before each reading the run goes on by one change, at the end it stops."""
+
+    def __init__(self, *changes: object) -> None:
+        self._changes = list(changes)
+
+    def wait(self, timeout: float) -> bool:
+        change = self._changes.pop(0)
+        if callable(change):
+            change()
+        return not self._changes
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    text = io.StringIO()
+    monkeypatch.setattr(board, "errors", Console(file=text, width=40))
+    return text
+
+
+def test_every_change_is_printed_once_and_what_ended_before_is_not(tmp_path: Path, written: io.StringIO) -> None:
+    folder = write_run(tmp_path / "mix", experiment(), [BASE, result("001", 0.7, 0.25), result("002", reason="nan")])
+    evaluated = {"step": 5, "eval/brightness": 0.44, "eval/drift": 0.125}
+    readings = Readings(
+        lambda: None,
+        lambda: folder.write_trial(TrialSpec("003", VALUES, {})),
+        lambda: write_rows(folder, "003", [{"step": 4}]),
+        lambda: write_rows(folder, "003", [{"step": 4}, evaluated]),
+        lambda: None,
+        lambda: append_result(folder.results_file, result("003", 0.6, 0.2)),
+        lambda: append_result(folder.results_file, result(BASE_TRIAL, reason="nan for 'a [red] dog'")),
+    )
+    with folder.lock():
+        board._print_lines(folder, experiment(), readings)  # type: ignore[arg-type]
+    assert written.getvalue().splitlines() == [  # longer than 40 columns, and not wrapped
+        "trial 003 started",
+        "trial 003 step 5/10: brightness 0.440, drift 0.125",
+        "trial 003 step 10/10: brightness 0.600, drift 0.200",
+        "base model failed: nan for 'a [red] dog'",
+    ]
+
+
+def test_the_end_of_the_block_is_still_shown(tmp_path: Path, written: io.StringIO) -> None:
+    folder = write_run(tmp_path / "mix", experiment(), [BASE])
+    before = threading.active_count()
+    with folder.lock(), watch(folder, experiment()):
+        folder.write_trial(TrialSpec("001", VALUES, {}))
+    assert "trial 001 started" in written.getvalue()
+    assert threading.active_count() == before
+
+
+def test_on_a_terminal_the_table_is_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "mix", experiment(), [BASE])
+    text = io.StringIO()
+    monkeypatch.setattr(board, "errors", Console(file=text, width=100, force_terminal=True))
+    with folder.lock(), watch(folder, experiment()):
+        folder.write_trial(TrialSpec("001", VALUES, {}))
+        append_result(folder.results_file, result("001", 0.7125, 0.25))
+    assert "0.713 (+0.213)" in text.getvalue()

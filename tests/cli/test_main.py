@@ -1,0 +1,223 @@
+"""The command line as a user meets it: exit codes, one message, nothing left behind."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rltune import __version__
+from rltune.cli.main import main
+from rltune.errors import RunError
+from rltune.orchestration import cluster
+from tests.config.test_schema import EXPERIMENTS
+
+jsonschema = pytest.importorskip("jsonschema")
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Run a command in this process -> exit code, standard output, standard error."""
+    monkeypatch.setattr(cluster, "prepare", lambda address: None)  # it would set environment variables for good
+    monkeypatch.setattr(cluster, "find_address", lambda address: None)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rltune", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+HELP = """
+import sys, typer.main
+from rltune.cli.main import app, main
+
+def commands(command, path):
+    yield path
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, [*path, name])
+
+for path in commands(typer.main.get_command(app), []):
+    sys.argv = ["rltune", *path, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, (path, end.code)
+    else:
+        raise AssertionError(path)
+    print("helped:", " ".join(path))
+print("imported:", sorted({"torch", "ray", "diffusers", "optuna", "numpy"} & set(sys.modules)))
+"""
+
+
+def test_help_of_every_command_imports_nothing_heavy() -> None:
+    finished = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    helped = {line.removeprefix("helped: ") for line in lines if line.startswith("helped: ")}
+    assert {"sweep", "train", "status", "front", "export", "sample", "doctor", "rewards", "schema"} <= helped
+    assert {"builtin train", "builtin scenes"} <= helped
+    assert "imported: []" in lines
+
+
+def test_version(call: Call) -> None:
+    assert call("--version") == (0, f"rltune {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nosuch"], "No such command 'nosuch'"),
+        (["train", "x.yaml", "--bogus"], "No such option: --bogus"),
+        (["train"], "Missing argument"),
+        (["sample", "--steps", "0"], "--steps"),
+        (["sample", "--seed", "one"], "--seed"),
+        (["sweep", "x.yaml", "--set"], "--set"),
+    ],
+)
+def test_a_usage_error_is_one_message_and_exit_code_2(call: Call, arguments: list[str], message: str) -> None:
+    code, out, err = call(*arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert err.count("Error") == 1
+    assert "Traceback" not in err
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("command", ["sweep", "train"])
+@pytest.mark.parametrize(
+    ("text", "faults"),
+    [
+        ("", ["x.yaml: the file is empty"]),
+        (
+            "rewards: {brightness: {}}\noptim: {lr: -1, stepz: 3}\nevaluate: {judges: [fid]}\n",
+            [
+                "x.yaml: 3 faults",
+                "x.yaml:2 optim.lr: must be a number from 0 to 1, got -1",
+                "x.yaml:2 optim.stepz: unknown key, got 'stepz'",
+                "x.yaml:3 evaluate.judges[0]: unknown judge, got 'fid'",
+            ],
+        ),
+        ("rewards: {brightness: {}\n", ["x.yaml:2: not valid YAML", "check indentation"]),
+    ],
+    ids=["empty", "three faults", "not YAML"],
+)
+def test_a_malformed_file_is_answered_with_all_its_faults(
+    call: Call, tmp_path: Path, command: str, text: str, faults: list[str]
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    code, out, err = call(command, path, "--storage", tmp_path / "runs")
+    assert (code, out) == (2, "")
+    assert err.startswith("error ")
+    assert all(fault in err for fault in faults), err
+    assert "Traceback" not in err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.yaml"]
+
+
+FIXED = "rewards: {brightness: {}}\n"
+SEARCHED = "rewards: {brightness: {}}\noptim: {lr: {float: [0.1, 0.2]}, batch: {choice: [4, 8]}}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "message"),
+    [
+        ("sweep", FIXED, "every value is fixed, there is nothing to search; run 'rltune train "),
+        ("train", SEARCHED, "x.yaml: optim.lr, optim.batch are distributions; fix each with --set, or run"),
+        ("sweep", None, "x.yaml: no such file; check the path"),
+        ("train", "rewards: {brightnes: {}}\n", "unknown reward, got 'brightnes'; did you mean 'brightness'?"),
+        ("train", "rewards: {brightness: {options: {gain: 2}}}\n", "option 'gain' is unknown; it takes none"),
+        ("train", FIXED + "estimator: {options: {kk: 2}}\n", "option 'kk' is unknown; did you mean 'k'?"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_before_anything_starts(
+    call: Call, tmp_path: Path, command: str, text: str | None, message: str
+) -> None:
+    path = tmp_path / "x.yaml"
+    if text is not None:
+        path.write_text(text)
+    code, _, err = call(command, path, "--storage", tmp_path / "runs")
+    assert code == 2
+    assert message in flat(err)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("command", ["status", "front", "export"])
+def test_a_folder_that_is_no_run_is_said_so(call: Call, tmp_path: Path, command: str) -> None:
+    code, out, err = call(command, tmp_path)
+    assert (code, out) == (2, "")
+    assert f"{tmp_path}: not a run folder, it has no experiment.yaml" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (RunError("'a [red] dog': it died"), 1, "error 'a [red] dog': it died\n"),
+    ],
+)
+def test_what_ends_a_run_decides_the_exit_code(
+    call: Call, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, message: str
+) -> None:
+    from rltune.cli import running
+
+    def stop(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(running, "run_experiment", stop)
+    assert call("sweep", "x.yaml") == (code, "", message)
+
+
+def test_options_reach_the_run(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    from rltune.cli import running
+
+    seen = []
+    monkeypatch.setattr(running, "run_experiment", lambda *args, **options: seen.append((args, options)))
+    assert call("train", "x.yaml", "--set", "optim.lr=1e-3", "--set", "seed=2", "--name", "n", "--dry-run")[0] == 0
+    assert call("sweep", "x.yaml", "--address", "host:6379", "--storage", "/s")[0] == 0
+    assert seen == [
+        (
+            (Path("x.yaml"), ["optim.lr=1e-3", "seed=2"]),
+            {"address": None, "name": "n", "storage": Path("runs"), "dry_run": True, "is_sweep": False},
+        ),
+        (
+            (Path("x.yaml"), []),
+            {"address": "host:6379", "name": None, "storage": Path("/s"), "dry_run": False, "is_sweep": True},
+        ),
+    ]
+
+
+def test_the_printed_schema_accepts_the_shipped_experiments(call: Call) -> None:
+    from rltune.config.yamlfile import read_yaml
+
+    code, out, err = call("schema")
+    assert (code, err) == (0, "")
+    schema = json.loads(out)
+    assert EXPERIMENTS
+    for path in EXPERIMENTS:
+        jsonschema.validate(read_yaml(path.read_text())[0], schema, cls=jsonschema.Draft202012Validator)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"optim": {"lr": "fast"}}, schema, cls=jsonschema.Draft202012Validator)
+
+
+def test_rewards_lists_each_with_what_it_says(call: Call) -> None:
+    from rltune.rewards.base import REWARDS
+
+    code, out, _ = call("rewards")
+    assert code == 0
+    for name in ("aesthetic", "alignment", "brightness", "compressibility", "smoothness"):
+        assert name in REWARDS.names()
+        assert any(line.startswith(name) and len(line.split()) > 3 for line in out.splitlines()), name

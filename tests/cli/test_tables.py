@@ -1,0 +1,155 @@
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console, RenderableType
+
+from rltune.cli.tables import format_duration, format_value, front_view, gain_view, short_labels, status_view
+from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
+from rltune.orchestration.status import read_status
+from rltune.orchestration.sweep import read_front
+from tests.runs import experiment, result, write_rows, write_run
+
+WIDTHS = pytest.mark.parametrize("width", [60, 100])
+
+
+def render(view: RenderableType, width: int) -> list[str]:
+    console = Console(record=True, width=width, file=io.StringIO())
+    console.print(view)
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert max(len(line) for line in lines) <= width
+    return lines
+
+
+def words(lines: list[str]) -> str:
+    return " ".join(" ".join(lines).split())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    results = [
+        result(BASE_TRIAL, 0.5, 0.0),
+        result("001", 0.7125, 0.25),
+        result("002", reason="step 3: brightness is nan for 'a [red] dog'"),
+        result("003", 0.9, 0.1, constraints={"diversity.min": 0.1}),
+    ]
+    folder = write_run(tmp_path / "mix", experiment(), results, started=["004"])
+    write_rows(folder, "004", [{"step": 5, "eval/brightness": 0.44, "eval/drift": 0.125}, {"step": 6}])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels"),
+    [
+        (["optim.lr", "model.lora.rank"], ["lr", "rank"]),
+        (["optim.steps", "sampler.steps", "optim.lr"], ["optim.steps", "sampler.steps", "lr"]),
+        (["rewards.brightness.weight", "rewards.drift.weight"], ["w brightnes", "w drift"]),
+        (["rewards.alignment_a.weight", "rewards.alignment_b.weight"], ["alignment_a.weight", "alignment_b.weight"]),
+        (["optim.weight", "rewards.x.weight"], ["weight", "w x"]),
+        (["seed"], ["seed"]),
+        ([], []),
+    ],
+)
+def test_a_label_is_as_short_as_it_is_clear(paths: list[str], labels: list[str]) -> None:
+    assert short_labels(paths) == labels
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (-1, "0 s"),
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (250, "4 min 10 s"),
+        (3599.6, "1 h 00 min"),
+        (3900, "1 h 05 min"),
+        (90000, "25 h 00 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+def test_values_are_short() -> None:
+    shown = [format_value(value) for value in (0.00123456, 1.0, 4, "all", True)]
+    assert shown == ["0.00123", "1", "4", "all", "True"]
+
+
+@WIDTHS
+def test_the_trial_table_has_every_number(folder: RunFolder, width: int) -> None:
+    lines = render(status_view(read_status(folder, experiment()), ["brightness", "drift"]), width)
+    text = words(lines)
+    assert text.startswith("mix: 3 of 4 trials | front 2 | hypervolume ")
+    assert "not running; the same command resumes it" in text
+    assert "0.50 s/step" in text
+    for number in ("0.500", "0.713", "(+0.213)", "0.250", "(+0.250)", "0.900", "(+0.400)", "0.440", "(-0.060)"):
+        assert number in text, number
+    for state in ("done", "failed", "interrupted"):
+        assert state in text
+    assert "6/10" in text
+    assert "trial 002 failed: step 3: brightness is nan for 'a [red] dog'" in text
+    assert "! breaks a constraint, so it is not on the front" in text
+
+
+def test_a_row_shows_its_mark_and_knobs(folder: RunFolder) -> None:
+    lines = render(status_view(read_status(folder, experiment()), ["brightness", "drift"]), 120)
+    header = next(line.split() for line in lines if "state" in line)
+    assert header[:5] == ["trial", "state", "step", "brightness", "drift"]
+    assert " ".join(header[5:]) == "rank w brightnes w smoothnes lr"
+    rows = {name: next(line.split() for line in lines if re.match(rf"[*! ] *{name} ", line)) for name in ("001", "003")}
+    assert " ".join(rows["001"]) == "* 001 done 0/10 0.713 (+0.213) 0.250 (+0.250) 4 0.25 0.75 0.001"
+    assert rows["003"][0] == "!"
+
+
+def test_an_active_run_says_so(folder: RunFolder) -> None:
+    with folder.lock():
+        text = words(render(status_view(read_status(folder, experiment()), ["brightness"]), 120))
+    assert "not running" not in text
+    assert "running" in text
+    assert " left" in text
+
+
+def test_a_finished_run_says_so(tmp_path: Path) -> None:
+    results = [result(BASE_TRIAL, 0.5), *(result(f"00{n}", 0.6) for n in (1, 2, 3, 4))]
+    folder = write_run(tmp_path / "mix", experiment(), results)
+    assert "| ended" in words(render(status_view(read_status(folder, experiment()), ["brightness"]), 100))
+
+
+@WIDTHS
+def test_the_front_has_every_number(folder: RunFolder, width: int) -> None:
+    front = read_front(folder, experiment())
+    assert front is not None
+    lines = render(front_view(front), width)
+    text = words(lines)
+    assert any(line.startswith("knee") and "001" in line for line in lines)
+    # 95 % of a normal is 1.96 standard errors: 0.01 and 0.02
+    for number in ("0.713", "+- 0.020", "0.250", "+- 0.039", "0.500", "000 base"):
+        assert number in text, number
+    # reference: one spread of 0.1 worse than the base; above it base (1, 1), trial (3.125, -1.5), which adds nothing
+    assert "Hypervolume 1, in standard deviations" in text
+    assert "from the reference point brightness 0.400, drift 0.100 (" in text
+    assert "003" not in text
+
+
+def test_knobs_that_do_not_fit_are_named_and_no_digit_is_cut(folder: RunFolder) -> None:
+    view = status_view(read_status(folder, experiment()), ["brightness", "drift"])
+    for width in range(60, 110):
+        text = words(render(view, width))
+        assert "\u2026" not in text, width  # rich's mark of a cut
+        hidden = re.search(r"not shown, a wider terminal has room for them: ([\w ,]+?) trial 002", text)
+        table = text.split("not shown")[0]
+        names = hidden.group(1).split(", ") if hidden else []
+        assert names == ["rank", "w brightnes", "w smoothnes", "lr"][4 - len(names) :]
+        assert all(name not in table for name in names), width
+    assert not names
+
+
+def test_gains_are_shown_with_paired_intervals() -> None:
+    trained = result("001", 0.7)
+    metrics = {**trained.metrics, "gain/brightness": 0.2, "gain/brightness_se": 0.05}
+    lines = render(gain_view(replace(trained, metrics=metrics)), 80)
+    assert lines[1].split() == ["brightness", "0.500", "0.700", "+0.200", "+-", "0.098"]
+    assert not any("drift" in line for line in lines)  # it has no gain here

@@ -1,0 +1,294 @@
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+
+from rltune.config.distributions import Choice, FloatRange, IntRange, LogFloatRange, Simplex
+from rltune.config.load import Experiment
+from rltune.orchestration.objectives import Objectives
+from rltune.orchestration.results import TrialResult
+from rltune.orchestration.rundir import TrialSpec
+from rltune.orchestration.search import SAMPLERS, Search, is_finite, make_sampler, simplex_weights, to_optuna, values_of
+from tests.runs import experiment
+
+stats = pytest.importorskip("scipy.stats")
+BOTH = Objectives(("brightness", "drift"))
+SPACE: dict[str, Any] = {
+    "name": "mix",
+    "model": {"lora": {"rank": {"choice": [2, 4, 8]}, "targets": {"choice": ["attention", "all"]}}},
+    "sampler": {"steps": 12, "guidance": {"float": [1.0, 5.0]}},
+    "estimator": {"k": {"int": [1, 12]}},
+    "rewards": {name: {"weight": {"simplex": True}} for name in ("brightness", "smoothness", "aesthetic")},
+    "optim": {"lr": {"log_float": [1e-4, 1e-2]}, "batch": {"int": [4, 16], "step": 4}},
+    "objectives": ["brightness", "drift"],
+}
+
+
+def asked(sampler: str = "random", **search: Any) -> Experiment:
+    return experiment(SPACE, search={"sampler": sampler, "trials": 12, **search})
+
+
+def toy(spec: TrialSpec) -> TrialResult:
+    """More brightness costs drift; the learning rate is best at 1e-3."""
+    values = spec.values
+    miss = math.log10(values["optim.lr"] / 1e-3) ** 2
+    metrics = {"eval/brightness": values["rewards.brightness.weight"] - miss, "eval/drift": values["estimator.k"] / 12}
+    constraints = {"drift.max": metrics["eval/drift"] - 0.75}
+    return TrialResult(spec.id, "ok", spec.values, spec.params, metrics=metrics, constraints=constraints)
+
+
+def failed(spec: TrialSpec) -> TrialResult:
+    return TrialResult(spec.id, "failed", spec.values, spec.params, reason="it died")
+
+
+# ---- weights on the simplex
+
+
+@pytest.mark.parametrize("num", [2, 3, 4])
+def test_weights_are_uniform_on_the_simplex(num: int) -> None:
+    uniforms = np.random.default_rng(0).random((20_000, num - 1))
+    weights = np.array([simplex_weights(row) for row in uniforms])
+    assert weights.shape == (20_000, num)
+    assert (weights >= 0).all()
+    assert np.allclose(weights.sum(axis=1), 1, rtol=0, atol=1e-15 * num)
+    for i in range(num):
+        # every marginal of Dirichlet(1, .., 1) is Beta(1, n - 1); the seed is fixed, so the p-values are too
+        assert stats.kstest(weights[:, i], stats.beta(1, num - 1).cdf).pvalue > 0.01
+    expected = (np.eye(num) * num - 1) / (num**2 * (num + 1))
+    # standard error of a covariance of 20 000 draws: below 0.08 / sqrt(20 000) = 6e-4 for every n here
+    assert np.allclose(np.cov(weights.T), expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("uniforms", "weights"),
+    [
+        ([0.0], [0, 1]),
+        ([1.0], [1, 0]),
+        ([0.25], [0.25, 0.75]),
+        ([0.0, 0.0], [0, 0, 1]),
+        ([1.0, 0.3], [1, 0, 0]),
+        ([0.0, 1.0], [0, 1, 0]),
+        ([0.75, 0.5], [0.5, 0.25, 0.25]),  # 1 - sqrt(1 - 0.75) = 0.5, then half of what is left
+        ([1.0, 1.0, 1.0], [1, 0, 0, 0]),
+        ([0.875, 0.75, 0.5], [0.5, 0.25, 0.125, 0.125]),  # cube root, square root, itself
+    ],
+)
+def test_weights_at_known_points(uniforms: Sequence[float], weights: Sequence[float]) -> None:
+    assert simplex_weights(uniforms) == pytest.approx(weights, abs=1e-15)
+
+
+# ---- distributions
+
+
+def test_every_kind_of_distribution_has_its_counterpart() -> None:
+    space = {
+        "a": Choice((2, "x", None, True)),
+        "b": IntRange(1, 9, 2),
+        "c": FloatRange(0.5, 2.5),
+        "d": LogFloatRange(1e-4, 1e-2),
+        "rewards.x.weight": Simplex(),
+        "rewards.y.weight": Simplex(),
+        "rewards.z.weight": Simplex(),
+    }
+    assert to_optuna(space) == {
+        "a": CategoricalDistribution((2, "x", None, True)),
+        "b": IntDistribution(1, 9, step=2),
+        "c": FloatDistribution(0.5, 2.5),
+        "d": FloatDistribution(1e-4, 1e-2, log=True),
+        "simplex[0]": FloatDistribution(0, 1),
+        "simplex[1]": FloatDistribution(0, 1),
+    }
+
+
+def test_values_stand_under_the_paths_of_the_experiment() -> None:
+    params = {
+        "model.lora.rank": 8,
+        "model.lora.targets": "all",
+        "sampler.guidance": 2.0,
+        "estimator.k": 3,
+        "simplex[0]": 0.75,
+        "simplex[1]": 0.5,
+        "optim.lr": 1e-3,
+        "optim.batch": 8,
+    }
+    values = values_of(params, asked())
+    assert list(values) == list(asked().space)
+    weights = {"brightness": 0.5, "smoothness": 0.25, "aesthetic": 0.25}
+    assert {name: values[f"rewards.{name}.weight"] for name in weights} == pytest.approx(weights)
+    assert all(values[name] == value for name, value in params.items() if not name.startswith("simplex"))
+
+
+# ---- asking and telling
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_asks_for_runs_that_are_valid_and_bears_failures(sampler: str) -> None:
+    experiment_ = asked(sampler)
+    search = Search(experiment_, BOTH)
+    seen = []
+    for turn in range(12):
+        spec = search.ask()
+        config = experiment_.concrete(spec.values)  # raises if it were not a valid run
+        assert config.model.lora.rank in (2, 4, 8)
+        assert config.optim.batch % 4 == 0
+        assert 1e-4 <= config.optim.lr <= 1e-2
+        assert sum(config.weights.values()) == pytest.approx(1, abs=1e-12)
+        search.tell(failed(spec) if turn % 4 == 2 else toy(spec))
+        seen.append(spec)
+    assert [spec.id for spec in seen] == [f"{n:03d}" for n in range(1, 13)]
+    assert len({tuple(spec.values.values()) for spec in seen}) == 12
+    states = [trial.state for trial in search.study.trials]
+    assert states.count(TrialState.FAIL) == 3
+    assert states.count(TrialState.COMPLETE) == 9
+
+
+def test_several_trials_may_be_out_at_once_and_end_in_any_order() -> None:
+    search = Search(asked("tpe"), BOTH)
+    specs = [search.ask() for _ in range(8)]
+    for spec in reversed(specs):
+        search.tell(toy(spec))
+    told = {trial.user_attrs["trial"]: trial.values for trial in search.study.trials}
+    assert told == {spec.id: list(BOTH.raw_D(toy(spec).metrics)) for spec in specs}
+
+
+def test_the_study_knows_directions_values_and_constraints() -> None:
+    search = Search(asked(), BOTH)
+    assert [direction.name for direction in search.study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    spec = search.ask()
+    result = toy(spec)
+    search.tell(result)
+    (trial,) = search.study.trials
+    assert trial.params == spec.params
+    assert trial.values == [result.metrics["eval/brightness"], result.metrics["eval/drift"]]
+    assert trial.constraints == result.constraints
+    assert trial.user_attrs["trial"] == "001"
+
+
+@pytest.mark.parametrize(("objective", "sign"), [("brightness", 1), ("drift", -1)])
+def test_a_search_moves_to_where_the_objective_is_better(objective: str, sign: int) -> None:
+    misses = []
+    for seed in range(3):
+        search = Search(asked("tpe", seed=seed), Objectives((objective,)))
+        for turn in range(40):
+            spec = search.ask()
+            miss = abs(math.log10(spec.values["optim.lr"] / 1e-3))
+            metrics = {f"eval/{objective}": -sign * miss}
+            search.tell(replace(toy(spec), metrics=metrics, constraints={}))
+            misses += [miss] if turn >= 20 else []
+    # uniform draws miss by 0.5 on average; a search in the wrong direction misses by nearly 1
+    assert np.mean(misses) < 0.3
+
+
+def test_the_seed_decides_the_draws() -> None:
+    def draws(seed: int) -> list[Mapping[str, Any]]:
+        search = Search(asked(seed=seed), BOTH)
+        return [search.ask().values for _ in range(3)]
+
+    assert draws(0) == draws(0)
+    assert draws(0) != draws(1)
+
+
+# ---- resuming
+
+
+def resumed(specs: Sequence[TrialSpec], unfinished: Sequence[TrialSpec] = (), *, sampler: str = "random") -> Search:
+    results = [failed(spec) if spec.id == "002" else toy(spec) for spec in specs]
+    return Search(asked(sampler), BOTH, results=results, unfinished=unfinished)
+
+
+@pytest.fixture
+def first() -> list[TrialSpec]:
+    search = Search(asked(), BOTH)
+    return [search.ask() for _ in range(5)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_resumed_search_knows_what_ended_before(first: list[TrialSpec], sampler: str) -> None:
+    search = resumed(first, sampler=sampler)
+    trials = {trial.user_attrs["trial"]: trial for trial in search.study.trials}
+    assert trials["002"].state == TrialState.FAIL
+    for spec in first:
+        trial = trials[spec.id]
+        assert trial.params == spec.params
+        if spec.id != "002":
+            assert trial.state == TrialState.COMPLETE
+            assert trial.values == list(BOTH.raw_D(toy(spec).metrics))
+            assert trial.constraints == toy(spec).constraints
+    for number in range(6, 10):
+        spec = search.ask()
+        assert spec.id == f"{number:03d}"
+        search.tell(toy(spec))
+
+
+def test_a_live_study_and_the_rebuilt_one_are_the_same(first: list[TrialSpec]) -> None:
+    live = Search(asked(), BOTH)
+    results = []
+    for turn in range(5):
+        spec = live.ask()
+        results.append(failed(spec) if turn == 1 else toy(spec))
+        live.tell(results[-1])
+    rebuilt = Search(asked(), BOTH, results=results)
+    for old, new in zip(live.study.trials, rebuilt.study.trials, strict=True):
+        assert (old.state, old.params, old.values, old.constraints, old.distributions, old.user_attrs) == (
+            new.state,
+            new.params,
+            new.values,
+            new.constraints,
+            new.distributions,
+            new.user_attrs,
+        )
+    assert [trial.number for trial in live.study.best_trials] == [trial.number for trial in rebuilt.study.best_trials]
+
+
+def test_a_resumed_search_draws_what_the_first_did_not(first: list[TrialSpec]) -> None:
+    search = resumed(first)
+    before = {spec.values["optim.lr"] for spec in first}
+    after = {search.ask().values["optim.lr"] for _ in range(5)}
+    assert len(after) == 5
+    assert not before & after
+
+
+def test_unfinished_trials_come_first_with_the_same_knobs(first: list[TrialSpec]) -> None:
+    unfinished = [first[2], first[4]]
+    search = resumed([first[0], first[1], first[3]], unfinished)
+    again = [search.ask(), search.ask()]
+    assert again == unfinished
+    new = search.ask()
+    assert new.id == "006"
+    assert new.values["optim.lr"] not in {spec.values["optim.lr"] for spec in first}
+    for spec in again:
+        search.tell(toy(spec))
+    trials = {trial.user_attrs["trial"]: trial for trial in search.study.trials}
+    for spec in unfinished:  # the study has the knobs that were really run
+        assert trials[spec.id].params == spec.params
+        assert trials[spec.id].values == list(BOTH.raw_D(toy(spec).metrics))
+
+
+def test_ids_go_on_after_the_greatest_that_was_ever_given() -> None:
+    spec = Search(asked(), BOTH).ask()
+    assert Search(asked(), BOTH, results=[toy(replace(spec, id="041"))]).ask().id == "042"
+    search = Search(asked(), BOTH, results=[toy(spec)], unfinished=[replace(spec, id="1200")])
+    assert [search.ask().id for _ in range(2)] == ["1200", "1201"]
+
+
+def test_the_largest_seed_can_be_resumed(first: list[TrialSpec]) -> None:
+    search = Search(asked(seed=2**32 - 1), BOTH, results=[toy(spec) for spec in first])
+    assert search.ask().id == "006"
+
+
+def test_an_unknown_sampler_is_refused() -> None:
+    with pytest.raises(ValueError, match="sampler must be one of tpe, random, nsga2, gp, got 'bayes'"):
+        make_sampler("bayes", 0)
+
+
+def test_an_objective_that_is_missing_or_not_finite_is_noticed() -> None:
+    assert is_finite({"eval/brightness": 1.0, "eval/drift": 0.0, "eval/other": 2.0}, BOTH)
+    assert not is_finite({"eval/brightness": 1.0, "eval/drift": 0.0, "eval/other": math.nan}, BOTH)
+    assert not is_finite({"eval/brightness": 1.0}, BOTH)
+    assert not is_finite({"eval/brightness": 1.0, "eval/drift": math.nan}, BOTH)
+    assert not is_finite({"eval/brightness": math.inf, "eval/drift": 0.0}, BOTH)
