@@ -1,0 +1,63 @@
+import torch
+
+from rltune.builtin.autoencoder import reconstruction_loss, warm_start, whiten
+from rltune.builtin.networks import make_f4_autoencoder, make_f8_autoencoder
+from rltune.builtin.render import render
+from rltune.builtin.scenes import make_scene
+
+CPU = torch.device("cpu")
+
+
+def pictures(count: int) -> torch.Tensor:
+    return (render([make_scene(0, index) for index in range(count)]) * 255).to(torch.uint8)
+
+
+def test_warm_start_copies_the_outer_levels_bit_by_bit() -> None:
+    f4, f8 = make_f4_autoencoder(), make_f8_autoencoder()
+    before = {name: value.clone() for name, value in f8.state_dict().items()}
+    copied = warm_start(f8, f4)
+    source, after = f4.state_dict(), f8.state_dict()
+    assert torch.equal(after["encoder.conv_in.weight"], source["encoder.conv_in.weight"])
+    assert torch.equal(after["decoder.conv_out.weight"], source["decoder.conv_out.weight"])
+    inner, outer = "decoder.up_blocks.{}.resnets.0.conv1.weight", (3, 2)
+    assert torch.equal(after[inner.format(outer[0])], source[inner.format(outer[1])])
+    untouched = after.keys() - copied
+    assert [name for name in untouched if not torch.equal(after[name], before[name])] == []
+    assert "decoder.mid_block.resnets.0.conv1.weight" in untouched
+    assert len(copied) > 80
+
+
+def test_whitening_leaves_decoding_unchanged_and_makes_latents_white() -> None:
+    torch.manual_seed(0)
+    model = make_f8_autoencoder().eval()
+    images = pictures(32)
+    network_input = images.float() / 127.5 - 1
+    with torch.no_grad():
+        before = model.decode(model.encode(network_input).latent_dist.mean).sample
+        whiten(model, images, CPU)
+        posterior = model.encode(network_input).latent_dist
+        after = model.decode(posterior.mean).sample
+    # The fold multiplies by W and its inverse in float32; W's condition number is at most sqrt(16 / 4e-4) = 200.
+    torch.testing.assert_close(after, before, rtol=0, atol=200 * 2**-23 * 16)
+    latents_CN = posterior.mean.transpose(0, 1).flatten(1).double()
+    covariance = torch.cov(latents_CN)
+    eigenvalues = torch.linalg.eigvalsh(covariance)
+    assert latents_CN.mean(1).abs().max() < 1e-3
+    # Directions below the floor keep less than unit variance; none has more.
+    assert eigenvalues.max() < 1 + 1e-2
+    assert (eigenvalues > 0.99).sum() >= 4
+
+
+def test_whitening_gives_each_channel_one_posterior_variance() -> None:
+    model = make_f8_autoencoder().eval()
+    images = pictures(4)
+    with torch.no_grad():
+        whiten(model, images, CPU)
+        std = model.encode(images.float() / 127.5 - 1).latent_dist.std
+    assert torch.equal(std, std[:1, :, :1, :1].expand_as(std))
+
+
+def test_the_loss_of_a_constant_error_is_known() -> None:
+    error = torch.full((2, 3, 8, 8), 0.5)
+    # L1 + L2 + no edges + 1.5 * (L1 of both means)
+    assert reconstruction_loss(error).item() == 0.5 + 0.25 + 1.5 * (0.5 + 0.5)

@@ -1,0 +1,89 @@
+"""The whole recipe at a ten-thousandth of its size: two steps of everything are enough to see that it resumes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rltune.builtin.export import load_head
+from rltune.builtin.recipe import STAGES, train_builtin
+
+SCALE = 1e-4
+
+
+class KilledError(Exception):
+    pass
+
+
+class Killer:
+    """Stops the build near the end of each stage in turn, before that stage's last checkpoint."""
+
+    def __init__(self) -> None:
+        self.spared: set[str] = set()
+
+    def __call__(self, stage: str, step: int, total: int, figures: dict[str, float]) -> None:
+        if stage not in self.spared:
+            self.spared.add(stage)
+            raise KilledError(stage)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("whole")
+    train_builtin(root / "out", work_dir=root / "work", scale=SCALE)
+    return root / "out"
+
+
+def test_a_build_killed_in_every_stage_ends_in_the_same_files(whole: Path, tmp_path: Path) -> None:
+    killer = Killer()
+    num_kills = 0
+    while True:
+        try:
+            train_builtin(
+                tmp_path / "out",
+                work_dir=tmp_path / "work",
+                scale=SCALE,
+                on_progress=killer,
+                checkpoint_every_s=0.0,
+            )
+            break
+        except KilledError:
+            num_kills += 1
+    assert num_kills >= 6
+    one, other = contents(whole), contents(tmp_path / "out")
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """Every file's bytes; of the head its tensors' bytes, as safetensors writes a header of many keys in any order."""
+    found: dict[str, object] = {}
+    for path in folder.rglob("*"):
+        if path.name == "aesthetic_head.safetensors":
+            state = load_head(path).state_dict()
+            found[path.name] = {name: value.numpy().tobytes() for name, value in state.items()}
+        elif path.is_file():
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
+
+
+def test_the_build_leaves_figures_of_every_stage(whole: Path) -> None:
+    figures = json.loads((whole / "weights" / "figures.json").read_text())
+    assert set(figures) == {*STAGES, "judged"}
+    assert all(isinstance(value, float) for stage in figures.values() for value in stage.values())
+
+
+def test_files_are_readable_for_everyone(whole: Path) -> None:
+    assert [path for path in whole.rglob("*") if path.stat().st_mode & 0o444 != 0o444] == []
+
+
+def test_the_head_says_how_it_is_built(whole: Path) -> None:
+    head = load_head(whole / "weights" / "aesthetic_head.safetensors")
+    assert (head.in_dim, head.hidden, head.offset, head.scale) == (128, (64,), 5.5, 2.0)
+
+
+def test_a_second_call_replaces_the_files(whole: Path) -> None:
+    before = (whole / "prompts" / "train.txt").read_text()
+    train_builtin(whole, work_dir=whole.parent / "work", scale=SCALE)
+    assert (whole / "prompts" / "train.txt").read_text() == before
+    assert sorted(path.name for path in whole.iterdir()) == ["prompts", "weights"]
