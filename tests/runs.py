@@ -52,6 +52,10 @@ def result(
         "eval/brightness_se": 0.01,
         "eval/drift": drift,
         "eval/drift_se": 0.02,
+        "gain/brightness": brightness - 0.5,
+        "gain/brightness_se": 0.005,
+        "gain/drift": drift,
+        "gain/drift_se": 0.015,
     }
     return TrialResult(
         trial=trial,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rich.console import RenderableType
 from rich.live import Live
 
-from rltune.cli.tables import format_duration, status_view
+from rltune.cli.tables import status_view
 from rltune.cli.terminal import errors
 from rltune.config.load import Experiment
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
@@ -69,8 +69,3 @@ def _lines(trial: TrialStatus, objectives: tuple[str, ...], status: RunStatus) -
         yield f"{name}{step}: {scores}"
     elif trial.trial != BASE_TRIAL:
         yield f"{name} started"
-
-
-def elapsed(status: RunStatus) -> str:
-    """Return the time a run took."""
-    return format_duration(status.elapsed_s)

@@ -45,7 +45,7 @@ def sample_grid(
     config = config.model_copy(update={"sampler": sampler, "model": model})
     shown = list(prompts) or list(read_prompts(config.prompts.eval, where="prompts.eval")[:NUM_DEFAULT_PROMPTS])
     rows = draw_rows(config, [_weight_file(path) for path in loras], shown, num_images=num_images, seed=seed)
-    labels = ["base", *(path.parent.name if path.is_file() else path.name for path in loras)]
+    labels = ["base", *(path.parent.name if path.is_file() else path.resolve().name for path in loras)]
     output.parent.mkdir(parents=True, exist_ok=True)
     labelled_grid(rows, labels, shown, num_images=num_images).save(output)
     console.print(f"{output}: {len(rows)} rows ({', '.join(labels)}), {num_images} images for each of", highlight=False)
@@ -71,5 +71,8 @@ def _read_card(path: Path) -> dict[str, Any] | None:
     card = (path if path.is_dir() else path.parent) / "rltune.json"
     if not card.is_file():
         return None
-    content: dict[str, Any] = json.loads(card.read_text())
+    try:
+        content: dict[str, Any] = json.loads(card.read_text())
+    except ValueError as error:
+        raise UserError(f"sample: {card} is damaged ({error}); export the LoRA again, or delete this file") from error
     return content

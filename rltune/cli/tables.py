@@ -16,6 +16,7 @@ from rltune.orchestration.status import RunStatus, TrialStatus
 
 STATE_STYLES = {"done": "green", "failed": "red", "running": "cyan", "starting": "yellow", "interrupted": "yellow"}
 FRONT_MARK = "*"
+PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 UNBOUNDED = 10_000
 """Columns of a console on which every table fits."""
 
@@ -115,7 +116,8 @@ def front_view(front: Front) -> RenderableType:
         f"{name} {value:.3f}" for name, value in zip(front.objectives.names, front.reference_D, strict=True)
     )
     note = (
-        f"+- is a 95 % interval over prompts. Hypervolume {front.hypervolume:.4g}, in standard deviations of the base "
+        f"Beside each value the gain over the base model, paired by prompt and noise, with its 95 % interval. "
+        f"Hypervolume {front.hypervolume:.4g}, in standard deviations of the base "
         f"model, from the reference point {reference} (the base model minus one of them)."
     )
     return Group(FittedTable(lambda shown: _front_table_with(shown, front), paths), Text(note, style="dim"))
@@ -134,14 +136,19 @@ def _front_table_with(paths: Sequence[str], front: Front) -> Table:
         table.add_row(
             "knee" if is_knee else "",
             f"{member.trial} base" if member.trial == BASE_TRIAL else member.trial,
-            *(
-                f"{member.metrics[f'eval/{name}']:.3f} +- {1.96 * member.metrics[f'eval/{name}_se']:.3f}"
-                for name in front.objectives.names
-            ),
+            *(_front_objective(member, name) for name in front.objectives.names),
             *(format_value(member.values.get(path, "")) for path in paths),
             style="bold" if is_knee else None,
         )
     return table
+
+
+def _front_objective(member: TrialResult, name: str) -> str:
+    value = f"{member.metrics[f'eval/{name}']:.3f}"
+    if member.trial == BASE_TRIAL:
+        return value
+    gain, half = member.metrics[f"gain/{name}"], 1.96 * member.metrics[f"gain/{name}_se"]
+    return f"{value} {gain:+.3f}{PLUS_MINUS}{half:.3f}"  # short: three objectives must fit into 80 columns
 
 
 def gain_view(result: TrialResult) -> RenderableType:
@@ -160,10 +167,10 @@ def gain_view(result: TrialResult) -> RenderableType:
             name,
             f"{value - gain:.3f}",
             f"{value:.3f}",
-            f"{gain:+.3f} +- {half:.3f}",
+            f"{gain:+.3f} {PLUS_MINUS} {half:.3f}",
             style="bold" if is_clear else None,
         )
-    note = "+- is a 95 % interval over prompts, paired: same prompts and noise. Bold where the interval excludes zero."
+    note = f"{PLUS_MINUS} is a 95 % interval over prompts, paired: same prompts and noise. Bold where it excludes zero."
     return Group(table, Text(note, style="dim"))
 
 

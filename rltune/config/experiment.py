@@ -140,6 +140,9 @@ def _clashes(config: RunConfig) -> Iterator[Clash]:
         given, other = ("height", "width") if width is None else ("width", "height")
         what = f"needs sampler.{other} beside it, got {height or width} alone"
         yield Clash(f"sampler.{given}", what, "give both or neither", (f"sampler.{other}",))
+    gpus = config.resources.gpus_per_worker
+    if gpus != "auto" and gpus > 1 and gpus != int(gpus):
+        yield Clash("resources.gpus_per_worker", f"more than one GPU must be a whole number, got {gpus}", "round it up")
     yield from _batch_clashes(config)
     yield from _reward_clashes(config)
     yield from _name_clashes(config)

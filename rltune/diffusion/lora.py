@@ -1,7 +1,6 @@
-"""LoRA adapters by peft: attach, read, write, fold their scale, switch off."""
+"""LoRA adapters by peft: attach, read, write, fold their scale."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -75,14 +74,3 @@ def fold_scale(state: dict[str, Tensor], *, scale: float) -> dict[str, Tensor]:
     Readers that ignore alpha (ComfyUI, diffusers without metadata) then agree with those that take it as the rank.
     """
     return {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in state.items()}
-
-
-@contextmanager
-def lora_off(network: nn.Module) -> Iterator[None]:
-    """Run the block with the base model: adapters are switched off, and on again after it."""
-    layered = cast(Any, network)
-    layered.disable_adapters()
-    try:
-        yield
-    finally:
-        layered.enable_adapters()

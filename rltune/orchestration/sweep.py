@@ -231,14 +231,15 @@ def front_as_dict(front: Front) -> dict[str, Any]:
 
 
 def front_as_csv(front: Front) -> str:
-    """Return the front as a table: trial, objectives with standard errors, knobs."""
+    """Return the front as a table: trial, objectives and gains over the base with standard errors, knobs."""
     paths = sorted({path for member in front.members for path in member.values})
-    columns = [column for name in front.objectives.names for column in (name, f"{name}_se")]
+    kinds = ("eval/{}", "eval/{}_se", "gain/{}", "gain/{}_se")
+    columns = [kind.format(name) for name in front.objectives.names for kind in kinds]
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["trial", *columns, *paths])
     for member in front.members:
-        metrics = [member.metrics[f"eval/{column}"] for column in columns]
+        metrics = [member.metrics[column] for column in columns]
         writer.writerow([member.trial, *metrics, *(member.values.get(path, "") for path in paths)])
     return text.getvalue()
 

@@ -4,13 +4,15 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora import add_lora, lora_parameters
-from rltune.errors import NonFiniteError, UserError
+from rltune.errors import NonFiniteError, RunError, UserError
 from rltune.rewards.mixture import Mixture
 from rltune.training.base import BaseReference, load_base, measure_base, save_base
 from rltune.training.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -25,6 +27,19 @@ logger = logging.getLogger(__name__)
 
 GRID_PROMPTS = 8
 """Prompts shown in a sample grid."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run with what training adds to it."""
+
+    run: Run
+    base: BaseReference
+    mixture: Mixture
+    parameters: tuple[torch.nn.Parameter, ...]
+    optimizer: torch.optim.Optimizer
+    trial_dir: Path
+    reporter: Reporter
 
 
 def train_run(
@@ -70,15 +85,18 @@ def train_run(
     if resume_from is not None:
         progress = load_checkpoint(resume_from, network, optimizer)
         logger.info("resumed at step %d of %d", progress.step, optim.steps)
-    trained = {name: run.rewards[name] for name in config.rewards}
-    mixture = Mixture(trained, config.weights, base.calibration)
-
-    metrics_file = MetricsFile(trial_dir / "metrics.jsonl", resume_step=progress.step) if run.workers.is_main else None
-    try:
-        _loop(run, base, mixture, parameters, optimizer, progress, metrics_file, trial_dir, reporter)
-    finally:
-        if metrics_file is not None:
-            metrics_file.close()
+    mixture = Mixture({name: run.rewards[name] for name in config.rewards}, config.weights, base.calibration)
+    if not mixture.is_differentiable:
+        raise UserError(
+            f"rewards: {', '.join(config.rewards)}: one with a positive weight has no gradient, which "
+            f"{config.estimator.name} needs; give it weight 0 to measure it only"
+        )
+    training = Training(run, base, mixture, tuple(parameters), optimizer, trial_dir, reporter)
+    if not run.workers.is_main:
+        _loop(training, progress, None)
+        return
+    with closing(MetricsFile(trial_dir / "metrics.jsonl", resume_step=progress.step)) as metrics_file:
+        _loop(training, progress, metrics_file)
 
 
 def base_run(config: RunConfig, *, trial_dir: Path, base_dir: Path, reporter: Reporter) -> None:
@@ -99,7 +117,13 @@ def _reference(run: Run, base_dir: Path) -> BaseReference:
     folder = base_dir / base_key(run.config)
     # the main worker decides for all, so that no worker waits in a collective that the others skipped
     is_there = run.workers.gather([load_base(folder) is not None])[0]
-    if is_there and (base := load_base(folder)) is not None:
+    if is_there:
+        base = load_base(folder)
+        if base is None:
+            raise RunError(
+                f"{folder}: the first worker sees the base model's measurements here, this one does not; "
+                "--storage must be shared by all nodes"
+            )
         return base
     base = measure_base(
         run.sampler,
@@ -115,43 +139,29 @@ def _reference(run: Run, base_dir: Path) -> BaseReference:
     return base
 
 
-def _loop(
-    run: Run,
-    base: BaseReference,
-    mixture: Mixture,
-    parameters: list[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    metrics_file: MetricsFile | None,
-    trial_dir: Path,
-    reporter: Reporter,
-) -> None:
-    config = run.config
+def _loop(training: Training, progress: Progress, metrics_file: MetricsFile | None) -> None:
+    config, base = training.run.config, training.base
     if progress.step == 0:
-        reporter.report({"step": 0.0, "is_final": 0.0, **summarise(base.values, base.values)}, None)
+        training.reporter.report({"step": 0.0, "is_final": 0.0, **summarise(base.values, base.values)}, None)
     elif progress.step >= config.optim.steps:  # killed after its last checkpoint, before its result was taken
-        summary = _evaluate(run, base, progress, trial_dir)
-        _report(run, optimizer, progress, summary, reporter, is_final=True)
+        _report(training, progress, _evaluate(training, progress))
     while progress.step < config.optim.steps:
-        step = progress.step
         try:
-            row = _train_step(run, mixture, parameters, optimizer, step)
+            row = _train_step(training, progress.step)
         except NonFiniteError as error:
-            raise NonFiniteError(f"step {step + 1}: {error}") from error
-        progress = Progress(step=step + 1, images_seen=progress.images_seen + config.optim.batch)
+            raise NonFiniteError(f"step {progress.step + 1}: {error}") from error
+        progress = Progress(step=progress.step + 1, images_seen=progress.images_seen + config.optim.batch)
         row |= {"step": progress.step, "images_seen": progress.images_seen}
-        is_final = progress.step == config.optim.steps
-        if is_final or progress.step % config.evaluate.every == 0:
-            summary = _evaluate(run, base, progress, trial_dir)
-            row |= summary
-            _report(run, optimizer, progress, summary, reporter, is_final=is_final)
-        if metrics_file is not None:
-            metrics_file.write(row)
+        is_due = progress.step == config.optim.steps or progress.step % config.evaluate.every == 0
+        summary = _evaluate(training, progress) if is_due else {}
+        if metrics_file is not None:  # before the checkpoint: a resumed run drops rows too many, but cannot add one
+            metrics_file.write(row | summary)
+        if is_due:
+            _report(training, progress, summary)
 
 
-def _train_step(
-    run: Run, mixture: Mixture, parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, step: int
-) -> dict[str, float]:
+def _train_step(training: Training, step: int) -> dict[str, float]:
+    run, mixture = training.run, training.mixture
     config, workers = run.config, run.workers
     stopwatch = Stopwatch(workers.device)
     start = time.perf_counter()
@@ -161,10 +171,11 @@ def _train_step(
     for offset in range(first, first + run.local_batch, run.micro_batch):
         count = min(run.micro_batch, first + run.local_batch - offset)
         batch = _draw_batch(run, offset, count)
-        scores = backward(run.sampler, mixture, plan, batch, num_images=config.optim.batch, stopwatch=stopwatch)
-        sums.add(scores)
+        sums.add(backward(run.sampler, mixture, plan, batch, num_images=config.optim.batch, stopwatch=stopwatch))
     with stopwatch.measure("optimizer"):
-        grad_norm = apply_gradient(parameters, optimizer, workers, max_grad_norm=config.optim.max_grad_norm)
+        grad_norm = apply_gradient(
+            training.parameters, training.optimizer, workers, max_grad_norm=config.optim.max_grad_norm
+        )
     means = (workers.sum(sums.totals.to(workers.device)) / config.optim.batch).tolist()
     row = {f"train/{name}": mean for name, mean in zip(sums.names, means, strict=True)}
     row |= {"grad_norm": grad_norm, "k": len(plan.active), "workers": workers.count}
@@ -190,30 +201,26 @@ def _draw_batch(run: Run, first: int, count: int) -> Batch:
     )
 
 
-def _evaluate(run: Run, base: BaseReference, progress: Progress, trial_dir: Path) -> dict[str, float]:
+def _evaluate(training: Training, progress: Progress) -> dict[str, float]:
+    run, base = training.run, training.base
     start = time.perf_counter()
     samples = sample_and_score(run.sampler, run.eval_images, run.rewards, run.workers, batch_size=run.eval_batch)
     values = per_prompt(samples, base.pixels_NHW3, run.eval_images, run.config.evaluate.judges)
     if run.workers.is_main:
-        _save_samples(run, samples.pixels_NHW3, trial_dir / "samples" / f"step-{progress.step:06d}.png")
+        path = training.trial_dir / "samples" / f"step-{progress.step:06d}.png"
+        _save_samples(run, samples.pixels_NHW3, path)
     return {**summarise(values, base.values), "eval_s": time.perf_counter() - start}
 
 
-def _report(
-    run: Run,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    summary: Mapping[str, float],
-    reporter: Reporter,
-    *,
-    is_final: bool,
-) -> None:
+def _report(training: Training, progress: Progress, summary: Mapping[str, float]) -> None:
+    run = training.run
     checkpoint = None
     if run.workers.is_main:
-        checkpoint = Path(tempfile.mkdtemp(prefix="rltune-")) / "checkpoint"
-        save_checkpoint(checkpoint, run.model.network, optimizer, progress)
+        checkpoint = Path(tempfile.mkdtemp(prefix="rltune-"))
+        save_checkpoint(checkpoint, run.model.network, training.optimizer, progress)
     metrics = {"step": float(progress.step), "images_seen": float(progress.images_seen), **summary}
-    reporter.report({**metrics, "is_final": float(is_final)}, checkpoint)
+    is_final = progress.step == run.config.optim.steps
+    training.reporter.report({**metrics, "is_final": float(is_final)}, checkpoint)
 
 
 def _save_samples(run: Run, pixels_NHW3: Pixels, path: Path) -> None:

@@ -66,6 +66,7 @@ VALUES: list[tuple[str, list[str]]] = [
     ("sampler: {height: 100, width: 64}", ["must be a whole number from 8 to 8192, a multiple of 8, got 100"]),
     ("optim: {betas: [0.9, 1.0]}", ["optim.betas[1]: must be a number, at least 0 and below 1, got 1.0"]),
     ("estimator: {draw: unifrom}", ["got 'unifrom'; did you mean 'uniform'? known: fixed, uniform, gaussian"]),
+    ("resources: {gpus_per_worker: 1.5}", ["more than one GPU must be a whole number, got 1.5; round it up"]),
     ("resources: {precision: fp8}", ["must be 'auto', 'fp32' or 'bf16', got 'fp8'"]),
     ("resources: {concurrent: 0}", ["resources.concurrent: must be 'auto' or a whole number, at least 1, got 0"]),
     # values that do not fit each other

@@ -135,6 +135,20 @@ class Blind(Brightness):
         return 0 * super().__call__(images_B3HW, prompts) + torch.tensor([float(len(p)) for p in prompts])
 
 
+@REWARDS.register("opaque")
+class Opaque(Brightness):
+    """Says that it has no gradient."""
+
+    is_differentiable = False
+
+
+def test_a_reward_without_gradient_is_measured_but_not_trained_on(make_config: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"one with a positive weight has no gradient, which alignprop needs"):
+        train(make_config(rewards={"opaque": {"weight": 1.0}}), tmp_path)
+    reporter = train(make_config(rewards={"opaque": {"weight": 0.0}, "brightness": {}}), tmp_path)
+    assert reporter.reports[-1]["eval/opaque"] == reporter.reports[-1]["eval/brightness"]
+
+
 def test_a_reward_that_is_not_finite_names_itself_and_the_prompt(make_config: Make, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"'nan_when_two'.*two red birds"):
         train(make_config(rewards={"nan_when_two": {}}), tmp_path)
