@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rltune.config.load import Experiment
 from rltune.errors import UserError
-from rltune.training.setup import NUM_CALIBRATION_PROMPTS
+from rltune.training.setup import NUM_CALIBRATION_IMAGES
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Plan:
     def num_images(self) -> int:
         """Images that the whole sweep draws, the base model's evaluation and calibration included."""
         per_trial = self.num_steps * self.images_per_step + self.num_evaluations * self.images_per_evaluation
-        return self.num_trials * per_trial + self.images_per_evaluation + NUM_CALIBRATION_PROMPTS
+        return self.num_trials * per_trial + self.images_per_evaluation + NUM_CALIBRATION_IMAGES
 
 
 def make_plan(experiment: Experiment, resources: Mapping[str, float]) -> Plan:

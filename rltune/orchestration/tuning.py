@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ray import tune
+from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.search import Searcher
 
 from rltune.orchestration.job import JobSpec, make_trainer
@@ -68,12 +68,21 @@ class Dealer(Searcher):  # type: ignore[misc]  # ray has no types
         return {}
 
 
-class Recorder(tune.Callback):  # type: ignore[misc]  # ray has no types
-    """Calls back with every trial's end: its spec, its last report, Ray's error text, its duration in seconds."""
+class Recorder(TrialProgressCallback):  # type: ignore[misc]  # ray has no types
+    """Calls back with every trial's end: its spec, its last report, Ray's error text, its duration in seconds.
+
+    A progress callback by class, since Tune adds one that prints where it finds none; this one prints nothing.
+    """
 
     def __init__(self, on_end: Callable[[JobSpec, Mapping[str, Any], str, float], None]) -> None:
+        super().__init__()
         self._on_end = on_end
         self._started: dict[str, float] = {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Print nothing."""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note when the trial started."""

@@ -21,8 +21,8 @@ from rltune.training.step import Sampler
 from rltune.training.streams import Stream
 from rltune.training.workers import Workers
 
-NUM_CALIBRATION_PROMPTS = 32
-"""Prompts, one image each, that the unit of a reward is measured on."""
+NUM_CALIBRATION_IMAGES = 32
+"""Images of the first training prompts, in turn, that the unit of a reward is measured on."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def build_run(config: RunConfig) -> Run:
         train_prompts=train_prompts,
         eval_images=eval_images,
         calibration_images=ImageSet(
-            train_prompts[:NUM_CALIBRATION_PROMPTS],
+            tuple(train_prompts[i % len(train_prompts)] for i in range(NUM_CALIBRATION_IMAGES)),
             1,
             eval_images.latent_shape,
             latent_stream=Stream.CALIBRATION_LATENT,

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from rltune import __version__
@@ -14,7 +15,6 @@ from rltune.errors import RunError
 from rltune.orchestration import cluster
 from tests.config.test_schema import EXPERIMENTS
 
-jsonschema = pytest.importorskip("jsonschema")
 Call = Callable[..., tuple[int, str, str]]
 
 

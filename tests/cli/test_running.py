@@ -6,7 +6,7 @@ from rltune.cli import running
 from rltune.cli.running import known_names, run_experiment
 from rltune.config.load import load_experiment
 from rltune.errors import UserError
-from rltune.training.setup import NUM_CALIBRATION_PROMPTS
+from rltune.training.setup import NUM_CALIBRATION_IMAGES
 from tests.config.test_schema import EXPERIMENTS
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_the_plan_says_what_will_be_done(tmp_path: Path, capsys: pytest.CaptureF
     assert plan["searched"].split(", ")[:2] == ["model.lora.rank", "estimator.k"]
     assert plan["trials"] == "the base model and 5 trained, 4 at a time"
     assert plan["a trial"] == "10 steps of 4 images, 3 evaluations of 6; 1 worker(s) with 1 GPU each"
-    assert plan["images"] == f"{5 * (40 + 18) + 6 + NUM_CALIBRATION_PROMPTS} in all"
+    assert plan["images"] == f"{5 * (40 + 18) + 6 + NUM_CALIBRATION_IMAGES} in all"
     assert plan["objectives"] == "aesthetic, alignment, compressibility"
     assert plan["runs on"] == "a Ray cluster on this machine (loopback only)"
 

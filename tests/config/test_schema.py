@@ -3,13 +3,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from rltune.config.experiment import RunConfig
 from rltune.config.schema import belongs_to_whole_sweep, describe, is_leaf, json_schema, known_keys, node_at, run_schema
 from rltune.config.yamlfile import read_yaml
 
-jsonschema = pytest.importorskip("jsonschema")
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
 DEFAULTS = RunConfig.model_validate({"rewards": {"a": {}}, "constraints": {"a": {"min": 0}}}).model_dump(mode="json")
 

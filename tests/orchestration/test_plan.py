@@ -5,7 +5,7 @@ import pytest
 
 from rltune.errors import UserError
 from rltune.orchestration.plan import Plan, make_plan
-from rltune.training.setup import NUM_CALIBRATION_PROMPTS
+from rltune.training.setup import NUM_CALIBRATION_IMAGES
 from tests.runs import SEARCHED, experiment
 
 FIXED = {"rewards": {"brightness": {}}, "optim": {"steps": 10, "batch": 4}}
@@ -54,7 +54,7 @@ def test_images_are_counted_as_by_hand() -> None:
     made = make_plan(experiment(evaluate=evaluate, search={"trials": 5}), {"CPU": 2})
     # 10 steps of 4 images; evaluated after 4, 8 and 10 steps on 3 x 2 images; the base once, and its calibration
     assert (made.num_steps, made.images_per_step, made.num_evaluations, made.images_per_evaluation) == (10, 4, 3, 6)
-    assert made.num_images == 5 * (10 * 4 + 3 * 6) + 6 + NUM_CALIBRATION_PROMPTS
+    assert made.num_images == 5 * (10 * 4 + 3 * 6) + 6 + NUM_CALIBRATION_IMAGES
 
 
 @pytest.mark.parametrize(("every", "num_evaluations"), [(1, 10), (5, 2), (6, 2), (10, 1), (11, 1)])

@@ -235,3 +235,4 @@ def test_a_trial_that_fails_is_recorded_and_the_sweep_goes_on(
     for result in failed:
         assert "holds no prompt" in result.reason
         assert f"trial {result.trial} failed: {result.reason}" in output
+    assert "Last result" not in output  # Tune's own line

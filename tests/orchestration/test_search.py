@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
+from scipy import stats
 
 from rltune.config.distributions import Choice, FloatRange, IntRange, LogFloatRange, Simplex
 from rltune.config.load import Experiment
@@ -16,7 +17,6 @@ from rltune.orchestration.rundir import TrialSpec
 from rltune.orchestration.search import SAMPLERS, Search, is_finite, make_sampler, simplex_weights, to_optuna, values_of
 from tests.runs import experiment
 
-stats = pytest.importorskip("scipy.stats")
 BOTH = Objectives(("brightness", "drift"))
 SPACE: dict[str, Any] = {
     "name": "mix",

@@ -111,7 +111,6 @@ def test_the_published_head_loads_and_scores_as_the_formula_says() -> None:
     np.testing.assert_allclose(actual, product_of_maps(state, x_BD.double().numpy()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(not BUILTIN_AESTHETIC_HEAD.is_file(), reason="the built-in weights are not there")
 def test_the_shipped_head_loads_and_fits_the_shipped_model() -> None:
     reward = REWARDS.build("aesthetic", {})
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

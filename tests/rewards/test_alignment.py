@@ -3,10 +3,8 @@
 from pathlib import Path
 
 import open_clip
-import pytest
 import torch
 
-from rltune.assets import BUILTIN_CLIP_DIR
 from rltune.builtin.render import render
 from rltune.builtin.scenes import make_scene
 from rltune.rewards.base import REWARDS
@@ -27,7 +25,6 @@ def test_alignment_is_the_cosine_of_image_and_prompt(clip_folder: Path) -> None:
     assert not torch.allclose(reward(images, ["two birds", "a cat"]), expected, atol=1e-3)
 
 
-@pytest.mark.skipif(not BUILTIN_CLIP_DIR.is_dir(), reason="the built-in weights are not there")
 def test_the_shipped_model_prefers_a_scenes_own_caption() -> None:
     scenes = [make_scene(0, i) for i in range(16)]
     images, captions = render(scenes), [scene.canonical_caption() for scene in scenes]

@@ -22,6 +22,7 @@ from rltune.rewards.pixel import Brightness
 from rltune.training.checkpoint import load_adapter
 from rltune.training.loop import base_run, train_run
 from rltune.training.reporter import FolderReporter, read_metrics
+from rltune.training.setup import NUM_CALIBRATION_IMAGES, build_run
 
 Make = Callable[..., RunConfig]
 
@@ -223,3 +224,9 @@ def test_two_workers_take_the_step_of_one_with_the_whole_batch(make_config: Make
     assert second["k"] == first["k"]
     assert (first["workers"], second["workers"]) == (1, 2)
     assert one.keys() == two.keys()
+
+
+def test_one_training_prompt_is_enough_to_measure_the_unit_of_a_reward(make_config: Make, tmp_path: Path) -> None:
+    config = make_config(prompts={"train": ["a cat"]}, optim={"steps": 1})
+    assert len(build_run(config).calibration_images) == NUM_CALIBRATION_IMAGES
+    train(config, tmp_path)
