@@ -76,9 +76,9 @@ def prepare(address: str | None) -> str | None:
     """
     found = find_address(address)
     wanted = QUIET | BEHAVIOUR
-    if found is None:
-        wanted |= LOCAL
-    elif _has_token():
+    if found is None or found.startswith(("127.", "localhost:")):
+        wanted |= LOCAL  # Ray rewrites a loopback address to the machine's own unless the client too is told
+    if found is not None and _has_token():
         wanted["RAY_AUTH_MODE"] = "token"  # without it a client with a token hangs for 20 s and fails in riddles
     os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
     return found
@@ -103,6 +103,11 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
         raise UserError(
             f"--address: {found!r} is not a cluster address, which is HOST:PORT (the GCS, usually port 6379); for "
             "a Jobs URL run 'ray job submit --address URL -- rltune sweep ...' so that the sweep runs on the cluster"
+        )
+    if found is not None and found != "auto" and not _answers(found):  # Ray itself would try for minutes
+        raise RunError(
+            f"--address: nothing answers at {found!r}; check host and port, or start a cluster there with "
+            "'ray start --head'"
         )
     import ray
 
@@ -151,11 +156,18 @@ def _running_here() -> str | None:
     """Return the address that ``ray start --head`` left on this machine, if something still listens there."""
     try:
         address = (Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster").read_text().strip()
-        host, _, port = address.rpartition(":")
-        with socket.create_connection((host, int(port)), timeout=0.5):
-            return address
-    except (OSError, ValueError):
+    except OSError:
         return None
+    return address if _answers(address, timeout_s=0.5) else None
+
+
+def _answers(address: str, *, timeout_s: float = 5.0) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=timeout_s):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def _has_token() -> bool:

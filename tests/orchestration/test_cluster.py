@@ -1,0 +1,51 @@
+import os
+import socket
+
+import pytest
+
+from rltune.errors import RunError, UserError
+from rltune.orchestration import cluster
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``prepare`` sets must not outlive the test."""
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("RAY_ADDRESS", None)
+    monkeypatch.setattr(cluster, "_running_here", lambda: None)
+
+
+def test_the_option_comes_before_the_variable_before_a_running_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cluster.find_address(None) is None
+    monkeypatch.setattr(cluster, "_running_here", lambda: "10.0.0.3:1")
+    assert cluster.find_address(None) == "10.0.0.3:1"
+    os.environ["RAY_ADDRESS"] = "10.0.0.2:1"
+    assert cluster.find_address(None) == "10.0.0.2:1"
+    assert cluster.find_address("10.0.0.1:1") == "10.0.0.1:1"
+
+
+@pytest.mark.parametrize(("address", "is_loopback"), [(None, True), ("127.0.0.1:6379", True), ("10.0.0.1:6379", False)])
+def test_loopback_is_asked_for_on_this_machine_alone(address: str | None, is_loopback: bool) -> None:
+    os.environ.pop("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", None)
+    cluster.prepare(address)
+    assert (os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == "0") == is_loopback
+
+
+def test_what_the_user_has_set_stays() -> None:
+    os.environ["RAY_DEDUP_LOGS"] = "0"
+    cluster.prepare(None)
+    assert os.environ["RAY_DEDUP_LOGS"] == "0"
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"])
+def test_other_kinds_of_address_are_told_apart(address: str) -> None:
+    with pytest.raises(UserError, match=r"is not a cluster address, which is HOST:PORT"), cluster.connect(address):
+        pass
+
+
+def test_an_address_where_nothing_listens_is_said_at_once() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(RunError, match=r"nothing answers at '127\.0\.0\.1:"), cluster.connect(address):
+        pass
