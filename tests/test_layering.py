@@ -14,10 +14,10 @@ ALLOWED = {
     "config": BASE,
     "pareto": BASE,
     "diffusion": BASE,
-    "rewards": BASE,
+    "builtin": BASE,
+    "rewards": BASE | {"builtin"},
     "estimators": BASE | {"diffusion", "rewards"},
     "training": BASE | {"config", "diffusion", "rewards", "estimators"},
-    "builtin": BASE | {"diffusion", "rewards"},
     "export": BASE | {"diffusion"},
     "orchestration": BASE | {"config", "pareto", "diffusion", "rewards", "estimators", "training", "export"},
     "cli": BASE

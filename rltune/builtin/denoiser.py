@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,8 @@ from rltune.builtin.tokenizer import encode
 from rltune.builtin.workshop import Workshop, train
 
 STAGE = "denoiser"
-STEPS = 9_000
+CYCLES = (9_000, 15_000)
+"""Steps of each cycle of the learning rate; the second starts warm from the first's decayed end (arXiv:1608.03983)."""
 BATCH = 32
 PEAK_LR = 1e-3
 TEXT_LR_FACTOR = 0.5
@@ -48,13 +50,14 @@ def train_denoiser(
     heldout_latents_NCHW: Tensor,
     heldout_token_ids_NKL: Tensor,
 ) -> Denoiser:
-    """Train for ``STEPS`` steps of ``BATCH``; the learning rate decays over the last quarter."""
+    """Train for the steps of all ``CYCLES``, of ``BATCH`` each."""
     live = make_denoiser(shop, len(tokenizer))
     average = Denoiser(copy.deepcopy(live.unet), copy.deepcopy(live.text_encoder))
     _use_plain_attention(live)
     scheduler = make_scheduler()
     empty_L = encode(tokenizer, [""])[0]
-    num_steps = shop.scaled(STEPS, at_least=2)
+    cycles = tuple(shop.scaled(steps, at_least=2) for steps in CYCLES)
+    num_steps = sum(cycles)
     optimizer = torch.optim.AdamW(
         [
             {"name": "unet", "params": list(live.unet.parameters())},
@@ -67,28 +70,15 @@ def train_denoiser(
     )
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
-        picks = torch.randint(len(latents_NCHW), (BATCH,), generator=generator)
-        which = torch.randint(token_ids_NKL.shape[1], (BATCH,), generator=generator)
-        token_ids_BL = token_ids_NKL[picks, which]
-        token_ids_BL[torch.rand(BATCH, generator=generator) < DROPPED_PROMPTS] = empty_L
-        # One timestep from each of B equal slices: same law, less variance.
-        num_train = scheduler.config.num_train_timesteps
-        t_B = ((torch.rand(BATCH, generator=generator) + torch.arange(BATCH)) * num_train / BATCH).long()
-        x0_BCHW = latents_NCHW[picks].float()
-        noise_BCHW = torch.randn(x0_BCHW.shape, generator=generator)
-        batch = (tensor.to(shop.device) for tensor in (x0_BCHW, noise_BCHW, t_B.clamp(max=num_train - 1), token_ids_BL))
-        with torch.autocast(shop.device.type, dtype=torch.bfloat16):
-            return velocity_error(live, scheduler, *batch).mean()
-
-    def learning_rate_of(step: int, group: str) -> float:
-        left = (num_steps - step) / (DECAY_FRACTION * num_steps)
-        decay = 0.02 + 0.98 * 0.5 * (1 - math.cos(math.pi * min(1.0, left)))
-        return PEAK_LR * min(1.0, (step + 1) / 200) * decay * (TEXT_LR_FACTOR if group == "text" else 1.0)
+        return draw_loss(live, scheduler, latents_NCHW, token_ids_NKL, empty_L, generator, shop.device)
 
     def after_step(step: int) -> None:
         decay = min(EMA_DECAY, (step + 1) / (step + 12))  # forgets the random start quickly
         _blend(average.unet, live.unet, 1 - decay)
         _blend(average.text_encoder, live.text_encoder, 1 - decay)
+
+    def validate() -> dict[str, float]:
+        return _measure(shop, average, scheduler, heldout_latents_NCHW, heldout_token_ids_NKL)
 
     train(
         shop,
@@ -102,15 +92,54 @@ def train_denoiser(
         optimizer=optimizer,
         num_steps=num_steps,
         loss_of=loss_of,
-        learning_rate_of=learning_rate_of,
+        learning_rate_of=lambda step, group: (
+            PEAK_LR * cyclic_rate(step, cycles) * (TEXT_LR_FACTOR if group == "text" else 1.0)
+        ),
         after_step=after_step,
+        validate=validate,
     )
     average.unet.eval()
     average.text_encoder.eval()
     if shop.load_figures(STAGE) is None:
-        figures = _measure(shop, average, scheduler, heldout_latents_NCHW, heldout_token_ids_NKL)
-        shop.save_figures(STAGE, {**figures, "num_samples": float(num_steps * BATCH)})
+        shop.save_figures(STAGE, {**validate(), "num_samples": float(num_steps * BATCH)})
     return average
+
+
+def cyclic_rate(step: int, cycles: Sequence[int]) -> float:
+    """Factor of the peak learning rate: in each cycle a short rise, a plateau, and a cosine decay at the end."""
+    for length in cycles[:-1]:
+        if step < length:
+            break
+        step -= length
+    else:
+        length = cycles[-1]
+    left = (length - step) / (DECAY_FRACTION * length)
+    decay = 0.02 + 0.98 * 0.5 * (1 - math.cos(math.pi * min(1.0, left)))
+    return min(1.0, (step + 1) / 200) * decay
+
+
+def draw_loss(
+    denoiser: Denoiser,
+    scheduler: DDIMScheduler,
+    latents_NCHW: Tensor,
+    token_ids_NKL: Tensor,
+    empty_L: Tensor,
+    generator: torch.Generator,
+    device: torch.device,
+) -> Tensor:
+    """The training loss of one random batch, a scalar with gradient; some of its prompts are dropped."""
+    picks = torch.randint(len(latents_NCHW), (BATCH,), generator=generator)
+    which = torch.randint(token_ids_NKL.shape[1], (BATCH,), generator=generator)
+    token_ids_BL = token_ids_NKL[picks, which]
+    token_ids_BL[torch.rand(BATCH, generator=generator) < DROPPED_PROMPTS] = empty_L
+    # One timestep from each of B equal slices: same law, less variance.
+    num_train = scheduler.config.num_train_timesteps
+    t_B = ((torch.rand(BATCH, generator=generator) + torch.arange(BATCH)) * num_train / BATCH).long()
+    x0_BCHW = latents_NCHW[picks].float()
+    noise_BCHW = torch.randn(x0_BCHW.shape, generator=generator)
+    batch = (tensor.to(device) for tensor in (x0_BCHW, noise_BCHW, t_B.clamp(max=num_train - 1), token_ids_BL))
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        return velocity_error(denoiser, scheduler, *batch).mean()
 
 
 def velocity_error(

@@ -50,6 +50,12 @@ def export_image_text(folder: Path, *, model: ImageText, tokenizer: CLIPTokenize
     make_readable(folder)
 
 
+def export_reader(path: Path, reader: nn.Module) -> None:
+    """The weights of the counter or the judge, in half precision."""
+    save_file(_half(reader), path)
+    path.chmod(0o644)
+
+
 def export_head(path: Path, head: AestheticHead) -> None:
     """The head's weights; the header says how to build it and how to read its score."""
     metadata = {

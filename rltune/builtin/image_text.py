@@ -1,6 +1,7 @@
 """The image-text model (open_clip) and the aesthetic head on top of it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import open_clip
@@ -11,10 +12,11 @@ from transformers import CLIPTokenizer
 
 from rltune.builtin.corpus import CAPTIONS_PER_PICTURE, Corpus, to_network
 from rltune.builtin.networks import EMBED_DIM, AestheticHead, make_image_text
+from rltune.builtin.scenes import NUMBERS, OBJECT_COLORS, SHAPES
 from rltune.builtin.tokenizer import encode
-from rltune.builtin.workshop import Workshop, train
+from rltune.builtin.workshop import Workshop, cosine_rate, train
 
-STEPS = 800
+STEPS = 2_600
 BATCH = 128
 PEAK_LR = 2e-3
 LABEL_WEIGHT = 1.0
@@ -29,6 +31,15 @@ class ImageText:
     head: AestheticHead
 
 
+WORD_CLASSES = (
+    SHAPES,
+    ("circles", "squares", "triangles", "stars", "rings", "crosses"),
+    tuple(OBJECT_COLORS),
+    NUMBERS[2:],
+)
+"""Words that can stand for each other in a caption and then make it wrong."""
+
+
 def encode_captions(tokenizer: CLIPTokenizer, corpus: Corpus) -> Tensor:
     """Token ids of every caption, ``(N, captions, context)`` int64."""
     flat = [caption for captions in corpus.captions for caption in captions]
@@ -38,7 +49,11 @@ def encode_captions(tokenizer: CLIPTokenizer, corpus: Corpus) -> Tensor:
 def train_image_text(
     shop: Workshop, tokenizer: CLIPTokenizer, token_ids_NKL: Tensor, corpus: Corpus, heldout: Corpus
 ) -> ImageText:
-    """Train both towers and the head together: symmetric cross-entropy plus the label's squared error."""
+    """Train both towers and the head together: symmetric cross-entropy plus the label's squared error.
+
+    Each picture also has to tell its caption from the same one with a word swapped (NegCLIP, arXiv:2210.01936): in a
+    random batch colours alone tell most pictures apart, and a model so trained hardly sees shape.
+    """
     with shop.seeded("image-text"):
         clip = make_image_text(len(tokenizer))
         head = AestheticHead(EMBED_DIM, (64,), offset=5.5, scale=2.0)
@@ -46,12 +61,15 @@ def train_image_text(
             # A coordinate of a unit vector is about 1/sqrt(dim), which the default initialiser does not expect.
             next(head.parameters()).mul_(math.sqrt(EMBED_DIM))
     clip.to(shop.device)
+    clip.visual.to(memory_format=torch.channels_last)
     head.to(shop.device)
     num_steps = shop.scaled(STEPS, at_least=2)
     parameters = [*clip.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(
         [{"name": "all", "params": parameters}], lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05
     )
+
+    word_classes = [encode(tokenizer, list(words))[:, 1] for words in WORD_CLASSES]
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         picks = torch.randint(len(corpus), (BATCH,), generator=generator)
@@ -60,18 +78,21 @@ def train_image_text(
         # Up to 6 % noise: sampled pictures are never as clean as rendered ones.
         noise_level = 0.06 * torch.rand(BATCH, 1, 1, 1, generator=generator)
         images = (images + noise_level * torch.randn(images.shape, generator=generator)).clamp(-1, 1)
+        token_ids_BL = token_ids_NKL[picks, which]
+        wrong_BL = swap_a_word(token_ids_BL, word_classes, generator)
+        # float32 for text: on a CPU the bfloat16 backward of torch's attention takes three times as long.
+        text_2BD = clip.encode_text(torch.cat([token_ids_BL, wrong_BL]).to(shop.device), normalize=True)
         with torch.autocast(shop.device.type, dtype=torch.bfloat16):
-            image_BD = clip.encode_image(images.to(shop.device), normalize=True).float()
-            text_BD = clip.encode_text(token_ids_NKL[picks, which].to(shop.device), normalize=True).float()
-        logits_BB = clip.logit_scale.exp().clamp(max=100) * image_BD @ text_BD.T
+            images = images.to(shop.device, memory_format=torch.channels_last)
+            image_BD = clip.encode_image(images, normalize=True).float()
+        logits_B2B = clip.logit_scale.exp().clamp(max=100) * image_BD @ text_2BD.T
+        logits_BB, wrong_B = logits_B2B[:, :BATCH], logits_B2B[:, BATCH:].diag()
         target_B = torch.arange(BATCH, device=shop.device)
-        contrast = (F.cross_entropy(logits_BB, target_B) + F.cross_entropy(logits_BB.T, target_B)) / 2
+        to_text = F.cross_entropy(torch.cat([logits_BB, wrong_B[:, None]], dim=1), target_B)
+        contrast = (to_text + F.cross_entropy(logits_BB.T, target_B)) / 2
         label_B = corpus.aesthetic_N[picks].to(shop.device)
         label_error: Tensor = ((head(image_BD) - label_B) / head.scale).square().mean()
         return contrast + LABEL_WEIGHT * label_error
-
-    def learning_rate_of(step: int, group: str) -> float:
-        return PEAK_LR * min(1.0, (step + 1) / 80) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
 
     train(
         shop,
@@ -80,12 +101,31 @@ def train_image_text(
         optimizer=optimizer,
         num_steps=num_steps,
         loss_of=loss_of,
-        learning_rate_of=learning_rate_of,
+        learning_rate_of=lambda step, _: PEAK_LR * cosine_rate(step, num_steps, warmup=80),
     )
     model = ImageText(clip.eval(), head.eval())
     if shop.load_figures("image-text") is None:
         shop.save_figures("image-text", _measure(shop, model, encode_captions(tokenizer, heldout), heldout))
     return model
+
+
+def swap_a_word(token_ids_BL: Tensor, word_classes: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """The same captions with one word each, of those in ``word_classes``, replaced by another of its class."""
+    width = max(len(words) for words in word_classes)
+    size = int(max(int(words.max()) for words in word_classes)) + 1
+    # Per token, the other words of its class, repeated up to the largest class; -1 where it has none.
+    others = torch.full((max(size, int(token_ids_BL.max()) + 1), width - 1), -1)
+    for words in word_classes:
+        for word in words.tolist():
+            rest = words[words != word]
+            others[word] = rest.repeat(width)[: width - 1]
+    can_swap_BL = others[token_ids_BL, 0] >= 0
+    position_B = torch.multinomial(can_swap_BL.float(), 1, generator=generator)[:, 0]
+    rows_B = torch.arange(len(token_ids_BL))
+    which_B = torch.randint(width - 1, (len(token_ids_BL),), generator=generator)
+    swapped_BL = token_ids_BL.clone()
+    swapped_BL[rows_B, position_B] = others[token_ids_BL[rows_B, position_B], which_B]
+    return swapped_BL
 
 
 @torch.no_grad()

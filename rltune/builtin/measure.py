@@ -1,14 +1,13 @@
 """Figures of the finished model: do its pictures show what the prompt says?
 
-The judge is our own image-text model. It saw the same kind of pictures and is not independent of the build, so every
-figure stands beside its ceilings (real renders, and the same behind the autoencoder) and a control (shuffled prompts).
-The figures rank builds of this model and say nothing about any other.
+The judge (``judge.py``) reads them. It shares nothing with the build, and every figure stands beside the judge's own
+ceiling (real renders of held-out scenes), the autoencoder's (the same, reconstructed) and a control (the samples
+against the prompts of others). The figures rank builds of this model and say nothing about any other.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -17,65 +16,103 @@ from transformers import CLIPTokenizer
 
 from rltune.builtin.corpus import to_network
 from rltune.builtin.denoiser import Denoiser
+from rltune.builtin.export import distinct_prompts
+from rltune.builtin.grammar import Content, parse
 from rltune.builtin.image_text import ImageText, embed_images, embed_texts
+from rltune.builtin.judge import Judge, Verdict, judge_images
 from rltune.builtin.render import render
 from rltune.builtin.sampling import sample, to_bytes
-from rltune.builtin.scenes import GROUND_COLORS, OBJECT_COLORS, SHAPES, Scene, make_scenes
+from rltune.builtin.scenes import make_scenes
 from rltune.builtin.tokenizer import encode
 from rltune.builtin.workshop import Workshop
 
-NUM_SCENES = 512
+NUM_PROMPTS = 500
+IMAGES_PER_PROMPT = 2
+NUM_SCENES = 1_000
 
-CHOICES: Mapping[str, tuple[object, ...]] = MappingProxyType(
-    {"shape": SHAPES, "color": tuple(OBJECT_COLORS), "count": (1, 2, 3, 4), "ground": tuple(GROUND_COLORS)}
+MEASURES: Mapping[str, tuple[int | None, str]] = MappingProxyType(
+    {
+        "exact": (None, "exact"),
+        "ground": (None, "ground"),
+        "one_color": (1, "colors"),
+        "one_count": (1, "count"),
+        "one_shape": (1, "shape"),
+        "one_all": (1, "groups"),
+        "two_colors": (2, "colors"),
+        "two_all": (2, "groups"),
+    }
 )
-"""What a one-group caption could have said instead."""
+"""Figure -> how many groups a prompt must have to be asked (None: any), and the part of the verdict that counts."""
 
 
 def measure_samples(
-    shop: Workshop, tokenizer: CLIPTokenizer, judge: ImageText, autoencoder: AutoencoderKL, denoiser: Denoiser
-) -> dict[str, float]:
-    """Alignment (mean cosine with the prompt) and attribute accuracy on held-out scenes, with ceilings and control."""
+    shop: Workshop,
+    tokenizer: CLIPTokenizer,
+    judge: Judge,
+    image_text: ImageText,
+    autoencoder: AutoencoderKL,
+    denoiser: Denoiser,
+) -> dict[str, dict[str, float]]:
+    """Per kind of picture (``samples``, ``shuffled``, ``reconstructions``, ``renders``) what the judge reads.
+
+    Beside each share stand ``.._low`` and ``.._high``, its 95 % interval; with it the alignment and the aesthetic score
+    that the shipped reward models give, which are no judges.
+    """
+    prompts = distinct_prompts(shop.seed, shop.scaled(NUM_PROMPTS, at_least=8), is_heldout=True)
+    repeated = [prompt for prompt in prompts for _ in range(IMAGES_PER_PROMPT)]
+    sampled = sample(
+        autoencoder, denoiser, tokenizer, repeated, generator=shop.generator("samples"), device=shop.device
+    )
     scenes, _ = make_scenes(shop.seed, shop.scaled(NUM_SCENES, at_least=8), is_heldout=True)
-    prompts = [scene.canonical_caption() for scene in scenes]
-    sampled = sample(autoencoder, denoiser, tokenizer, prompts, generator=shop.generator("samples"), device=shop.device)
     rendered = (render(scenes) * 255).round().to(torch.uint8)
-    pictures = {
-        "samples": sampled,
-        "reconstructions": reconstruct(autoencoder, rendered, shop.device),
-        "renders": rendered,
+    captions = [scene.canonical_caption() for scene in scenes]
+    sets = {
+        "samples": (sampled, repeated, IMAGES_PER_PROMPT),
+        "shuffled": (sampled, repeated[IMAGES_PER_PROMPT:] + repeated[:IMAGES_PER_PROMPT], IMAGES_PER_PROMPT),
+        "reconstructions": (reconstruct(autoencoder, rendered, shop.device), captions, 1),
+        "renders": (rendered, captions, 1),
     }
-    text_ND = embed_texts(judge, encode(tokenizer, prompts), shop.device)
-    figures = {"num_prompts": float(len(prompts))}
-    for name, images in pictures.items():
-        image_ND = embed_images(judge, images, shop.device)
-        figures[f"{name}_alignment"] = _cosine(image_ND, text_ND)
-        for attribute, accuracy in attribute_accuracy(shop, tokenizer, judge, image_ND, scenes).items():
-            figures[f"{name}_{attribute}"] = accuracy
+    figures = {}
+    for name, (images, texts, images_per_prompt) in sets.items():
+        contents = [_content(text) for text in texts]
+        shares = judged_shares(judge_images(judge, images, contents, shop.device), contents, images_per_prompt)
+        image_ND = embed_images(image_text, images, shop.device)
+        text_ND = embed_texts(image_text, encode(tokenizer, texts), shop.device)
         with torch.no_grad():
-            figures[f"{name}_aesthetic"] = judge.head(image_ND.to(shop.device)).mean().item()
-        if name == "samples":
-            figures["shuffled_alignment"] = _cosine(image_ND, text_ND.roll(1, 0))
+            aesthetic = image_text.head(image_ND.to(shop.device)).mean().item()
+        alignment = (image_ND * text_ND).sum(1).mean().item()
+        counts = {"num_pictures": float(len(images)), "num_prompts": float(len(images) // images_per_prompt)}
+        figures[name] = counts | shares | {"alignment": alignment, "aesthetic": aesthetic}
     return figures
 
 
-def attribute_accuracy(
-    shop: Workshop, tokenizer: CLIPTokenizer, judge: ImageText, image_ND: Tensor, scenes: Sequence[Scene]
-) -> dict[str, float]:
-    """Per attribute, how often the judge prefers the true caption to all that differ in this one word.
+def judged_shares(verdicts: Sequence[Verdict], contents: Sequence[Content], images_per_prompt: int) -> dict[str, float]:
+    """Every one of ``MEASURES`` as a share of pictures, with its interval.
 
-    Only scenes of one group are asked: with two, a swapped word can describe the other group.
+    Pictures of one prompt are not independent, so the interval (Wilson's) counts each prompt once: it is too wide
+    rather than too narrow.
     """
-    picks = [number for number, scene in enumerate(scenes) if len(scene.groups) == 1]
-    accuracy = {}
-    for attribute, choices in CHOICES.items():
-        hits = []
-        for number in picks:
-            captions, truth = _alternatives(scenes[number], attribute, choices)
-            text_CD = embed_texts(judge, encode(tokenizer, captions), shop.device)
-            hits.append(float((text_CD @ image_ND[number]).argmax().item() == truth))
-        accuracy[attribute] = sum(hits) / max(1, len(hits))
-    return accuracy
+    shares: dict[str, float] = {}
+    for name, (num_groups, part) in MEASURES.items():
+        hits = [
+            getattr(verdict, part)
+            for verdict, content in zip(verdicts, contents, strict=True)
+            if num_groups in (None, len(content.groups))
+        ]
+        share = sum(hits) / max(1, len(hits))
+        low, high = wilson(share, len(hits) / images_per_prompt)
+        shares |= {name: share, f"{name}_low": low, f"{name}_high": high}
+    return shares
+
+
+def wilson(share: float, count: float) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927); (0, 1) where nothing was counted."""
+    if count == 0:
+        return 0.0, 1.0
+    z2 = 1.959964**2
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = math.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @torch.no_grad()
@@ -85,17 +122,7 @@ def reconstruct(autoencoder: AutoencoderKL, images_uint8: Tensor, device: torch.
     return torch.cat([to_bytes(autoencoder.decode(batch).sample) for batch in batches])
 
 
-def _alternatives(scene: Scene, attribute: str, choices: Sequence[object]) -> tuple[list[str], int]:
-    if attribute == "ground":
-        scenes = [replace(scene, ground=str(choice)) for choice in choices]
-        truth = choices.index(scene.ground)
-    else:
-        group = scene.groups[0]
-        changes: list[dict[str, Any]] = [{attribute: choice} for choice in choices]
-        scenes = [replace(scene, groups=(replace(group, **change),)) for change in changes]
-        truth = choices.index(getattr(group, attribute))
-    return [swapped.canonical_caption() for swapped in scenes], truth
-
-
-def _cosine(left_ND: Tensor, right_ND: Tensor) -> float:
-    return (left_ND * right_ND).sum(1).mean().item()
+def _content(caption: str) -> Content:
+    content = parse(caption)
+    assert content is not None, f"not a caption of this world: {caption!r}"
+    return content

@@ -65,7 +65,7 @@ def make_text_encoder(vocab_size: int) -> CLIPTextModel:
     )
 
 
-def make_unet() -> UNet2DConditionModel:
+def make_unet(channels: tuple[int, ...] = (96,)) -> UNet2DConditionModel:
     """The denoiser: one level of 96 channels with cross-attention on the 8x8x16 latents, 2.28 M parameters.
 
     A second, smaller level bought nothing: at equal time this net had the lower loss and the better counts.
@@ -74,9 +74,9 @@ def make_unet() -> UNet2DConditionModel:
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        block_out_channels=(96,),
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+        block_out_channels=channels,
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=4,  # the NUMBER of heads in this class, in spite of its name

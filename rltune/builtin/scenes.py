@@ -36,6 +36,19 @@ GROUND_COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 TEXTURES = ("plain", "striped", "dotted")
+STYLE_WORDS = (
+    "glossy",
+    "flat",
+    "with soft shadows",
+    "no shadows",
+    "dark corners",
+    "even light",
+    "neatly arranged",
+    "scattered",
+    "vivid",
+    "muted",
+)
+"""Everything that a caption may say about style."""
 NUMBERS = ("zero", "one", "two", "three", "four")
 
 _COUNTS_ALONE = ((1, 2, 3, 4), (0.40, 0.30, 0.18, 0.12))

@@ -5,12 +5,13 @@ Nothing random is carried from one step to the next: step k of a stage draws fro
 machine and software.
 """
 
+import csv
 import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rltune.builtin.pictures import plot_curve
 from rltune.errors import NonFiniteError, UserError
 
 OnProgress = Callable[[str, int, int, dict[str, float]], None]
@@ -30,6 +32,8 @@ def no_progress(stage: str, step: int, total: int, figures: dict[str, float]) ->
 
 
 CPU = torch.device("cpu")
+CURVE_POINTS = 200
+VALIDATIONS = 20
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,15 @@ class Workshop:
         partial.write_text(json.dumps(dict(figures), indent=2) + "\n")
         os.replace(partial, self.work_dir / f"{stage}.json")
 
+    def save_curve(self, stage: str, curve: Sequence[Mapping[str, float]]) -> None:
+        """Write a learning curve as ``STAGE-curve.csv``, empty where a row lacks a figure, and as a plot."""
+        columns = list(dict.fromkeys(name for row in curve for name in row))
+        with (self.work_dir / f"{stage}-curve.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in curve)
+        plot_curve(self.work_dir / f"{stage}-curve.png", curve, title=stage)
+
     def load_figures(self, stage: str) -> dict[str, float] | None:
         """The figures of a finished stage, or None while it is not finished."""
         path = self.work_dir / f"{stage}.json"
@@ -101,6 +114,11 @@ class Workshop:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7])
 
 
+def cosine_rate(step: int, num_steps: int, *, warmup: int) -> float:
+    """Factor of the peak learning rate: a linear rise over ``warmup`` steps, then a cosine down to a fiftieth."""
+    return min(1.0, (step + 1) / warmup) * max(0.02, 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+
+
 def train(
     shop: Workshop,
     stage: str,
@@ -111,6 +129,7 @@ def train(
     loss_of: Callable[[int, torch.Generator], Tensor],
     learning_rate_of: Callable[[int, str], float],
     after_step: Callable[[int], None] | None = None,
+    validate: Callable[[], Mapping[str, float]] | None = None,
 ) -> None:
     """Run ``stage`` to its last step, from its checkpoint if there is one. ``modules`` hold the result.
 
@@ -123,6 +142,10 @@ def train(
         loss_of: Step number and its generator -> scalar loss, with gradient.
         learning_rate_of: Step number and group name -> learning rate.
         after_step: Called with the step number once the weights have moved.
+        validate: Held-out figures for the learning curve, taken ``VALIDATIONS`` times over the stage.
+
+    The learning curve, the mean loss of every 1/``CURVE_POINTS`` of the stage, goes to ``STAGE-curve.csv`` and
+    ``STAGE-curve.png``.
 
     Raises:
         NonFiniteError: If the loss is not finite; the last checkpoint stays as it is.
@@ -130,16 +153,20 @@ def train(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = shop.load(stage)
     start = 0
+    curve: list[dict[str, float]] = []
+    unfinished: list[float] = []
     if state is not None:
-        start = int(state["step"])
+        start, curve, unfinished = int(state["step"]), state.get("curve", []), state.get("unfinished", [])
         optimizer.load_state_dict(state["optimizer"])
         for name, module in modules.items():
             module.load_state_dict(state["modules"][name])
 
     def checkpoint(step: int) -> None:
         kept = {name: module.state_dict() for name, module in modules.items()}
-        shop.save(stage, {"step": step, "optimizer": optimizer.state_dict(), "modules": kept})
+        progress = {"step": step, "curve": curve, "unfinished": unfinished}
+        shop.save(stage, progress | {"optimizer": optimizer.state_dict(), "modules": kept})
 
+    point_every, validate_every = (max(1, num_steps // count) for count in (CURVE_POINTS, VALIDATIONS))
     last_saved = last_shown = time.monotonic()
     losses: list[float] = []
     for step in range(start, num_steps):
@@ -155,6 +182,13 @@ def train(
         optimizer.step()
         if after_step is not None:
             after_step(step)
+        unfinished.append(losses[-1])
+        if (step + 1) % point_every == 0 or step + 1 == num_steps:
+            point = {"step": step + 1, "loss": sum(unfinished) / len(unfinished)}
+            if validate is not None and (step + 1) % validate_every < point_every:
+                point |= validate()
+            curve.append(point)
+            unfinished = []
         now = time.monotonic()
         if now - last_shown > 5.0 or step + 1 == num_steps:
             shop.on_progress(stage, step + 1, num_steps, {"loss": sum(losses) / len(losses)})
@@ -162,3 +196,5 @@ def train(
         if now - last_saved > shop.checkpoint_every_s or step + 1 == num_steps:
             checkpoint(step + 1)
             last_saved = now
+    if curve:
+        shop.save_curve(stage, curve)

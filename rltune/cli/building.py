@@ -17,6 +17,7 @@ def train_model(output: Path, work: Path, *, seed: int, scale: float, device: st
     """
     import torch
 
+    from rltune.builtin.card import figure_tables
     from rltune.builtin.recipe import train_builtin
 
     if device == "auto":
@@ -42,9 +43,8 @@ def train_model(output: Path, work: Path, *, seed: int, scale: float, device: st
         measured = train_builtin(
             output, work_dir=work, seed=seed, scale=scale, device=torch.device(device), on_progress=show
         )
-    for stage, figures in measured.items():
-        console.print(f"{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    console.print(f"weights and model card are in {output}")
+    console.print(figure_tables(measured), highlight=False, soft_wrap=True)
+    console.print(f"weights and prompts are in {output}; learning curves and grids in {work}")
 
 
 def show_scenes(output: Path, *, count: int, seed: int) -> None:

@@ -41,6 +41,6 @@ def show_rewards() -> None:
     table.add_column("reward")
     table.add_column("what it says")
     for name in REWARDS.names():
-        summary = (REWARDS.get(name).__doc__ or "").strip().splitlines()
+        summary = (REWARDS.get(name).__doc__ or "").replace("``", "").strip().splitlines()
         table.add_row(name, summary[0] if summary else "")
     console.print(table)

@@ -65,7 +65,7 @@ class Aesthetic:
 
 @REWARDS.register("aesthetic")
 def build_aesthetic(*, model: str = "builtin", head: str | None = None, clip: str | None = None) -> Aesthetic:
-    """Return the aesthetic reward: the built-in one, or LAION's predictor v2 as AlignProp and DRaFT train on.
+    """How pleasing an image looks: a head on CLIP features, the built-in one or LAION's predictor v2.
 
     Args:
         model: ``builtin`` or ``laion``.

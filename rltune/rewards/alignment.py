@@ -47,7 +47,7 @@ class Alignment:
 
 @REWARDS.register("alignment")
 def build_alignment(*, model: str = "builtin") -> Alignment:
-    """Return the alignment reward of a CLIP model: ``builtin``, ``MODEL/TAG`` of open_clip, or a folder.
+    """Cosine of CLIP's embeddings of image and prompt: built-in, or ``MODEL/TAG`` of open_clip, or a folder.
 
     Raises:
         UserError: ``model`` is none of these.

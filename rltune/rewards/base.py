@@ -4,11 +4,13 @@ B: images in the batch. H, W: image rows and columns.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from rltune.errors import UserError
 from rltune.registry import Registry
 
 
@@ -66,3 +68,14 @@ def check_batch(images_B3HW: Tensor, prompts: Sequence[str]) -> None:
     if isinstance(prompts, str) or len(prompts) != images_B3HW.shape[0]:
         got = repr(prompts) if isinstance(prompts, str) else len(prompts)
         raise ValueError(f"prompts must be one an image ({images_B3HW.shape[0]}), got {got}")
+
+
+def weights_file(reward: str, weights: str | None, shipped: Path) -> Path:
+    """Return the file that the option ``weights`` names, or the one that ships.
+
+    Raises:
+        UserError: ``weights`` is not a path.
+    """
+    if weights is not None and not isinstance(weights, str):
+        raise UserError(f"reward {reward!r}: weights must be the path of a file, got {weights!r}")
+    return Path(weights).expanduser() if weights else shipped

@@ -1,9 +1,11 @@
+import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from rltune.builtin.workshop import Workshop, train
@@ -94,3 +96,92 @@ def test_figures_survive(tmp_path: Path) -> None:
     shop.save_figures("line", {"loss": 0.5})
     assert shop.load_figures("line") == {"loss": 0.5}
     assert json.loads((tmp_path / "line.json").read_text()) == {"loss": 0.5}
+
+
+def follow(
+    shop: Workshop,
+    num_steps: int,
+    loss_at: Callable[[int], float],
+    *,
+    validate: Callable[[], Mapping[str, float]] | None = None,
+    killed_at: int | None = None,
+) -> list[dict[str, str]]:
+    """The rows of the learning curve of a stage whose losses are known."""
+    weight = nn.Linear(1, 1, bias=False)
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        if step == killed_at:
+            raise KilledError
+        return 0 * weight.weight.sum() + loss_at(step)
+
+    train(
+        shop,
+        "known",
+        modules={"weight": weight},
+        optimizer=torch.optim.AdamW([{"name": "all", "params": list(weight.parameters())}]),
+        num_steps=num_steps,
+        loss_of=loss_of,
+        learning_rate_of=lambda step, group: 0.0,
+        validate=validate,
+    )
+    with (shop.work_dir / "known-curve.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_short_stage_has_a_row_a_step(tmp_path: Path) -> None:
+    rows = follow(Workshop(tmp_path), 7, lambda step: 2.0**-step)
+    # Six digits are written.
+    assert rows == [{"step": str(step + 1), "loss": f"{2.0**-step:.6g}"} for step in range(7)]
+
+
+def test_a_long_stage_has_the_means_of_its_losses_in_rows(tmp_path: Path) -> None:
+    rows = follow(Workshop(tmp_path), 601, lambda step: float(step))
+    # Three steps a row: 0, 1, 2 have a mean of 1, then 4, ...; the last step is left over and is a row of its own.
+    assert [float(row["step"]) for row in rows] == [*range(3, 601, 3), 601]
+    assert [float(row["loss"]) for row in rows] == [*range(1, 600, 3), 600]
+
+
+def test_held_out_figures_are_taken_twenty_times(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def validate() -> dict[str, float]:
+        calls.append(len(calls))
+        return {"val_loss": 10.0 + calls[-1]}
+
+    rows = follow(Workshop(tmp_path), 600, lambda step: 1.0, validate=validate)
+    assert len(rows) == 200
+    taken = [(int(row["step"]), float(row["val_loss"])) for row in rows if row["val_loss"]]
+    assert taken == [(30 * (i + 1), 10.0 + i) for i in range(20)]
+
+
+def test_a_curve_without_validation_has_no_column_for_it(tmp_path: Path) -> None:
+    assert follow(Workshop(tmp_path), 2, lambda step: 1.0)[0].keys() == {"step", "loss"}
+
+
+@pytest.mark.parametrize("kills", [(301,), (301, 350), (0, 449)])
+def test_a_killed_run_leaves_the_same_curve(tmp_path: Path, kills: tuple[int, ...]) -> None:
+    def loss_at(step: int) -> float:
+        return 1 / (3 + step)
+
+    def validate() -> dict[str, float]:
+        return {"val_loss": 0.5}
+
+    follow(Workshop(tmp_path / "whole"), 450, loss_at, validate=validate)
+    for number, killed_at in enumerate(kills):
+        # The first run leaves a checkpoint a step, in the middle of a row of two; what a second one did is lost.
+        shop = Workshop(tmp_path / "killed", checkpoint_every_s=0.0 if number == 0 else 1e9)
+        with pytest.raises(KilledError):
+            follow(shop, 450, loss_at, validate=validate, killed_at=killed_at)
+        assert not (tmp_path / "killed" / "known-curve.csv").exists()
+    follow(Workshop(tmp_path / "killed"), 450, loss_at, validate=validate)
+    one, other = ((tmp_path / name / "known-curve.csv").read_bytes() for name in ("whole", "killed"))
+    assert other == one
+    assert one.count(b"\n") == 226  # a row for two steps each, and the header
+
+
+def test_a_plot_of_the_curve_appears(tmp_path: Path) -> None:
+    follow(Workshop(tmp_path), 20, lambda step: 2.0**-step)
+    with Image.open(tmp_path / "known-curve.png") as image:
+        # 6.4 by 3.6 inches at 120 dots; a line in colour is on it.
+        assert image.size == (768, 432)
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 10

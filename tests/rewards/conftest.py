@@ -1,4 +1,4 @@
-"""A CLIP model and an aesthetic head of the shipped layout, small and random: what the reward suite scores with."""
+"""Networks of the shipped layout with random weights, small where size is free: what the reward suite scores with."""
 
 import json
 from collections.abc import Mapping
@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTokenizer
+
+from rltune.builtin.counter import Counter
+from rltune.builtin.judge import Judge
 
 EMBED_DIM = 16
 HIDDEN = [12, 8]
@@ -65,9 +68,33 @@ def head_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def reward_options(clip_folder: Path, head_file: Path) -> Mapping[str, Mapping[str, Any]]:
+def counter_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A counter that has learnt nothing."""
+    torch.manual_seed(2)
+    path = tmp_path_factory.mktemp("counter") / "counter.safetensors"
+    save_file(Counter().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def judge_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A judge that has learnt nothing."""
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("judge") / "judge.safetensors"
+    save_file(Judge().state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def reward_options(
+    clip_folder: Path, head_file: Path, counter_file: Path, judge_file: Path
+) -> Mapping[str, Mapping[str, Any]]:
     """Name -> options with which the suite builds a reward; one that needs weights has an entry here."""
     return {
         "aesthetic": {"clip": str(clip_folder), "head": str(head_file)},
         "alignment": {"model": str(clip_folder)},
+        "count": {"weights": str(counter_file)},
+        "presence": {"weights": str(counter_file)},
+        "faithful": {"weights": str(judge_file)},
+        "faithful_exact": {"weights": str(judge_file)},
     }

@@ -11,7 +11,8 @@ from torch import Tensor
 from rltune.errors import UnknownNameError, UserError
 from rltune.rewards.base import REWARDS, Reward
 
-PROMPTS = ("a red bird", "two blue cats", "a star")
+PROMPTS = ("a red circle", "two blue stars and an orange ring", "a green cross on a white background")
+"""Captions of the built-in world, since some rewards read no others."""
 Options = Mapping[str, Mapping[str, Any]]
 
 
@@ -89,15 +90,15 @@ def test_the_image_gradient_is_the_slope(name: str, reward_options: Options, mon
 
 def test_an_image_moves_no_other_score(reward: Reward) -> None:
     images = make_images()
-    images.requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(images, PROMPTS)[1], images)
-    assert gradient[0].abs().max() == 0
-    assert gradient[2].abs().max() == 0
-    images = images.detach()
     changed = torch.cat([1 - images[:1], images[1:]])
     before, after = reward(images, PROMPTS), reward(changed, PROMPTS)
     assert torch.equal(before[1:], after[1:])
-    assert before[0] != after[0]
+    if reward.is_differentiable:  # one that is not may be right or wrong about both pictures alike
+        assert before[0] != after[0]
+        images.requires_grad_()
+        (gradient,) = torch.autograd.grad(reward(images, PROMPTS)[1], images)
+        assert gradient[0].abs().max() == 0
+        assert gradient[2].abs().max() == 0
 
 
 def test_a_batch_of_one_scores_as_in_a_batch(reward: Reward) -> None:
