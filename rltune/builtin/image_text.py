@@ -12,7 +12,8 @@ from transformers import CLIPTokenizer
 
 from rltune.builtin.corpus import CAPTIONS_PER_PICTURE, Corpus, to_network
 from rltune.builtin.networks import EMBED_DIM, AestheticHead, make_image_text
-from rltune.builtin.scenes import NUMBERS, OBJECT_COLORS, SHAPES
+from rltune.builtin.render import render
+from rltune.builtin.scenes import NUMBERS, OBJECT_COLORS, SHAPES, distinct_scenes
 from rltune.builtin.tokenizer import encode
 from rltune.builtin.workshop import Workshop, cosine_rate, train
 
@@ -31,6 +32,7 @@ class ImageText:
     head: AestheticHead
 
 
+NUM_RETRIEVED = 512
 WORD_CLASSES = (
     SHAPES,
     ("circles", "squares", "triangles", "stars", "rings", "crosses"),
@@ -105,7 +107,7 @@ def train_image_text(
     )
     model = ImageText(clip.eval(), head.eval())
     if shop.load_figures("image-text") is None:
-        shop.save_figures("image-text", _measure(shop, model, encode_captions(tokenizer, heldout), heldout))
+        shop.save_figures("image-text", _measure(shop, model, tokenizer, word_classes, heldout))
     return model
 
 
@@ -142,22 +144,36 @@ def embed_texts(model: ImageText, token_ids: Tensor, device: torch.device) -> Te
     return torch.cat([model.clip.encode_text(batch, normalize=True).float().cpu() for batch in batches])
 
 
-def _measure(shop: Workshop, model: ImageText, token_ids_NKL: Tensor, heldout: Corpus) -> dict[str, float]:
-    """Retrieval among up to 512 distinct held-out captions, and the head against the label on all held-out pictures."""
-    first_of = {captions[0]: number for number, captions in reversed(list(enumerate(heldout.captions)))}
-    picks = sorted(first_of.values())[:512]
-    image_ND = embed_images(model, heldout.images_N3HW, shop.device)
-    text_ND = embed_texts(model, token_ids_NKL[picks, 0], shop.device)
-    similarity = image_ND[picks] @ text_ND.T
+def _measure(
+    shop: Workshop,
+    model: ImageText,
+    tokenizer: CLIPTokenizer,
+    word_classes: Sequence[Tensor],
+    heldout: Corpus,
+) -> dict[str, float]:
+    """Retrieval among held-out scenes of distinct content, and the head against the label on all held-out pictures.
+
+    ``swap_accuracy`` is how often a picture prefers its caption to the same with one word swapped; chance is a half.
+    """
+    scenes = distinct_scenes(shop.seed, shop.scaled(NUM_RETRIEVED, at_least=8), is_heldout=True)
+    images = (render(scenes) * 255).round().to(torch.uint8)
+    token_ids = encode(tokenizer, [scene.canonical_caption() for scene in scenes])
+    wrong_ids = swap_a_word(token_ids, word_classes, shop.generator("image-text", "swap"))
+    image_ND, text_ND, wrong_ND = (
+        embed_images(model, images, shop.device),
+        embed_texts(model, token_ids, shop.device),
+        embed_texts(model, wrong_ids, shop.device),
+    )
+    similarity = image_ND @ text_ND.T
     ranks = (similarity > similarity.diag()[:, None]).sum(1)
     with torch.no_grad():
-        score_N = model.head(image_ND.to(shop.device)).cpu()
+        score_N = model.head(embed_images(model, heldout.images_N3HW, shop.device).to(shop.device)).cpu()
     label_N = heldout.aesthetic_N
     return {
-        "num_captions": float(len(picks)),
+        "num_captions": float(len(scenes)),
         "retrieval_r1": (ranks == 0).float().mean().item(),
         "retrieval_r5": (ranks < 5).float().mean().item(),
-        "render_alignment": similarity.diag().mean().item(),
+        "swap_accuracy": (similarity.diag() > (image_ND * wrong_ND).sum(1)).float().mean().item(),
         "aesthetic_r2": 1 - ((score_N - label_N).square().mean() / label_N.var()).item(),
         "aesthetic_corr": torch.corrcoef(torch.stack([score_N, label_N]))[0, 1].item(),
     }

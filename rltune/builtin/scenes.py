@@ -189,6 +189,18 @@ def make_scenes(seed: int, num_scenes: int, *, is_heldout: bool, start: int = 0)
     return tuple(scenes), index
 
 
+def distinct_scenes(seed: int, num_scenes: int, *, is_heldout: bool) -> tuple[Scene, ...]:
+    """The first ``num_scenes`` scenes of one split that no earlier one shares its content with."""
+    scenes: dict[str, Scene] = {}
+    index = 0
+    while len(scenes) < num_scenes:
+        scene = make_scene(seed, index)
+        index += 1
+        if scene.is_heldout() == is_heldout:
+            scenes.setdefault(scene.canonical_caption(), scene)
+    return tuple(scenes.values())
+
+
 def _draw_groups(rng: random.Random, ground: str) -> tuple[Group, ...]:
     is_single = rng.random() < 0.6
     counts = (rng.choices(*_COUNTS_ALONE)[0],) if is_single else rng.choices(*_COUNTS_PAIRED)[0]

@@ -1,5 +1,6 @@
 """The training run: unpacks an experiment, builds what it names, and loops. Knows nothing of Ray."""
 
+import json
 import logging
 import tempfile
 import time
@@ -16,7 +17,7 @@ from rltune.errors import NonFiniteError, RunError, UserError
 from rltune.rewards.mixture import Mixture
 from rltune.training.base import BaseReference, load_base, measure_base, save_base
 from rltune.training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from rltune.training.evaluation import Pixels, per_prompt, sample_and_score, save_grid, summarise
+from rltune.training.evaluation import Pixels, Values, per_prompt, sample_and_score, save_grid, summarise
 from rltune.training.reporter import MetricsFile, Reporter
 from rltune.training.setup import Run, base_key, build_run
 from rltune.training.step import Batch, Sums, apply_gradient, backward
@@ -57,7 +58,7 @@ def train_run(
 
     Args:
         config: A concrete experiment.
-        trial_dir: Receives ``metrics.jsonl`` and ``samples/``.
+        trial_dir: Receives ``metrics.jsonl`` and ``samples/``: a grid and every prompt's values per evaluation.
         base_dir: Where measurements of the base model are shared between trials.
         reporter: Takes results and checkpoints.
         resume_from: A checkpoint of this very experiment.
@@ -209,6 +210,7 @@ def _evaluate(training: Training, progress: Progress) -> dict[str, float]:
     if run.workers.is_main:
         path = training.trial_dir / "samples" / f"step-{progress.step:06d}.png"
         _save_samples(run, samples.pixels_NHW3, path)
+        _save_values(values, base.values, path.with_suffix(".json"))
     return {**summarise(values, base.values), "eval_s": time.perf_counter() - start}
 
 
@@ -221,6 +223,13 @@ def _report(training: Training, progress: Progress, summary: Mapping[str, float]
     metrics = {"step": float(progress.step), "images_seen": float(progress.images_seen), **summary}
     is_final = progress.step == run.config.optim.steps
     training.reporter.report({**metrics, "is_final": float(is_final)}, checkpoint)
+
+
+def _save_values(values: Mapping[str, Values], base_values: Mapping[str, Values], path: Path) -> None:
+    """Write every held-out prompt's values and its gains over the base model, for analyses of one's own."""
+    gains = {name: (values_P - base_values[name]).tolist() for name, values_P in values.items()}
+    rows = {"eval": {name: values_P.tolist() for name, values_P in values.items()}, "gain": gains}
+    path.write_text(json.dumps(rows))
 
 
 def _save_samples(run: Run, pixels_NHW3: Pixels, path: Path) -> None:

@@ -3,48 +3,52 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/rewards_alone.py runs/rewards            # everything, an hour on one core
     OMP_NUM_THREADS=1 python tests/benchmarks/rewards_alone.py runs/rewards aesthetic  # one reward; two side by side
 
-Trains ``experiments/REWARD.yaml`` (``gain``), the same with the settings of ``HACKS`` (``hack``), and for the first
-reward two controls: learning rate 0 (``still``) and the reward's sign flipped (``flip``), three seeds each. A finished
-run is read from its folder. Prints the table of ``experiments/README.md``: gains are over the base model, paired by
-prompt and noise; intervals are 95 %, from the spread over prompts and that over seeds together.
+Trains ``experiments/REWARD.yaml`` (``gain``), the same with the settings of ``HACKS`` (``hack``), and for the aesthetic
+reward two controls: learning rate 0 (``still``, one seed) and the reward's sign flipped (``flip``). Three seeds each. A
+finished run is read from its folder. Prints the table of ``experiments/README.md`` and draws ``REWARD.png``. Gains are
+over the base model, paired by prompt and noise; intervals are 95 %, from the spread over prompts and that over seeds
+together.
 """
 
 import argparse
 import json
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
 
+from rltune.config.experiment import RunConfig
 from rltune.config.load import load_experiment
 from rltune.orchestration.job import quiet_libraries
 from rltune.rewards.base import REWARDS, Reward
+from rltune.training.base import load_base
 from rltune.training.loop import train_run
+from rltune.training.setup import base_key
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 SEEDS = (0, 1, 2)
 HACKS: Mapping[str, Mapping[str, Any]] = {
-    "aesthetic": {"optim.lr": 3e-3, "optim.steps": 60},
-    "alignment": {"optim.lr": 3e-3, "optim.steps": 60},
-    "compressibility": {"optim.lr": 3e-3, "optim.steps": 60},
-    "count": {"optim.lr": 3e-3, "optim.steps": 60},
-    "presence": {"optim.lr": 3e-3, "optim.steps": 60},
+    name: {"optim.lr": 4e-3, "optim.steps": 40, "optim.batch": 8}
+    for name in ("aesthetic", "alignment", "compressibility", "count", "presence")
 }
+CONTROLLED = "aesthetic"
+PROMPTS_SHOWN = 8
 JUDGES = ("faithful", "faithful_exact")
+Run = dict[str, dict[str, npt.NDArray[np.float64]]]
+"""``eval`` and ``gain`` -> reward or judge -> a value a held-out prompt."""
 
 
-@dataclass
-class LastReport:
-    """A reporter that keeps the last metrics."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
+class Silent:
+    """A reporter that keeps nothing."""
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        self.metrics = dict(metrics)
+        pass
 
 
 class Negated:
@@ -66,44 +70,79 @@ class Negated:
         return self
 
 
-def train(reward: str, setting: str, seed: int, folder: Path) -> dict[str, float]:
-    """Final metrics of one run, trained now or read."""
-    result = folder / reward / f"{setting}-{seed}" / "result.json"
-    if result.is_file():
-        read: dict[str, float] = json.loads(result.read_text())
-        return read
-    changes: dict[str, Any] = {"seed": seed, "evaluate.judges": ["diversity", "drift", *JUDGES]}
+def _negated(reward: str) -> Negated:
+    return Negated(REWARDS.build(reward, {}))
+
+
+def configure(reward: str, setting: str, seed: int) -> RunConfig:
+    """The experiment of one run."""
+    changes: dict[str, Any] = {"seed": seed, "evaluate.every": 1000}
     if setting == "hack":
         changes |= HACKS[reward]
     elif setting == "still":
         changes["optim.lr"] = 0.0
     elif setting == "flip":
-        REWARDS.register(f"minus_{reward}")(lambda: Negated(REWARDS.build(reward, {})))
         changes |= {f"rewards.{reward}.weight": 0.0, f"rewards.minus_{reward}.weight": 1.0}
     overrides = [f"{where}={json.dumps(value)}" for where, value in changes.items()]
-    config = load_experiment(EXPERIMENTS / f"{reward}.yaml", overrides=overrides).concrete({})
-    reporter = LastReport()
-    train_run(config, trial_dir=result.parent, base_dir=folder / "base", reporter=reporter)
-    result.write_text(json.dumps(reporter.metrics))
-    print(f"{reward} {setting} seed {seed}: {line(reward, [reporter.metrics])}", flush=True)
-    return reporter.metrics
+    return load_experiment(EXPERIMENTS / f"{reward}.yaml", overrides=overrides).concrete({})
 
 
-def line(reward: str, runs: Sequence[Mapping[str, float]]) -> str:
-    """One row's cells: base and trained reward, gain with interval, the judge's two scores before and after."""
-    gains = [run[f"gain/{reward}"] for run in runs]
-    error = statistics.mean(run[f"gain/{reward}_se"] for run in runs)
+def train(reward: str, setting: str, seed: int, folder: Path) -> Run:
+    """Final values of one run on every held-out prompt, trained now or read."""
+    trial_dir = folder / reward / f"{setting}-{seed}"
+    if not list(trial_dir.glob("samples/step-*.json")):
+        config = configure(reward, setting, seed)
+        train_run(config, trial_dir=trial_dir, base_dir=folder / "base", reporter=Silent())
+    (result,) = trial_dir.glob("samples/step-*.json")
+    run: Run = {
+        kind: {name: np.array(values_P) for name, values_P in rows.items()}
+        for kind, rows in json.loads(result.read_text()).items()
+    }
+    print(f"{reward} {setting} seed {seed}: {line(reward, [run])}", flush=True)
+    return run
+
+
+def gain(runs: Sequence[Run], name: str) -> tuple[float, float]:
+    """Mean gain and the half width of its 95 % interval.
+
+    The variance of the mean is that of the prompts' gains (averaged over seeds) plus that of the seeds' mean gains,
+    which counts what is peculiar to a prompt and a seed twice: too wide rather than too narrow.
+    """
+    gain_SP = np.stack([run["gain"][name] for run in runs])
+    variance = gain_SP.mean(0).var(ddof=1) / gain_SP.shape[1]
     if len(runs) > 1:
-        error = (error**2 + statistics.variance(gains) / len(gains)) ** 0.5
-    after = statistics.mean(run[f"eval/{reward}"] for run in runs)
-    gain = statistics.mean(gains)
-    cells = [f"{after - gain:.3f} -> {after:.3f}", f"{gain:+.3f} ± {1.96 * error:.3f}"]
+        variance += gain_SP.mean(1).var(ddof=1) / len(runs)
+    return float(gain_SP.mean()), 1.96 * float(variance) ** 0.5
+
+
+def line(reward: str, runs: Sequence[Run]) -> str:
+    """One row's cells: base and trained reward, gain with interval, the judge's two scores before and after."""
+    rise, half_width = gain(runs, reward)
+    after = {name: float(np.mean([run["eval"][name] for run in runs])) for name in (reward, *JUDGES, "diversity")}
+    cells = [f"{after[reward] - rise:.3f} -> {after[reward]:.3f}", f"{rise:+.3f} ± {half_width:.3f}"]
     for judge in JUDGES:
-        after = statistics.mean(run[f"eval/{judge}"] for run in runs)
-        base = after - statistics.mean(run[f"gain/{judge}"] for run in runs)
-        cells.append(f"{base:.3f} -> {after:.3f} ({after / base:.0%})")
-    cells.append(f"{statistics.mean(run['eval/diversity'] for run in runs):.3f}")
-    return " | ".join(cells)
+        base = after[judge] - gain(runs, judge)[0]
+        cells.append(f"{base:.3f} -> {after[judge]:.3f} ({after[judge] / base:.0%})")
+    return " | ".join([*cells, f"{after['diversity']:.3f}"])
+
+
+def show(reward: str, folder: Path) -> None:
+    """Write ``REWARD.png``: base model, ``gain`` and ``hack`` of the first seed, a picture of each of eight prompts."""
+    config = configure(reward, "gain", SEEDS[0])
+    base = load_base(folder / "base" / base_key(config))
+    assert base is not None
+    each = config.evaluate.images_per_prompt
+    rows = [base.pixels_NHW3[: PROMPTS_SHOWN * each : each]]
+    for setting in ("gain", "hack"):
+        (grid,) = (folder / reward / f"{setting}-{SEEDS[0]}" / "samples").glob("step-*.png")
+        pixels = np.asarray(Image.open(grid))
+        size = rows[0].shape[1]
+        cells = pixels.reshape(-1, size, pixels.shape[1] // size, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3)
+        rows.append(cells[: PROMPTS_SHOWN * each : each])
+    sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+    Image.fromarray(sheet).resize((2 * sheet.shape[1], 2 * sheet.shape[0]), Image.Resampling.NEAREST).save(
+        folder / f"{reward}.png"
+    )
 
 
 def main() -> None:
@@ -112,12 +151,16 @@ def main() -> None:
     parser.add_argument("rewards", nargs="*", default=list(HACKS))
     args = parser.parse_args()
     quiet_libraries()
-    rows = []
     for reward in args.rewards:
-        settings = ("gain", "hack", "still", "flip") if reward == next(iter(HACKS)) else ("gain", "hack")
-        for setting in settings:
-            runs = [train(reward, setting, seed, args.folder) for seed in SEEDS]
-            rows.append(f"| {reward} | {setting} | {line(reward, runs)} |")
+        REWARDS.register(f"minus_{reward}")(partial(_negated, reward))
+    rows = []
+    for setting, seeds in (("gain", SEEDS), ("hack", SEEDS), ("flip", SEEDS), ("still", SEEDS[:1])):
+        for reward in args.rewards:
+            if setting in ("gain", "hack") or reward == CONTROLLED:
+                runs = [train(reward, setting, seed, args.folder) for seed in seeds]
+                rows.append(f"| {reward} | {setting} | {line(reward, runs)} |")
+    for reward in args.rewards:
+        show(reward, args.folder)
     print("\n| reward | setting | base -> trained | gain | faithful | faithful_exact | diversity |")
     print("|---|---|---|---|---|---|---|")
     print("\n".join(rows))

@@ -16,6 +16,7 @@ from rltune.builtin.scenes import (
     Group,
     Scene,
     Style,
+    distinct_scenes,
     make_scene,
     make_scenes,
 )
@@ -64,6 +65,14 @@ def test_make_scenes_continues_where_it_stopped() -> None:
     second, last = make_scenes(1, 15, is_heldout=False, start=middle)
     assert first + second == whole
     assert last == end
+
+
+def test_distinct_scenes_repeat_no_content() -> None:
+    scenes = distinct_scenes(7, 100, is_heldout=True)
+    contents = [scene.canonical_caption() for scene in scenes]
+    assert len(set(contents)) == 100
+    assert all(scene.is_heldout() for scene in scenes)
+    assert contents == list(dict.fromkeys(scene.canonical_caption() for scene in MANY if scene.is_heldout()))[:100]
 
 
 def test_every_caption_follows_the_grammar() -> None:

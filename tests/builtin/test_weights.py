@@ -11,7 +11,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from rltune.assets import BUILTIN_AESTHETIC_HEAD, BUILTIN_CLIP_DIR, BUILTIN_DIR, BUILTIN_PIPELINE_DIR, BUILTIN_PROMPTS
+from rltune.builtin.card import figure_tables
 from rltune.builtin.export import distinct_prompts, load_head
+from rltune.builtin.grammar import parse
 from rltune.builtin.render import render
 from rltune.builtin.scenes import make_scenes
 
@@ -100,9 +102,16 @@ def test_prompt_files_are_distinct_captions_of_their_split(name: str, count: int
 def test_the_card_quotes_the_figures_that_were_measured() -> None:
     card = Path(BUILTIN_DIR / "MODEL_CARD.md").read_text()
     figures = json.loads(FIGURES.read_text())
-    rows = [line.split("|") for line in card.splitlines() if line.startswith("| `")]
-    quoted = {cells[1].strip().strip("`"): cells[2].strip() for cells in rows}
-    for stage, values in figures.items():
-        for name, value in values.items():
-            shown = f"{value:.4g}" if value < 10_000 else f"{value:,.0f}"
-            assert quoted[f"{stage}.{name}"] == shown, f"{stage}.{name}"
+    assert figure_tables(figures) in card
+    assert figures["samples"]["num_prompts"] == 500
+    assert figures["samples"]["num_pictures"] == figures["renders"]["num_pictures"] == 1000
+
+
+def test_the_control_falls_to_chance() -> None:
+    """Held against the next prompt a picture is right by accident only: on the ground, where the two prompts share it."""
+    contents = [parse(prompt) for prompt in distinct_prompts(0, 500, is_heldout=True)]
+    grounds = [content.ground for content in contents if content is not None]
+    share = sum(map(str.__eq__, grounds, grounds[1:] + grounds[:1])) / len(grounds)
+    shuffled = json.loads(FIGURES.read_text())["shuffled"]
+    assert shuffled["ground"] == pytest.approx(share, abs=0.005)  # samples have the right ground in 99.5 % or more
+    assert shuffled["exact"] < 0.01
