@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rltune.assets import BUILTIN_AESTHETIC_HEAD, BUILTIN_CLIP_DIR, BUILTIN_PIPELINE_DIR
+from rltune.assets import (
+    BUILTIN_AESTHETIC_HEAD,
+    BUILTIN_CLIP_DIR,
+    BUILTIN_COUNTER,
+    BUILTIN_JUDGE,
+    BUILTIN_PIPELINE_DIR,
+)
 from rltune.cli.terminal import console
 from rltune.errors import RltuneError
 from rltune.orchestration.rundir import LIBRARIES as RUN_LIBRARIES
@@ -74,7 +80,8 @@ def _hardware() -> Iterator[Finding]:
 
 
 def _weights() -> Iterator[Finding]:
-    missing = [path for path in (BUILTIN_PIPELINE_DIR, BUILTIN_CLIP_DIR, BUILTIN_AESTHETIC_HEAD) if not path.exists()]
+    needed = (BUILTIN_PIPELINE_DIR, BUILTIN_CLIP_DIR, BUILTIN_AESTHETIC_HEAD, BUILTIN_COUNTER, BUILTIN_JUDGE)
+    missing = [path for path in needed if not path.exists()]
     if missing:
         yield Finding(BAD, f"built-in weights are missing: {missing[0]}; install rltune again")
     else:
