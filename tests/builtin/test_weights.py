@@ -108,7 +108,7 @@ def test_the_card_quotes_the_figures_that_were_measured() -> None:
 
 
 def test_the_control_falls_to_chance() -> None:
-    """Held against the next prompt a picture is right by accident only: on the ground, where the two prompts share it."""
+    """Held against the next prompt a picture is right by accident only: on the ground, where both prompts share it."""
     contents = [parse(prompt) for prompt in distinct_prompts(0, 500, is_heldout=True)]
     grounds = [content.ground for content in contents if content is not None]
     share = sum(map(str.__eq__, grounds, grounds[1:] + grounds[:1])) / len(grounds)

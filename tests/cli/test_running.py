@@ -45,7 +45,12 @@ def test_every_shipped_experiment_can_be_planned(
 
 
 def test_the_plan_says_what_will_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = ["search.trials=5", "optim.steps=10", "optim.batch=4", "evaluate={every: 4, prompts: 3}"]
+    overrides = [
+        "search.trials=5",
+        "optim.steps=10",
+        "optim.batch=4",
+        "evaluate={every: 4, prompts: 3, judges: [diversity, faithful]}",
+    ]
     dry_run(ROOT / "experiments" / "mix.yaml", tmp_path, *overrides, is_sweep=True)
     plan = plan_of(capsys.readouterr().err)
     assert plan["method"] == "alignprop on the builtin model, K searched of 12 steps"
