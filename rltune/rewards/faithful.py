@@ -7,14 +7,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.transforms.functional import resize
 
 from rltune.assets import BUILTIN_JUDGE
 from rltune.builtin.grammar import Content, parse
 from rltune.builtin.judge import Judge, Verdict, compare, load_judge
-from rltune.builtin.scenes import SIZE_PX
 from rltune.errors import UserError
 from rltune.rewards.base import REWARDS, check_batch, weights_file
+from rltune.rewards.objects import to_network
 
 
 class Faithful:
@@ -45,10 +44,7 @@ class Faithful:
         if not prompts:
             return images_B3HW.new_zeros(0, dtype=torch.float32)
         contents = [self._content(prompt) for prompt in prompts]
-        x_B3HW = images_B3HW.float()
-        if x_B3HW.shape[-2:] != (SIZE_PX, SIZE_PX):
-            x_B3HW = resize(x_B3HW, [SIZE_PX, SIZE_PX], antialias=True)
-        verdicts = map(compare, self._judge.read(2 * x_B3HW.clamp(0, 1) - 1), contents)
+        verdicts = map(compare, self._judge.read(to_network(images_B3HW).clamp(-1, 1)), contents)
         return torch.tensor([self._score(verdict) for verdict in verdicts], device=images_B3HW.device)
 
     def _content(self, prompt: str) -> Content:

@@ -23,6 +23,14 @@ MAX_CHANCE = 1 - 1e-4
 """An object that is seen this surely counts as there: from here on ``presence`` has nothing to gain."""
 
 
+def to_network(images_B3HW: Tensor) -> Tensor:
+    """RGB in [0, 1] of any size -> what counter and judge read: ``(B, 3, 64, 64)`` float32 in [-1, 1]."""
+    x_B3HW = images_B3HW.float()
+    if x_B3HW.shape[-2:] != (SIZE_PX, SIZE_PX):
+        x_B3HW = resize(x_B3HW, [SIZE_PX, SIZE_PX], antialias=True)
+    return 2 * x_B3HW - 1
+
+
 class _ObjectReward:
     """What ``count`` and ``presence`` share: the counter, and which objects are meant."""
 
@@ -36,12 +44,9 @@ class _ObjectReward:
 
     def _log_chances(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         check_batch(images_B3HW, prompts)
-        x_B3HW = images_B3HW.float()
-        if x_B3HW.shape[0] == 0:
-            return x_B3HW.new_zeros(0, len(COLORS), len(SHAPES), 1)
-        if x_B3HW.shape[-2:] != (SIZE_PX, SIZE_PX):
-            x_B3HW = resize(x_B3HW, [SIZE_PX, SIZE_PX], antialias=True)
-        return log_chances(self._counter, 2 * x_B3HW - 1)
+        if images_B3HW.shape[0] == 0:
+            return images_B3HW.new_zeros(0, len(COLORS), len(SHAPES), 1, dtype=torch.float32)
+        return log_chances(self._counter, to_network(images_B3HW))
 
     def _asked(self, prompts: Sequence[str], device: torch.device) -> Tensor:
         """How many of each colour and shape the prompts ask for, ``(B, C, S)`` float32."""
