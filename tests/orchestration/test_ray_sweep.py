@@ -169,7 +169,7 @@ def test_a_sweep_gives_front_and_exports_and_listens_on_loopback_alone(
 def test_kills_lose_nothing_and_change_nothing(
     write: Callable[..., Path], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    path = write(optim={"lr": 0.005, "steps": 120, "batch": 4}, evaluate={"every": 5, "prompts": 2})
+    path = write(optim={"lr": 0.002, "steps": 300, "batch": 4}, evaluate={"every": 5, "prompts": 2})
     run = tmp_path / "runs" / "tiny"
     metrics = run / "trials" / "001" / "metrics.jsonl"
 
@@ -205,7 +205,7 @@ def test_kills_lose_nothing_and_change_nothing(
     assert process.returncode == 0, output
     results = {result.trial: result for result in read_results(run / "results.jsonl")}
     assert sorted(results) == ["000", "001"]
-    assert [row["step"] for row in read_metrics(metrics)] == list(range(1, 121))
+    assert [row["step"] for row in read_metrics(metrics)] == list(range(1, 301))
 
     command = [sys.executable, "-c", REFERENCE, str(path), str(tmp_path / "whole")]
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=PATIENCE_S)
