@@ -1,6 +1,6 @@
 """Each reward of the built-in model trained alone: its gain on held-out prompts, and what an independent judge says.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/rewards_alone.py runs/rewards            # everything, an hour on one core
+    OMP_NUM_THREADS=1 python tests/benchmarks/rewards_alone.py runs/rewards            # everything
     OMP_NUM_THREADS=1 python tests/benchmarks/rewards_alone.py runs/rewards aesthetic  # one reward; two side by side
 
 Trains ``experiments/REWARD.yaml`` (``gain``), the same with far too high a learning rate (``push``), and for the
