@@ -95,7 +95,7 @@ def tiny_v_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline", scheduler)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config(tiny_pipeline: Path) -> Callable[..., RunConfig]:
     """Build a run on the tiny pipeline with weight-free rewards; keyword sections are merged over it."""
 
@@ -111,7 +111,7 @@ def make_config(tiny_pipeline: Path) -> Callable[..., RunConfig]:
             "evaluate": {"every": 2, "prompts": 3, "images_per_prompt": 2},
         }
         for name, section in sections.items():
-            raw[name] = {**raw[name], **section} if isinstance(section, dict) and name != "rewards" else section
+            raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) and name != "rewards" else section
         return RunConfig.model_validate(raw)
 
     return build

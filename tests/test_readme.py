@@ -29,8 +29,8 @@ def test_commands_files_and_links_exist(page: Path) -> None:
 
 def test_every_experiment_is_in_the_index() -> None:
     index = (ROOT / "experiments" / "README.md").read_text()
-    for path in (ROOT / "experiments").glob("*.yaml"):
-        assert f"[{path.name}]({path.name})" in index
+    for path in (ROOT / "experiments").rglob("*.yaml"):
+        assert f"]({path.relative_to(ROOT / 'experiments')})" in index
 
 
 def test_no_figure_is_left_to_fill_in() -> None:

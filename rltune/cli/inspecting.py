@@ -1,5 +1,8 @@
-"""Commands that only read: ``status``, ``front``, ``rewards``."""
+"""Commands that only read: ``status``, ``front``, ``rewards``, ``estimators``."""
 
+import inspect
+import re
+import sys
 from pathlib import Path
 
 from rich.table import Table
@@ -35,12 +38,37 @@ def show_front(run: Path) -> None:
 
 def show_rewards() -> None:
     """Print every reward with what it is."""
-    from rltune.rewards.base import REWARDS
+    from rltune.rewards.base import REWARDS, has_gradient
 
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("reward")
-    table.add_column("what it says")
+    for title in ("reward", "gradient", "what it says"):
+        table.add_column(title)
     for name in REWARDS.names():
-        summary = (REWARDS.get(name).__doc__ or "").replace("``", "").strip().splitlines()
-        table.add_row(name, summary[0] if summary else "")
+        table.add_row(name, "yes" if has_gradient(name) else "no", _first_line(REWARDS.get(name).__doc__))
     console.print(table)
+
+
+def show_estimators() -> None:
+    """Print every estimator with its paper, what it needs of a reward, and its options with their defaults."""
+    from rltune.estimators.base import ESTIMATORS
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for title in ("estimator", "arXiv", "reward must", "what it does", "options"):
+        table.add_column(title)
+    for name in ESTIMATORS.names():
+        kind = ESTIMATORS.get(name)
+        options = inspect.signature(kind).parameters.values()
+        needs = "have a gradient" if getattr(kind, "needs_gradient", True) else "be a number"
+        paper = re.search(r"arXiv:([0-9.]+)", sys.modules[kind.__module__].__doc__ or "")
+        shown = ", ".join(f"{option.name}: {'-' if option.default is None else option.default}" for option in options)
+        table.add_row(name, paper[1] if paper else "", needs, _first_line(kind.__doc__), shown)
+    console.print(table)
+    console.print(
+        "\nk, draw and std stand in the estimator section itself, the others in its options. Estimators whose reward "
+        "need only be a number want sampler.eta above 0.",
+        style="dim",
+    )
+
+
+def _first_line(text: str | None) -> str:
+    return ((text or "").replace("``", "").strip().splitlines() or [""])[0]

@@ -128,6 +128,9 @@ def sample(
     base: Annotated[str | None, typer.Option(help="Base model; that of the first LoRA's run if left out.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the run's, else 20.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; the run's, else 5.")] = None,
+    base_steps: Annotated[
+        int | None, typer.Option(min=0, help="First steps left to the base model; the run's, else 0.")
+    ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, the same for every row.")] = 0,
 ) -> None:
@@ -135,7 +138,15 @@ def sample(
     from rltune.cli.sampling import sample_grid
 
     sample_grid(
-        loras or [], prompts or [], output, base=base, num_steps=steps, guidance=guidance, num_images=images, seed=seed
+        loras or [],
+        prompts or [],
+        output,
+        base=base,
+        num_steps=steps,
+        guidance=guidance,
+        num_base_steps=base_steps,
+        num_images=images,
+        seed=seed,
     )
 
 
@@ -156,6 +167,14 @@ def rewards() -> None:
     from rltune.cli.inspecting import show_rewards
 
     show_rewards()
+
+
+@app.command()
+def estimators() -> None:
+    """List the estimators that an experiment can name, with their options."""
+    from rltune.cli.inspecting import show_estimators
+
+    show_estimators()
 
 
 @app.command()

@@ -7,6 +7,7 @@ from pathlib import Path
 from rltune.cli.board import watch
 from rltune.cli.tables import front_view, gain_view, status_view
 from rltune.cli.terminal import console, errors
+from rltune.config.distributions import Choice, IntRange
 from rltune.config.experiment import Known
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import RunError, UserError
@@ -42,7 +43,7 @@ def run_experiment(
             f"{path}: {', '.join(experiment.space)} are distributions; "
             f"fix each with --set, or run 'rltune sweep {path}'"
         )
-    check_options(experiment.shared)
+    check_search(experiment)
     if dry_run:
         _print_plan(experiment, address)
         return
@@ -51,14 +52,39 @@ def run_experiment(
         _run(experiment, folder, cluster)
 
 
+def check_search(experiment: Experiment) -> None:
+    """Check what the search sampler asks of the distributions, and the options of all that may be tried.
+
+    Raises:
+        UserError: A grid over a range of numbers; an option of a reward or an estimator that it does not take.
+    """
+    if experiment.is_searched and experiment.shared.search.sampler == "grid" and experiment.grid_values is None:
+        ranges = [path for path, kind in experiment.space.items() if not isinstance(kind, Choice | IntRange)]
+        raise UserError(
+            f"search.sampler: a grid needs a list of values, {', '.join(ranges)} are ranges; "
+            "write {choice: [..]}, or take tpe"
+        )
+    for config in experiment.corners(("estimator", "sampler")):
+        check_options(config)
+
+
 def known_names() -> Known:
     """Return every name that an experiment may use."""
     from rltune.estimators.base import ESTIMATORS
     from rltune.orchestration.search import SAMPLERS
-    from rltune.rewards.base import REWARDS
+    from rltune.rewards.base import REWARDS, has_gradient
     from rltune.training.evaluation import JUDGES
 
-    return Known(rewards=REWARDS.names(), estimators=ESTIMATORS.names(), judges=tuple(JUDGES), samplers=SAMPLERS)
+    estimators = {name: ESTIMATORS.get(name) for name in ESTIMATORS.names()}
+    return Known(
+        rewards=REWARDS.names(),
+        estimators=tuple(estimators),
+        judges=tuple(JUDGES),
+        samplers=SAMPLERS,
+        rewards_without_gradient=tuple(name for name in REWARDS.names() if not has_gradient(name)),
+        policy_estimators=tuple(name for name, kind in estimators.items() if not getattr(kind, "needs_gradient", True)),
+        serial_estimators=tuple(name for name, kind in estimators.items() if getattr(kind, "has_serial_mode", False)),
+    )
 
 
 def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
@@ -125,15 +151,25 @@ def _print_plan(experiment: Experiment, address: str | None) -> None:
     print_plan(experiment, make_plan(experiment, resources), None)
 
 
+def _method(experiment: Experiment) -> str:
+    config = experiment.shared
+    name, k = (
+        "searched" if path in experiment.space else value
+        for path, value in (("estimator.name", config.estimator.name), ("estimator.k", config.estimator.k))
+    )
+    depth = "" if k is None else f", K {k}"
+    name = "estimator searched" if name == "searched" else name
+    return f"{name} on the {config.model.base} model, {config.sampler.steps} sampling steps{depth}"
+
+
 def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> None:
     """Print a plan, one fact a line."""
     config = experiment.shared
     where = "a Ray cluster on this machine (loopback only)" if cluster is None or cluster.is_own else cluster.address
     per_worker = f"{plan.num_gpus_per_worker:g} GPU" if plan.num_gpus_per_worker else "1 CPU"
-    k = "searched" if "estimator.k" in experiment.space else str(config.estimator.k)
     lines = {
         "experiment": config.name,
-        "method": f"{config.estimator.name} on the {config.model.base} model, K {k} of {config.sampler.steps} steps",
+        "method": _method(experiment),
         "searched": ", ".join(experiment.space) or "nothing",
         "trials": f"the base model and {plan.num_trials} trained, {plan.num_concurrent} at a time",
         "a trial": f"{plan.num_steps} steps of {plan.images_per_step} images, {plan.num_evaluations} evaluations of "

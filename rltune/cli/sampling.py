@@ -19,13 +19,14 @@ def sample_grid(
     base: str | None,
     num_steps: int | None,
     guidance: float | None,
+    num_base_steps: int | None = None,
     num_images: int,
     seed: int,
 ) -> None:
     """Draw the base model and each LoRA on the same prompts and noise, and write one labelled PNG.
 
     Raises:
-        UserError: A LoRA cannot be read, or was trained on another base model.
+        UserError: A LoRA cannot be read, or was trained on another base model; no step is left to the LoRAs.
     """
     from rltune.config.experiment import RunConfig
     from rltune.orchestration.job import quiet_libraries
@@ -39,8 +40,12 @@ def sample_grid(
         raise UserError(f"sample: the LoRAs belong to different base models, {sorted(bases)}; sample them apart")
     card = next((card for card in cards if card), None)
     config = RunConfig.model_validate(card["experiment"]) if card else _plain_config()
-    update: dict[str, Any] = {"steps": num_steps, "guidance": guidance}
+    update: dict[str, Any] = {"steps": num_steps, "guidance": guidance, "base_steps": num_base_steps}
     sampler = config.sampler.model_copy(update={name: value for name, value in update.items() if value is not None})
+    if sampler.base_steps >= sampler.steps:
+        raise UserError(
+            f"sample: --base-steps must leave the LoRA some of the {sampler.steps} steps, got {sampler.base_steps}"
+        )
     model = config.model.model_copy(update={"base": base or config.model.base})
     config = config.model_copy(update={"sampler": sampler, "model": model})
     shown = list(prompts) or list(read_prompts(config.prompts.eval, where="prompts.eval")[:NUM_DEFAULT_PROMPTS])

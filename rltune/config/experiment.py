@@ -17,6 +17,7 @@ from rltune.config.sections import (
     ModelConfig,
     OptimConfig,
     PromptsConfig,
+    RegularizeConfig,
     ResourcesConfig,
     RewardConfig,
     SamplerConfig,
@@ -47,6 +48,11 @@ class Known:
     estimators: tuple[str, ...] = ()
     judges: tuple[str, ...] = ()
     samplers: tuple[str, ...] = ()
+    rewards_without_gradient: tuple[str, ...] = ()
+    policy_estimators: tuple[str, ...] = ()
+    """Those that need no gradient of the reward, and noise in the sampler instead."""
+    serial_estimators: tuple[str, ...] = ()
+    """Those that can backpropagate one step at a time."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ class RunConfig(StrictModel):
     """What is trained on, by name; at least one."""
     optim: OptimConfig = OptimConfig()
     """The optimiser."""
+    regularize: RegularizeConfig = RegularizeConfig()
+    """What keeps the model honest while it follows the reward."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """What is measured on held-out prompts."""
     objectives: tuple[Text, ...] = ()
@@ -114,6 +122,12 @@ class RunConfig(StrictModel):
         return self.objectives or tuple(self.rewards)
 
     @property
+    def num_rounds(self) -> int:
+        """Greatest number of rounds a run can take: every image costs at least one reward query."""
+        queries = self.optim.queries
+        return self.optim.steps if queries is None else min(self.optim.steps, -(-queries // self.optim.batch))
+
+    @property
     def weights(self) -> Mapping[str, float]:
         """Reward name -> weight."""
         return {name: reward.weight for name, reward in self.rewards.items()}
@@ -122,6 +136,7 @@ class RunConfig(StrictModel):
     def _sections_fit(self, info: ValidationInfo) -> Self:
         context = info.context if isinstance(info.context, Context) else Context()
         clashes = [*_clashes(self), *_unknown_names(self, context.known), *_not_built(self)]
+        clashes += _estimator_clashes(self, context.known)
         if context.must_find_files:
             clashes += _missing_files(self)
         if clashes:
@@ -131,10 +146,16 @@ class RunConfig(StrictModel):
 
 
 def _clashes(config: RunConfig) -> Iterator[Clash]:
-    k, num_steps = config.estimator.k, config.sampler.steps
-    if k > num_steps:
-        what = f"K must not exceed the {num_steps} sampling steps (sampler.steps), got {k}"
-        yield Clash("estimator.k", what, f"lower it to {num_steps} or raise sampler.steps", ("sampler.steps",))
+    k, base_steps = config.estimator.k, config.sampler.base_steps
+    num_steps = config.sampler.steps - base_steps
+    if num_steps < 1:
+        what = f"must leave at least one of the {config.sampler.steps} steps (sampler.steps), got {base_steps}"
+        yield Clash("sampler.base_steps", what, "lower it", ("sampler.steps",))
+    elif k is not None and k > num_steps:
+        minus = f" minus {base_steps} base steps" if base_steps else ""
+        what = f"K must not exceed the {config.sampler.steps} sampling steps (sampler.steps){minus}, got {k}"
+        others = ("sampler.steps", "sampler.base_steps")
+        yield Clash("estimator.k", what, f"lower it to {num_steps} or raise sampler.steps", others)
     height, width = config.sampler.height, config.sampler.width
     if (height is None) != (width is None):
         given, other = ("height", "width") if width is None else ("width", "height")
@@ -151,6 +172,10 @@ def _clashes(config: RunConfig) -> Iterator[Clash]:
 
 def _batch_clashes(config: RunConfig) -> Iterator[Clash]:
     batch, workers, micro_batch = config.optim.batch, config.resources.workers, config.optim.micro_batch
+    each = config.prompts.images_per_prompt
+    if batch % each:
+        what = f"must divide optim.batch, {batch} images, got {each}"
+        yield Clash("prompts.images_per_prompt", what, "write a divisor, or another batch", ("optim.batch",))
     share, rest = divmod(batch, workers)
     if rest:
         what = f"must be a multiple of the {workers} workers (resources.workers), got {batch}"
@@ -169,6 +194,39 @@ def _reward_clashes(config: RunConfig) -> Iterator[Clash]:
         first, *others = (f"rewards.{name}.weight" for name in config.rewards)
         what = "no reward has a positive weight, got 0 for every one"
         yield Clash(first, what, "raise at least one", (*others, "rewards"))
+    for name, reward in config.rewards.items():
+        if reward.loss != "linear" and reward.target is None:
+            where = f"rewards.{name}.target"
+            what = f"loss: {reward.loss} needs a target in the reward's own unit, got none"
+            yield Clash(f"rewards.{name}.loss", what, "give target, or loss: linear", (where,))
+        elif reward.loss == "linear" and reward.target is not None:
+            what = f"a linear loss has no target, got {reward.target}"
+            yield Clash(f"rewards.{name}.target", what, "write loss: hinge or loss: target", (f"rewards.{name}.loss",))
+
+
+def _estimator_clashes(config: RunConfig, known: Known) -> Iterator[Clash]:
+    name = config.estimator.name
+    if known.estimators and name not in known.estimators:
+        return
+    if name in known.policy_estimators:
+        if config.sampler.eta == 0:
+            what = f"{name} learns from the noise of sampling, got eta 0"
+            yield Clash("sampler.eta", what, "write eta: 1.0", ("estimator.name",))
+        if config.regularize.flatness_weights or config.regularize.flatness_image:
+            key = "flatness_weights" if config.regularize.flatness_weights else "flatness_image"
+            what = f"{name} has no gradient of the reward to be flat in, got {getattr(config.regularize, key)}"
+            yield Clash(f"regularize.{key}", what, "set it to 0", ("estimator.name",))
+    elif known.policy_estimators:
+        for reward in known.rewards_without_gradient:
+            if config.weights.get(reward, 0) > 0:
+                what = f"{name} backpropagates rewards, and {reward!r} has no gradient"
+                able = ", ".join(known.policy_estimators)
+                remedy = f"give it weight 0 to watch it only, or take an estimator that needs none: {able}"
+                yield Clash(f"rewards.{reward}.weight", what, remedy, ("estimator.name", f"rewards.{reward}"))
+    if config.estimator.checkpoint == "serial" and known.serial_estimators and name not in known.serial_estimators:
+        what = f"serial mode needs detached inputs, which {name} has not, got 'serial'"
+        able = ", ".join(known.serial_estimators)
+        yield Clash("estimator.checkpoint", what, f"take auto or always, or one of {able}", ("estimator.name",))
 
 
 def _name_clashes(config: RunConfig) -> Iterator[Clash]:

@@ -1,13 +1,14 @@
 """An experiment file -> values and a search space, or one error that lists every fault of the file."""
 
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from rltune.config.distributions import Distribution, Simplex, show
+from rltune.config.distributions import Choice, Distribution, IntRange, Simplex, show
 from rltune.config.draft import Draft
 from rltune.config.experiment import Context, Known, RunConfig
 from rltune.config.validation import faults_of_run, faults_of_space, first_values, replaced
@@ -32,6 +33,29 @@ class Experiment:
         return bool(self.space)
 
     @property
+    def grid_values(self) -> list[dict[str, Any]] | None:
+        """Every combination of values, the last distribution's varying fastest; None if there are infinitely many."""
+        options: list[list[Any]] = []
+        for distribution in self.space.values():
+            match distribution:
+                case Choice(options=chosen):
+                    options.append(list(chosen))
+                case IntRange(low=low, high=high, step=step):
+                    options.append(list(range(low, high + 1, step)))
+                case _:
+                    return None
+        return [dict(zip(self.space, combination, strict=True)) for combination in itertools.product(*options)]
+
+    @property
+    def num_trials(self) -> int:
+        """Trials to train: ``search.trials``, no more than a grid has, one if nothing is searched."""
+        if not self.is_searched:
+            return 1
+        search = self.shared.search
+        grid = self.grid_values if search.sampler == "grid" else None
+        return search.trials if grid is None else min(search.trials, len(grid))
+
+    @property
     def simplex_paths(self) -> tuple[str, ...]:
         """Paths of the weights that must sum to one; none or at least two."""
         return tuple(path for path, distribution in self.space.items() if isinstance(distribution, Simplex))
@@ -40,6 +64,20 @@ class Experiment:
     def shared(self) -> RunConfig:
         """The run at each distribution's first value: read from it what all trials share (search, resources, ..)."""
         return self.concrete(_dotted(first_values(_split(self.space))))
+
+    def corners(self, sections: Sequence[str]) -> Iterator[RunConfig]:
+        """Yield the run at every combination of ends and options of what is searched in ``sections``.
+
+        Other distributions are at their first values.
+        """
+        first = _dotted(first_values(_split(self.space)))
+        ends = {
+            path: [value for _, value in kind.corners()]
+            for path, kind in self.space.items()
+            if path.split(".")[0] in sections and not isinstance(kind, Simplex)
+        }
+        for values in itertools.product(*ends.values()):
+            yield self.concrete(first | dict(zip(ends, values, strict=True)))
 
     def concrete(self, values: Mapping[str, Any]) -> RunConfig:
         """Return the run with a value for every distribution, validated like a file without any.

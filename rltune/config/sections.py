@@ -47,6 +47,8 @@ class PromptsConfig(StrictModel):
     """Prompts to train on: ``builtin``, ``builtin-heldout``, a text file with one prompt a line, or a list."""
     eval: Prompts = "builtin-heldout"
     """Prompts to evaluate on, same choice as ``train``; keep them apart."""
+    images_per_prompt: Int = Field(1, ge=1)
+    """Images of a prompt that follow each other in training; policy gradients compare them with one another."""
 
 
 class SamplerConfig(StrictModel):
@@ -57,7 +59,9 @@ class SamplerConfig(StrictModel):
     guidance: Float = Field(5.0, ge=0, le=100)
     """Classifier-free guidance scale; 1 switches it off and halves the cost."""
     eta: Float = Field(0.0, ge=0, le=1)
-    """Noise put back at each step: 0 is deterministic DDIM, 1 is ancestral sampling."""
+    """Noise put back at each step: 0 is deterministic DDIM, 1 is ancestral sampling. Policy gradients need some."""
+    base_steps: Int = Field(0, ge=0, le=999)
+    """First steps that are left to the base model, adapters off, in training, evaluation and ``rltune sample``."""
     height: Int | None = Field(None, ge=8, le=8192, multiple_of=8)
     """Image height in pixels; the model's own if left out."""
     width: Int | None = Field(None, ge=8, le=8192, multiple_of=8)
@@ -69,16 +73,37 @@ class EstimatorConfig(StrictModel):
 
     name: Text = "alignprop"
     """Name of the estimator."""
-    k: Int = Field(1, ge=1, le=1000)
-    """Truncation depth K: the last K of T steps carry gradient. Compute grows linearly in K."""
-    draw: Literal["fixed", "uniform", "gaussian"] = "fixed"
-    """K per batch: ``fixed`` is k, ``uniform`` is one of 1..k, ``gaussian`` is normal(k, std) redrawn into 1..T."""
-    std: Float = Field(5.0, gt=0)
+    k: Int | None = Field(None, ge=1, le=1000)
+    """Truncation depth K: how many of the T steps carry gradient. Compute grows linearly in K. Left out: the
+    estimator's own default."""
+    draw: Literal["fixed", "uniform", "gaussian", "per_step"] | None = None
+    """AlignProp's K per batch: ``fixed`` is k, ``uniform`` (the default) is one of 1..k, ``gaussian`` is
+    normal(k, std) redrawn into 1..T, ``per_step`` draws every step by itself."""
+    std: Float | None = Field(None, gt=0)
     """Standard deviation of K in steps; read only when ``draw`` is ``gaussian``."""
-    checkpoint: Literal["always", "never"] = "always"
-    """Recompute each step's activations in the backward pass (less memory, slower), or keep them."""
+    checkpoint: Literal["auto", "always", "never", "serial"] = "auto"
+    """Activations of the steps that carry gradient: computed again in the backward pass (``always``: less memory,
+    slower), kept (``never``), kept as far as ``activation_gib`` goes (``auto``), or one step's at a time
+    (``serial``, for estimators whose inputs are detached). The gradient is the same."""
+    activation_gib: Literal["auto"] | Annotated[Float, Field(ge=0)] = "auto"
+    """Memory that ``checkpoint: auto`` may fill, a worker; ``auto`` is 60 % of what is free, shared by the workers of
+    a machine."""
+    guidance_gradient: Literal["both", "text", "text_rescaled"] = "both"
+    """Branches of classifier-free guidance that carry gradient: both, as the formula says; or the prompt's alone, as it
+    is or divided by the guidance scale. The latter two are other estimators, and cheaper."""
     options: Options = Field({})
-    """Further options of this estimator."""
+    """Further options of this estimator; ``rltune estimators`` lists them."""
+
+
+class RegularizeConfig(StrictModel):
+    """What keeps the model honest while it follows the reward; 0 is off."""
+
+    drift: Float = Field(0.0, ge=0)
+    """Weight of the squared distance of the network's output from the base model's, over the steps that are trained."""
+    flatness_weights: Float = Field(0.0, ge=0, le=1)
+    """RSA-FT: take the gradient this far uphill in the loss, in adapter weights. Doubles the cost."""
+    flatness_image: Float = Field(0.0, ge=0, le=10)
+    """RSA-FT: score images after a step of this L2 length against the reward. One more reward query an image."""
 
 
 class RewardConfig(StrictModel):
@@ -86,6 +111,11 @@ class RewardConfig(StrictModel):
 
     weight: Float = Field(1.0, ge=0)
     """Weight in the sum, after each reward is standardised on the base model; 0 only watches it."""
+    loss: Literal["linear", "hinge", "target"] = "linear"
+    """``linear`` raises the score r without end; ``hinge`` only up to ``target``, relu(target - r): a cap; ``target``
+    brings it to ``target``, |target - r|."""
+    target: Float | None = None
+    """Where ``hinge`` and ``target`` aim, in the reward's own unit."""
     options: Options = Field({})
     """Options of this reward."""
 
@@ -96,7 +126,11 @@ class OptimConfig(StrictModel):
     lr: Float = Field(1e-3, ge=0, le=1)
     """Learning rate; 0 is a control that must change nothing."""
     steps: Int = Field(100, ge=1)
-    """Optimiser steps."""
+    """Rounds of training: ``batch`` new images each. One is one optimiser step, several for policy gradients with
+    ``epochs``."""
+    queries: Int | None = Field(None, ge=1)
+    """Reward queries after which training ends, if ``steps`` has not ended it before: an equal budget for estimators
+    that query more than once an image."""
     batch: Int = Field(8, ge=1)
     """Images per optimiser step, over all workers."""
     micro_batch: Int | None = Field(None, ge=1)
@@ -109,6 +143,8 @@ class OptimConfig(StrictModel):
     """Decoupled weight decay."""
     eps: Float = Field(1e-8, gt=0)
     """Added to the denominator of Adam's update."""
+    ema: Beta = 0.0
+    """Decay a round of a moving average of the adapters, which is what is evaluated and exported; 0 is off."""
 
 
 class EvaluateConfig(StrictModel):
@@ -139,9 +175,9 @@ class SearchConfig(StrictModel):
     """How the values that are distributions are searched."""
 
     sampler: Text = "tpe"
-    """``tpe``, ``random``, ``nsga2`` or ``gp``."""
+    """``tpe``, ``random``, ``nsga2``, ``gp``; or ``grid``, every combination of choices and whole numbers in turn."""
     trials: Int = Field(16, ge=1)
-    """Trials, the base model not counted."""
+    """Trials, the base model not counted; a grid ends with its last combination."""
     prune: Bool = False
     """Stop trials early that fall behind. Not available yet."""
     seed: Int = Field(0, ge=0, lt=2**32)
@@ -161,5 +197,10 @@ class ResourcesConfig(StrictModel):
     """``train`` starts a Ray Train job per trial; ``warm`` is not available yet."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the frozen networks; ``auto`` is bf16 on a GPU and fp32 on a CPU. Adapters stay in fp32."""
+    prefix_precision: Literal["same", "bf16"] = "same"
+    """Number format of the steps without gradient; bf16 is faster where the hardware has it, and its trajectories
+    differ by the rounding."""
+    compile: Bool = False
+    """Compile the network with torch.compile: faster steps after a minute or more of compiling."""
     threads_per_worker: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
     """CPU threads per worker; ``auto`` shares the machine out."""

@@ -68,7 +68,8 @@ def faults_of_space(data: Mapping[str, Any], space: Space, context: Context, ign
         blamed = [(next(p for p in f.paths if p in dotted), f) for f in faults if set(dotted) <= set(f.paths)]
         return [Clash(f"{path}.{dotted[path]}", f.what, f.remedy, f.paths) for path, f in blamed]
 
-    names = {".".join(path) for path in space}
+    # weights on the simplex are positive wherever they are drawn, so what their first values break is always broken
+    names = {".".join(path) for path, distribution in space.items() if not isinstance(distribution, Simplex)}
     found = [f for f in faults_of_run(replaced(data, first), context, ignored) if not names & set(f.paths)]
     for path, distribution in space.items():
         if isinstance(distribution, Simplex):
@@ -136,7 +137,8 @@ def _fault_of(detail: ErrorDetails, path: Path, value: Any) -> Clash:
 
 
 def _remedy(node: Mapping[str, Any], value: Any) -> str:
-    options = node.get("enum", ())
+    branches = node.get("anyOf", (node,))
+    options = next((branch["enum"] for branch in branches if "enum" in branch), ())
     if isinstance(value, str) and options:
         return suggest(value, tuple(options))
     if isinstance(value, float) and node.get("type") == "integer" and value.is_integer():

@@ -16,16 +16,20 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 """``(x_BCHW, timestep) -> f_BCHW`` float32: the network's output with prompts and guidance already bound."""
 StepNoise = Callable[[int], Tensor]
 """Step index -> noise_BCHW, standard normal. Asked only for steps whose coefficient is not zero."""
+Observer = Callable[[int, Tensor, Tensor], None]
+"""``(step, x_BCHW, f_BCHW)``: a step's input, and the network's output as it is in the graph."""
 
 
 @dataclass(frozen=True)
 class GradientPlan:
-    """Which steps of a trajectory carry gradient: all that tells one reward-gradient estimator from another."""
+    """Which steps of a trajectory carry gradient, and which image is scored: all that tells estimators apart."""
 
     active: frozenset[int]
     """Step indices, 0 the noisiest, whose network call is differentiated."""
     is_through_latent: bool = True
     """Whether gradient also passes through an active step's input latent to the steps before it."""
+    scored: int | None = None
+    """Step whose clean prediction x0_hat is the result; the chain ends there. None: x_0, after all steps."""
 
     @classmethod
     def last(cls, num_grad_steps: int, num_steps: int) -> "GradientPlan":
@@ -49,13 +53,16 @@ def run_chain(
     *,
     plan: GradientPlan = NO_GRADIENT,
     noise: StepNoise | None = None,
-    use_checkpoint: bool = True,
+    num_kept: int = 0,
+    denoise_frozen: Denoiser | None = None,
+    observe: Observer | None = None,
 ) -> Tensor:
-    """Denoise x_T -> x_0 (B, C, H, W), in the dtype of ``x_BCHW``; differentiable as ``plan`` says.
+    """Denoise x_T -> x_0, or the clean prediction that ``plan`` names, (B, C, H, W), in the dtype of ``x_BCHW``.
 
-    Inactive steps run under ``no_grad``, which gives bit for bit the gradient of running and detaching them, without
-    storing anything. An active step stores its input latent and is computed again in the backward pass
-    (``use_checkpoint``), so that memory grows with K by one latent a step.
+    Differentiable as ``plan`` says. Inactive steps run under ``no_grad``, which gives bit for bit the gradient of
+    running and detaching them, without storing anything. An active step stores its input latent and is computed again
+    in the backward pass, so that memory grows with K by one latent a step; the last ``num_kept`` of them store their
+    activations instead. Backward frees those first, before it computes anything again.
 
     Args:
         denoise: The bound network.
@@ -63,24 +70,33 @@ def run_chain(
         table: Coefficients of the T steps.
         plan: Steps that carry gradient.
         noise: Fresh noise per step; needed where the table is stochastic.
-        use_checkpoint: Recompute active steps in the backward pass instead of storing their activations.
+        num_kept: Active steps whose activations are kept instead of computed again.
+        denoise_frozen: The same network in a form that has no gradient but is faster, for the inactive steps.
+        observe: Called at every step.
 
     Raises:
         ValueError: The table is stochastic and ``noise`` is missing.
     """
     if noise is None and not table.is_deterministic:
         raise ValueError("a chain with eta > 0 needs step noise")
-    for k in range(table.num_steps):
+    kept = set(sorted(plan.active)[len(plan.active) - num_kept :] if num_kept < len(plan.active) else plan.active)
+    last = table.num_steps - 1 if plan.scored is None else plan.scored
+    for k in range(last + 1):
         t = table.timesteps_T[k].to(x_BCHW.device)
-        is_active = k in plan.active
         # the method itself truncates here: DRTune-like plans cut the path through the input latent
         input_BCHW = x_BCHW if plan.is_through_latent else x_BCHW.detach()
-        if is_active and use_checkpoint:
+        if k not in plan.active or not torch.is_grad_enabled():
+            with torch.no_grad():
+                f_BCHW = (denoise_frozen or denoise)(input_BCHW, t)
+        elif k in kept:
+            f_BCHW = denoise(input_BCHW, t)
+        else:
             # no dropout anywhere in the frozen networks, so there is no random state to keep
             f_BCHW = checkpoint(denoise, input_BCHW, t, use_reentrant=False, preserve_rng_state=False)
-        else:
-            with torch.set_grad_enabled(is_active and torch.is_grad_enabled()):
-                f_BCHW = denoise(input_BCHW, t)
+        if observe is not None:
+            observe(k, input_BCHW, f_BCHW)
+        if k == plan.scored:
+            return float(table.d_T[k]) * x_BCHW + float(table.e_T[k]) * f_BCHW
         x_BCHW = float(table.a_T[k]) * x_BCHW + float(table.b_T[k]) * f_BCHW
         if noise is not None and table.s_T[k] != 0:
             x_BCHW = x_BCHW + float(table.s_T[k]) * noise(k)

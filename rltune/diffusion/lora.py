@@ -1,10 +1,12 @@
-"""LoRA adapters by peft: attach, read, write, fold their scale."""
+"""LoRA adapters by peft: attach, read, write, switch off, fold."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -74,3 +76,61 @@ def fold_scale(state: dict[str, Tensor], *, scale: float) -> dict[str, Tensor]:
     Readers that ignore alpha (ComfyUI, diffusers without metadata) then agree with those that take it as the rank.
     """
     return {name: tensor * scale if ".lora_B." in name else tensor for name, tensor in state.items()}
+
+
+@contextmanager
+def adapters_off(network: nn.Module) -> Iterator[None]:
+    """Run the network as the base model inside the block; adapters of any name, none is fine too."""
+    with _bypassed(_lora_layers(network)):
+        yield
+
+
+class MergedLora:
+    """The adapters folded into the weights they are attached to, for calls without gradient.
+
+    The merged weights are a second copy of the adapted layers alone, made once and taken anew for every set of adapter
+    values. The network's own weights are put aside while it runs and put back untouched, so that nothing is rounded
+    away as it would be by adding the update and taking it off again.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._layers = _lora_layers(network)
+        self._merged = [_merged_weight(layer) for layer in self._layers]
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Let the network run on the merged weights inside the block."""
+        bases = [cast(nn.Linear, layer.get_base_layer()) for layer in self._layers]
+        own = [base.weight.data for base in bases]
+        for base, merged in zip(bases, self._merged, strict=True):
+            base.weight.data = merged
+        try:
+            with _bypassed(self._layers):
+                yield
+        finally:
+            for base, weight in zip(bases, own, strict=True):
+                base.weight.data = weight
+
+
+def _lora_layers(network: nn.Module) -> list[Any]:
+    return [module for module in network.modules() if isinstance(module, LoraLayer)]
+
+
+@torch.no_grad()
+def _merged_weight(layer: Any) -> Tensor:
+    weight = cast(Tensor, layer.get_base_layer().weight)
+    updates = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
+    return weight.data + sum(updates, torch.zeros_like(weight.data)).to(weight.dtype)
+
+
+@contextmanager
+def _bypassed(layers: Sequence[Any]) -> Iterator[None]:
+    """Skip adapters by peft's own flag; its public switch would also turn off their gradient."""
+    was_off = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, was_off, strict=True):
+            layer._disable_adapters = flag

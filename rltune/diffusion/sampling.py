@@ -1,16 +1,24 @@
-"""Bind prompts and guidance to a model: the denoiser the chain runs, and the prompt embeddings it needs.
+"""A model with its sampler settings: from prompts and noise to images, in as many pieces as an estimator needs.
 
 B: images. L, D: text tokens and width. C, H, W: latent channels, rows, columns.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rltune.diffusion.chain import Denoiser
+from rltune.diffusion.chain import NO_GRADIENT, Denoiser, GradientPlan, Observer, StepNoise, run_chain
 from rltune.diffusion.families.base import ModelFamily
+from rltune.diffusion.lora import MergedLora, adapters_off
+from rltune.diffusion.table import ChainTable
+
+GuidanceGradient = Literal["both", "text", "text_rescaled"]
+"""Which branches of classifier-free guidance carry gradient."""
 
 
 class PromptEmbeddings:
@@ -32,25 +40,163 @@ class PromptEmbeddings:
         return torch.stack([self._cache[prompt] for prompt in prompts]).to(device)
 
 
-def guided_denoiser(model: ModelFamily, text_BLD: Tensor, negative_1LD: Tensor, *, guidance_scale: float) -> Denoiser:
+def guided_denoiser(
+    model: ModelFamily,
+    text_BLD: Tensor,
+    negative_1LD: Tensor,
+    *,
+    guidance_scale: float,
+    gradient: GuidanceGradient = "both",
+) -> Denoiser:
     """Return the network with classifier-free guidance (arXiv:2207.12598): f_neg + g (f_text - f_neg).
 
-    Gradient flows through both branches. At ``guidance_scale`` 1 the negative branch cancels and is not run.
+    Args:
+        model: The network.
+        text_BLD: Embedded prompts.
+        negative_1LD: Embedded negative prompt.
+        guidance_scale: g; at 1 the negative branch cancels and is not run.
+        gradient: ``both`` is the derivative of that formula. ``text`` runs the negative branch without gradient, which
+            leaves g df_text; ``text_rescaled`` leaves df_text, so that the gradient's size does not follow g. Both are
+            other estimators, and cheaper; the value is the same.
     """
     if guidance_scale == 1.0:
         return lambda x_BCHW, t: model.predict(x_BCHW, t, text_BLD)
-    both_2BLD = torch.cat([negative_1LD.expand_as(text_BLD), text_BLD])
+    negative_BLD = negative_1LD.expand_as(text_BLD)
+    both_2BLD = torch.cat([negative_BLD, text_BLD])
 
     def denoise(x_BCHW: Tensor, t: Tensor) -> Tensor:
         negative_BCHW, text_BCHW = model.predict(torch.cat([x_BCHW, x_BCHW]), t, both_2BLD).chunk(2)
         return negative_BCHW + guidance_scale * (text_BCHW - negative_BCHW)
 
-    return denoise
+    def denoise_text(x_BCHW: Tensor, t: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return denoise(x_BCHW, t)
+        with torch.no_grad():
+            negative_BCHW = model.predict(x_BCHW, t, negative_BLD)
+        text_BCHW = model.predict(x_BCHW, t, text_BLD)
+        if gradient == "text":
+            return negative_BCHW + guidance_scale * (text_BCHW - negative_BCHW)
+        return text_BCHW + (guidance_scale - 1) * (text_BCHW.detach() - negative_BCHW)
+
+    return denoise if gradient == "both" else denoise_text
 
 
-def decode_images(model: ModelFamily, x_BCHW: Tensor, *, use_checkpoint: bool) -> Tensor:
-    """Decode x_0 -> RGB in [0, 1] (B, 3, height, width); with checkpointing nothing but x_0 is stored for backward."""
-    if use_checkpoint and x_BCHW.requires_grad:
-        decoded: Tensor = checkpoint(model.decode, x_BCHW, use_reentrant=False, preserve_rng_state=False)
+def frozen_denoiser(denoise: Denoiser, network: nn.Module, device: torch.device, *, use_bf16: bool) -> Denoiser:
+    """Return the same network for steps without gradient, as fast as it goes for the adapters' present values.
+
+    Adapters are merged into the weights, the same function to rounding. Into weights of a lower precision than float32
+    they are not: small updates would be rounded away. ``use_bf16`` runs in bfloat16 by autocast besides.
+    """
+    dtype = next(network.parameters()).dtype
+    merged = MergedLora(network) if dtype in (torch.float32, torch.float64) else None
+
+    def run(x_BCHW: Tensor, t: Tensor) -> Tensor:
+        swapped: AbstractContextManager[None] = nullcontext() if merged is None else merged.swapped_in()
+        with swapped, in_bf16(device, enabled=use_bf16):
+            return denoise(x_BCHW, t).to(x_BCHW.dtype)
+
+    return run
+
+
+def in_bf16(device: torch.device, *, enabled: bool) -> AbstractContextManager[Any]:
+    """Return the context in which networks run in bfloat16, if ``enabled``."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A model with its sampler settings."""
+
+    model: ModelFamily
+    embeddings: PromptEmbeddings
+    table: ChainTable
+    guidance_scale: float
+    negative_prompt: str = ""
+    num_base_steps: int = 0
+    """First steps that the base model takes, adapters off: combined generation."""
+    guidance_gradient: GuidanceGradient = "both"
+    num_kept: int = 0
+    """Active steps that keep their activations instead of being computed again in the backward pass."""
+    is_decoder_kept: bool = False
+    """Whether the image decoder keeps its activations."""
+    use_bf16_prefix: bool = False
+    """Run the steps without gradient in bfloat16: faster on hardware that has it, a trajectory that differs by it."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that adapters have a part in: what an estimator chooses from."""
+        return self.table.num_steps - self.num_base_steps
+
+    def open(self, prompts: Sequence[str], x_BCHW: Tensor, noise: StepNoise | None) -> "Chain":
+        """Return the chain of a batch as it stands after the base model's steps; ``x_BCHW`` is x_T."""
+        text_BLD = self.embeddings.get(prompts, x_BCHW.device)
+        negative_1LD = self.embeddings.get([self.negative_prompt], x_BCHW.device)
+        denoise = guided_denoiser(
+            self.model,
+            text_BLD,
+            negative_1LD,
+            guidance_scale=self.guidance_scale,
+            gradient=self.guidance_gradient,
+        )
+        chain = Chain(self, denoise, self.table, x_BCHW, noise, text_BLD)
+        if self.num_base_steps == 0:
+            return chain
+        with torch.no_grad(), adapters_off(self.model.network), in_bf16(x_BCHW.device, enabled=self.use_bf16_prefix):
+            head = self.table.part(0, self.num_base_steps)
+            x_BCHW = run_chain(lambda x, t: denoise(x, t).to(x.dtype), x_BCHW, head, noise=noise)
+        return chain.starting(self.num_base_steps, x_BCHW)
+
+    def latents(self, prompts: Sequence[str], x_BCHW: Tensor, *, plan: GradientPlan, noise: StepNoise | None) -> Tensor:
+        """Run the whole chain from x_T -> x_0 (B, C, H, W), differentiable as ``plan`` says of the adapters' steps."""
+        return self.open(prompts, x_BCHW, noise).run(plan)
+
+    def decode(self, x_BCHW: Tensor) -> Tensor:
+        """Decode x_0 -> RGB in [0, 1] (B, 3, height, width)."""
+        if self.is_decoder_kept or not x_BCHW.requires_grad:
+            return self.model.decode(x_BCHW)
+        # nothing but x_0 is stored for the backward pass
+        decoded: Tensor = checkpoint(self.model.decode, x_BCHW, use_reentrant=False, preserve_rng_state=False)
         return decoded
-    return model.decode(x_BCHW)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A sampler on one batch: the steps that are left, and where they start."""
+
+    sampler: Sampler
+    denoise: Denoiser
+    table: ChainTable
+    x_BCHW: Tensor
+    noise: StepNoise | None
+    text_BLD: Tensor
+
+    def starting(self, step: int, x_BCHW: Tensor) -> "Chain":
+        """Return the chain of steps ``step`` and later, numbered from 0 again, from the latent ``x_BCHW``."""
+        noise = self.noise
+        later = None if noise is None else (lambda k: noise(k + step))
+        return replace(self, table=self.table.part(step, self.table.num_steps), x_BCHW=x_BCHW, noise=later)
+
+    def run(self, plan: GradientPlan = NO_GRADIENT, *, observe: Observer | None = None) -> Tensor:
+        """Run the steps that are left, differentiable as ``plan`` says; see ``run_chain``."""
+        sampler = self.sampler
+        return run_chain(
+            self.denoise,
+            self.x_BCHW,
+            self.table,
+            plan=plan,
+            noise=self.noise,
+            num_kept=sampler.num_kept,
+            denoise_frozen=frozen_denoiser(
+                self.denoise, sampler.model.network, self.x_BCHW.device, use_bf16=sampler.use_bf16_prefix
+            ),
+            observe=observe,
+        )
+
+    def predict(self, step: int, x_BCHW: Tensor) -> Tensor:
+        """Run the network once at a step -> its guided output (B, C, H, W), differentiable."""
+        return self.denoise(x_BCHW, self.table.timesteps_T[step].to(x_BCHW.device))
+
+    def predict_base(self, step: int, x_BCHW: Tensor) -> Tensor:
+        """Run the base model once at a step, adapters off and without gradient -> (B, C, H, W)."""
+        with torch.no_grad(), adapters_off(self.sampler.model.network):
+            return self.predict(step, x_BCHW)

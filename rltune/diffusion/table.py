@@ -4,10 +4,12 @@ Every sampler supported here is affine in the latent x_k, the network's output f
 
     x_{k+1} = a_k x_k + b_k f(x_k, t_k) + s_k n_k          x0_hat_k = d_k x_k + e_k f(x_k, t_k)
 
-Step 0 is the noisiest, step T-1 the last. T: sampling steps.
+Step 0 is the noisiest, step T-1 the last. The forward process has x_k = signal_k x_0 + noise_k n, k = T the image that
+the last step leaves. T: sampling steps.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -17,7 +19,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ChainTable:
-    """Coefficients of T sampling steps, float64 on the CPU; ``timesteps_T`` is what the network is conditioned on."""
+    """Coefficients of T sampling steps, float64 on the CPU; ``timesteps_T`` is what the network is conditioned on.
+
+    ``_U`` stands for the T + 1 states: row k is the level of x_k, the last row that of what the last step leaves.
+    """
 
     timesteps_T: Tensor
     a_T: Tensor
@@ -25,6 +30,8 @@ class ChainTable:
     s_T: Tensor
     d_T: Tensor
     e_T: Tensor
+    signal_U: Tensor
+    noise_U: Tensor
 
     @property
     def num_steps(self) -> int:
@@ -35,6 +42,47 @@ class ChainTable:
     def is_deterministic(self) -> bool:
         """Whether no step adds noise (DDIM with eta = 0)."""
         return not bool(self.s_T.any())
+
+    def part(self, start: int, stop: int) -> "ChainTable":
+        """Return the table of steps ``start .. stop - 1``."""
+        columns = {column.name: getattr(self, column.name) for column in fields(self)}
+        return ChainTable(**{name: c[start : stop + 1 if name.endswith("_U") else stop] for name, c in columns.items()})
+
+    def path_weight(self, step: int, scored: int | None) -> float:
+        """Return d(result) / d f_step through the linear part of the chain alone, inputs of later steps held fixed.
+
+        The result is x_T, or the clean prediction at step ``scored``. This is the whole derivative where the inputs of
+        the network are detached.
+        """
+        if step == scored:
+            return float(self.e_T[step])
+        last = self.num_steps if scored is None else scored
+        weight = float(self.b_T[step] * self.a_T[step + 1 : last].prod())
+        return weight if scored is None else weight * float(self.d_T[scored])
+
+    def log_prob(self, step: int, x_BCHW: Tensor, f_BCHW: Tensor, next_BCHW: Tensor) -> Tensor:
+        """Return log N(x_{k+1}; a_k x_k + b_k f_k, s_k^2 I), the mean over latent elements, ``(B,)``.
+
+        The mean and not the sum, as in the code of DDPO, DPOK and DAG: their published clip ranges are meant for it.
+
+        Raises:
+            ValueError: The step adds no noise.
+        """
+        s = float(self.s_T[step])
+        if s == 0:
+            raise ValueError(f"step {step} is deterministic and has no density; sample with eta > 0")
+        mean_BCHW = float(self.a_T[step]) * x_BCHW + float(self.b_T[step]) * f_BCHW
+        return _normal_log_density((next_BCHW - mean_BCHW) / s, s)
+
+    def log_prob_back(self, step: int, x_BCHW: Tensor, next_BCHW: Tensor) -> Tensor:
+        """Return log q(x_k | x_{k+1}) of the forward process, the mean over latent elements, ``(B,)``."""
+        ratio = float(self.signal_U[step] / self.signal_U[step + 1])
+        std = math.sqrt(float(self.noise_U[step]) ** 2 - (ratio * float(self.noise_U[step + 1])) ** 2)
+        return _normal_log_density((x_BCHW - ratio * next_BCHW) / std, std)
+
+
+def _normal_log_density(standard_BCHW: Tensor, std: float) -> Tensor:
+    return -0.5 * standard_BCHW.square().flatten(1).mean(1) - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
 def read_ddim_table(scheduler: Any, *, num_steps: int, eta: float) -> ChainTable:
@@ -69,4 +117,12 @@ def read_ddim_table(scheduler: Any, *, num_steps: int, eta: float) -> ChainTable
         step = ddim.step(f_3, t, x_3, eta=eta, **noise)
         rows.append(torch.cat([step.prev_sample, step.pred_original_sample[:2]]))
     a_T, b_T, s_T, d_T, e_T = torch.stack(rows).unbind(1)
-    return ChainTable(cast(Tensor, ddim.timesteps), a_T, b_T, s_T, d_T, e_T)
+    # where a step leaves off, as diffusers' step has it: one stride earlier, below 0 the scheduler's final level
+    stride = ddim.config.num_train_timesteps // num_steps
+    ends = [int(t) - stride for t in ddim.timesteps]
+    levels = [ddim.alphas_cumprod[t] for t in ddim.timesteps]
+    levels.append(ddim.alphas_cumprod[ends[-1]] if ends[-1] >= 0 else ddim.final_alpha_cumprod)
+    alpha_bar_U = torch.stack(levels)
+    return ChainTable(
+        cast(Tensor, ddim.timesteps), a_T, b_T, s_T, d_T, e_T, alpha_bar_U.sqrt(), (1 - alpha_bar_U).sqrt()
+    )

@@ -1,23 +1,216 @@
-"""What a reward-gradient estimator is: a choice of which sampling steps carry gradient."""
+"""What an estimator is: it turns a reward into gradient of the adapters, and gets one round of training to do it in.
 
-from typing import Protocol
+B: images of one micro-batch. C, H, W: latent channels, rows, columns. D: width of text embeddings.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
+from torch import Tensor, nn
 
-from rltune.diffusion.chain import GradientPlan
+from rltune.diffusion.chain import StepNoise
+from rltune.diffusion.sampling import Chain, Sampler
 from rltune.registry import Registry
+from rltune.rewards.mixture import Mixture, MixtureScore
 
 
-class Estimator(Protocol):
-    """Decides, once per trajectory, how much of the chain is differentiated."""
+@dataclass(frozen=True)
+class Batch:
+    """What one worker trains on in one micro-batch."""
 
-    def plan(self, num_steps: int, rng: np.random.Generator) -> GradientPlan:
-        """Return the steps that carry gradient in this trajectory of ``num_steps`` steps.
+    prompts: tuple[str, ...]
+    x_BCHW: Tensor
+    """Latents x_T on the worker's device."""
+    noise: StepNoise | None = None
+    extra_noise: StepNoise | None = None
+    """Copy number -> noise_BCHW, for estimators that add noise of their own."""
 
-        ``rng`` is a function of (seed, training step) alone, so every worker draws the same plan.
+
+@dataclass(frozen=True)
+class Regularisers:
+    """What keeps a model honest, whichever estimator trains it; 0 is off."""
+
+    drift: float = 0.0
+    """Weight of the mean squared distance of the network's output from the base model's, over the trained steps."""
+    flatness_weights: float = 0.0
+    """rho_w of RSA-FT (arXiv:2603.21175): length of the step uphill in the loss at which the gradient is taken."""
+    flatness_image: float = 0.0
+    """rho of RSA-FT: L2 length, an image in [0, 1], of the step against the reward before it is scored."""
+
+
+class Peers(Protocol):
+    """The workers of a run, seen from one of them."""
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its sum over the workers."""
+        ...
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        """Return the items of every worker, in the order of ranks, on every worker."""
+        ...
+
+
+class Timer(Protocol):
+    """Takes the time of the parts of a round."""
+
+    def measure(self, part: str) -> AbstractContextManager[None]:
+        """Add the time of the block to ``part``."""
+        ...
+
+
+class Update(Protocol):
+    """The optimiser's step: gradients are summed over workers, clipped, applied and cleared."""
+
+    def __call__(self, *, may_vanish: bool = False) -> None:
+        """Update; ``may_vanish`` allows a gradient that is exactly zero, which changes nothing then.
+
+        Raises:
+            NonFiniteError: The gradient is not finite, or exactly zero without leave.
         """
         ...
 
 
+@dataclass
+class Tally:
+    """What this worker's share of a round was: scores summed over images, and what it cost."""
+
+    names: tuple[str, ...]
+    totals: Tensor = field(init=False)
+    num_queries: int = 0
+    """Images that the reward scored."""
+    num_calls: int = 0
+    """Passes of one image through the guided network: forward, forward again, and backward count one each."""
+    num_active: int = 0
+    """Steps of a trajectory that carried gradient: K."""
+    is_noting: bool = True
+    """Whether scores are noted: not those of a second look at the same images."""
+
+    def __post_init__(self) -> None:
+        self.totals = torch.zeros(len(self.names), dtype=torch.float64)
+
+    def add(self, score: MixtureScore) -> None:
+        """Add the scores of one batch of the round's own images, if scores are noted."""
+        if not self.is_noting:
+            return
+        scores = {"reward": score.total_B, **score.raw}
+        scores |= {f"{name}_z": values_B for name, values_B in score.standardised.items()}
+        self.totals += torch.stack([scores[name].detach().double().sum().cpu() for name in self.names])
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of training: images to draw, a reward to raise, an optimiser to step."""
+
+    sampler: Sampler
+    mixture: Mixture
+    batches: tuple[Batch, ...]
+    """This worker's images."""
+    num_images: int
+    """Images of the round over all workers: the losses are means over them."""
+    rng: np.random.Generator
+    """A function of (seed, round) alone, so that every worker draws the same."""
+    parameters: Sequence[nn.Parameter]
+    peers: Peers
+    timer: Timer
+    update: Update
+    tally: Tally
+    regularisers: Regularisers = Regularisers()
+    is_serial: bool = False
+    """Backpropagate the active steps one at a time."""
+    state: "EstimatorState | None" = None
+    first_image: int = 0
+    """Number, within the round, of the first of this worker's images."""
+
+    def open(self, batch: Batch) -> Chain:
+        """Return the chain of a batch as it stands after the base model's steps."""
+        self.tally.num_calls += len(batch.prompts) * self.sampler.num_base_steps
+        return self.sampler.open(batch.prompts, batch.x_BCHW, batch.noise)
+
+    def drift_B(self, chain: Chain, step: int, x_BCHW: Tensor, f_BCHW: Tensor) -> Tensor:
+        """Return the mean squared distance of a network output from the base model's at the same input, ``(B,)``.
+
+        The base model's output counts as a constant, also where the input depends on the adapters.
+        """
+        self.tally.num_calls += len(x_BCHW)
+        return (f_BCHW - chain.predict_base(step, x_BCHW.detach())).square().flatten(1).mean(1)
+
+
+class Estimator(Protocol):
+    """Turns a reward into gradient. A frozen dataclass of its own settings; every name in a paper's own terms."""
+
+    needs_gradient: bool
+    """Whether the reward must be differentiable. If not, sampling must be stochastic: eta > 0."""
+    has_serial_mode: bool
+    """Whether the inputs of its active steps are detached, so that they can be backpropagated one at a time."""
+
+    def check(self, num_steps: int) -> None:
+        """Check the settings against the steps that adapters have a part in; builds and runs nothing.
+
+        Raises:
+            ValueError: A setting is out of its range; the message names it and says what is right.
+        """
+        ...
+
+    def train(self, round: Round) -> None:
+        """Estimate the gradient of the mean reward from the round's images and update the adapters, once or more."""
+        ...
+
+
+class EstimatorState(Protocol):
+    """What an estimator learns besides the adapters; it is saved in checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors, numbers, strings, lists and dicts of them."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` returned."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where an estimator's state will live."""
+
+    latent_shape: tuple[int, int, int]
+    text_width: int
+    device: torch.device
+    seed: int
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An estimator that learns something besides the adapters."""
+
+    def make_state(self, setting: Setting) -> EstimatorState:
+        """Return the state at the start of a run."""
+        ...
+
+
 ESTIMATORS: Registry[Estimator] = Registry("estimator", "rltune.estimators")
-"""Built from ``k``, ``draw``, ``std`` and the options of an experiment's ``estimator`` section."""
+"""Built from what an experiment's ``estimator`` section gives."""
+
+
+def check_count(name: str, value: int, low: int, high: int) -> None:
+    """Check a setting that counts something.
+
+    Raises:
+        ValueError: It is not a whole number in [low, high].
+    """
+    if not isinstance(value, int):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    check_range(name, value, low, high)
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Check a setting.
+
+    Raises:
+        ValueError: It is not in [low, high].
+    """
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")

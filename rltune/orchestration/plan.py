@@ -58,7 +58,7 @@ def make_plan(experiment: Experiment, resources: Mapping[str, float]) -> Plan:
             f"resources: a trial needs {wanted.workers} CPUs and {per_worker * wanted.workers:g} GPUs, the cluster has "
             f"{num_cpus:g} and {num_gpus:g}; lower resources.workers or gpus_per_worker, or attach to a larger cluster"
         )
-    num_trials = config.search.trials if experiment.is_searched else 1
+    num_trials = experiment.num_trials
     concurrent = fit if wanted.concurrent == "auto" else wanted.concurrent
     if concurrent > fit:
         raise UserError(
@@ -69,9 +69,9 @@ def make_plan(experiment: Experiment, resources: Mapping[str, float]) -> Plan:
         num_workers=wanted.workers,
         num_gpus_per_worker=per_worker,
         num_concurrent=min(concurrent, num_trials),
-        num_steps=config.optim.steps,
+        num_steps=config.num_rounds,
         images_per_step=config.optim.batch,
-        num_evaluations=-(-config.optim.steps // config.evaluate.every),
+        num_evaluations=-(-config.num_rounds // config.evaluate.every),
         images_per_evaluation=config.evaluate.prompts * config.evaluate.images_per_prompt,
     )
 

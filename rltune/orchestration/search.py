@@ -18,7 +18,7 @@ from rltune.orchestration.rundir import TrialSpec
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS = ("tpe", "random", "nsga2", "gp")
+SAMPLERS = ("tpe", "random", "nsga2", "gp", "grid")
 SIMPLEX = "simplex"
 """Parameters ``simplex[0]`` .. ``simplex[n-2]`` in [0, 1] stand for n weights."""
 
@@ -34,6 +34,7 @@ def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed),
         "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=5),
+        "grid": lambda: optuna.samplers.RandomSampler(seed=seed),  # never asked: the grid deals every value itself
     }
     if name not in makers:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
@@ -106,6 +107,8 @@ class Search:
         self._distributions = to_optuna(experiment.space)
         self._waiting = list(unfinished)
         self._running: dict[str, optuna.Trial] = {}
+        is_grid = experiment.shared.search.sampler == "grid"
+        self._grid = experiment.grid_values if is_grid else None
         ids = [int(result.trial) for result in results] + [int(spec.id) for spec in unfinished]
         self._next_id = max(ids, default=0) + 1
         search = experiment.shared.search
@@ -124,6 +127,8 @@ class Search:
             self.study.enqueue_trial(dict(spec.params))
             trial = self.study.ask(self._distributions)
         else:
+            if self._grid is not None:  # a trial's number is its place in the grid, so that resuming leaves none out
+                self.study.enqueue_trial(self._grid[self._next_id - 1])
             trial = self.study.ask(self._distributions)
             spec = TrialSpec(f"{self._next_id:03d}", values_of(trial.params, self._experiment), dict(trial.params))
             self._next_id += 1

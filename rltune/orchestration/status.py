@@ -85,7 +85,7 @@ def read_status(folder: RunFolder, experiment: Experiment) -> RunStatus:
                 trial=trial,
                 state=_state(result, has_rows=bool(rows), is_active=is_active),
                 step=int(rows[-1]["step"]) if rows else 0,
-                num_steps=0 if trial == BASE_TRIAL else config.optim.steps,
+                num_steps=0 if trial == BASE_TRIAL else config.num_rounds,
                 values=values,
                 metrics=result.metrics if result else next((row for row in reversed(rows) if _is_evaluated(row)), {}),
                 reason=result.reason if result else "",
@@ -93,12 +93,11 @@ def read_status(folder: RunFolder, experiment: Experiment) -> RunStatus:
                 is_feasible=result.is_feasible if result else True,
             )
         )
-    shared = experiment.shared
     return RunStatus(
         name=folder.name,
         is_active=is_active,
         trials=tuple(trials),
-        num_trials=shared.search.trials if experiment.is_searched else 1,
+        num_trials=experiment.num_trials,
         front=front,
         elapsed_s=(time.time() if is_active else last_sign) - start,
         step_s=_mean(step_times),

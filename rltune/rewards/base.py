@@ -5,7 +5,7 @@ B: images in the batch. H, W: image rows and columns.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, get_type_hints
 
 import torch
 from torch import Tensor
@@ -53,7 +53,21 @@ class Reward(Protocol):
 
 
 REWARDS: Registry[Reward] = Registry("reward", "rltune.rewards")
-"""Built from keyword options, each with a default; a builder raises ``UserError`` for a wrong value."""
+"""Built from keyword options, each with a default; a builder raises ``UserError`` for a wrong value.
+
+It is the reward's class, or a function annotated to return it: what the class says is known before weights are loaded.
+"""
+
+
+def has_gradient(name: str) -> bool:
+    """Return whether a reward is differentiable; builds and loads nothing.
+
+    Raises:
+        UnknownNameError: Nothing is registered under ``name``.
+    """
+    builder = REWARDS.get(name)
+    kind: Any = builder if isinstance(builder, type) else get_type_hints(builder)["return"]
+    return bool(kind.is_differentiable)
 
 
 def check_batch(images_B3HW: Tensor, prompts: Sequence[str]) -> None:

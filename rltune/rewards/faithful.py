@@ -75,7 +75,7 @@ class Faithful:
 
 @REWARDS.register("faithful")
 def build_faithful(*, weights: str | None = None) -> Faithful:
-    """Share of the prompt's ground, colours, count and shapes that an independent judge reads; to measure only.
+    """Share of the prompt's ground, colours, count and shapes that an independent judge reads.
 
     Args:
         weights: Another file of the judge's layout.
@@ -88,7 +88,7 @@ def build_faithful(*, weights: str | None = None) -> Faithful:
 
 @REWARDS.register("faithful_exact")
 def build_faithful_exact(*, weights: str | None = None) -> Faithful:
-    """1 where that judge reads exactly what the prompt asks for, else 0; to measure only.
+    """1 where that judge reads exactly what the prompt asks for, else 0.
 
     Args:
         weights: Another file of the judge's layout.

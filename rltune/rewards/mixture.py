@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,8 +50,30 @@ def calibrate(reward_values_N: Tensor) -> Calibration:
     return Calibration(mean=float(values_N.mean()), std=std if std > resolution else 0.0)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What of a raw score is trained on, a loss written as a reward: its negative up to a constant.
+
+    ``linear`` is the score r. ``hinge`` is min(r, target), loss relu(target - r): nothing is gained beyond the target
+    (ReFL, arXiv:2304.05977). ``target`` is target - abs(target - r), AlignProp's published loss on the aesthetic score.
+    """
+
+    loss: Literal["linear", "hinge", "target"] = "linear"
+    target: float = 0.0
+    """In the reward's own unit."""
+
+    def __call__(self, raw_B: Tensor) -> Tensor:
+        """Shape raw scores ``(B,)``."""
+        if self.loss == "hinge":
+            return raw_B.clamp(max=self.target)
+        return self.target - (self.target - raw_B).abs() if self.loss == "target" else raw_B
+
+
+LINEAR = Shape()
+
+
 class Mixture:
-    """The weighted sum of standardised rewards: ``sum_k w_k * (raw_k - mean_k) / std_k`` with ``sum_k w_k = 1``.
+    """The weighted sum of standardised rewards: ``sum_k w_k * (shape_k(raw_k) - mean_k) / std_k``, ``sum_k w_k = 1``.
 
     Rewards have scales of their own (an aesthetic score moves by 1, a CLIP cosine by 0.05), so that weights on raw
     scores would say little; in units of the base model's own spread they compare.
@@ -59,6 +82,7 @@ class Mixture:
         rewards: Name -> reward.
         weights: Name -> weight, not negative, for the same names; normalised here to a sum of 1.
         calibration: Name -> calibration of the rewards that are scored.
+        shapes: Name -> shape of the rewards that are not linear.
         score_all: Score rewards of weight 0 too, without gradient, so that they can be reported.
 
     Raises:
@@ -72,6 +96,7 @@ class Mixture:
         weights: Mapping[str, float],
         calibration: Mapping[str, Calibration],
         *,
+        shapes: Mapping[str, Shape] | None = None,
         score_all: bool = True,
     ) -> None:
         if set(weights) != set(rewards):
@@ -79,6 +104,7 @@ class Mixture:
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights.values()) or not any(weights.values()):
             raise ValueError(f"weights must be finite, >= 0 and not all zero, got {dict(weights)}")
         total = math.fsum(weights.values())
+        self.shapes = {name: (shapes or {}).get(name, LINEAR) for name in rewards}
         self.weights = {name: weights[name] / total for name in rewards}
         self.rewards = {name: rewards[name] for name in rewards if score_all or weights[name] > 0}
         if missing := sorted(set(self.rewards) - set(calibration)):
@@ -90,6 +116,11 @@ class Mixture:
                     f"reward {name!r}: it gives the same score to every base image (mean {unit.mean:g}, std "
                     f"{unit.std:g}), so it has no scale to be weighed on; leave it out, or calibrate on more prompts"
                 )
+
+    @property
+    def may_saturate(self) -> bool:
+        """Whether a gradient of exactly zero may be what was asked for: every image at its cap."""
+        return any(self.shapes[name].loss == "hinge" for name, weight in self.weights.items() if weight > 0)
 
     @property
     def is_differentiable(self) -> bool:
@@ -110,7 +141,8 @@ class Mixture:
         for name, reward in self.rewards.items():
             with nullcontext() if self.weights[name] > 0 else torch.no_grad():
                 raw[name] = score(name, reward, images_B3HW, prompts)
-                standardised[name] = (raw[name] - self.calibration[name].mean) / self.calibration[name].std
+                unit = self.calibration[name]
+                standardised[name] = (self.shapes[name](raw[name]) - unit.mean) / unit.std
             if self.weights[name] > 0:  # weight 0 adds no 0 * score, which overflow would make nan
                 total_B = total_B + self.weights[name] * standardised[name]
         return MixtureScore(total_B=total_B, raw=raw, standardised=standardised)

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rltune.diffusion.sampling import Sampler
 from rltune.rewards.base import Reward
 from rltune.rewards.mixture import Calibration, calibrate, score
 from rltune.training.evaluation import ImageSet, Pixels, Values, per_prompt, sample_and_score
-from rltune.training.step import Sampler
 from rltune.training.workers import Workers
 
 

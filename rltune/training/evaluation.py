@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from rltune.diffusion.chain import NO_GRADIENT
+from rltune.diffusion.sampling import Sampler
 from rltune.rewards.base import Reward
 from rltune.rewards.mixture import measure
-from rltune.training.step import Sampler
 from rltune.training.streams import Stream, noise
 from rltune.training.workers import Workers
 

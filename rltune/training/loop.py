@@ -5,22 +5,23 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from rltune.config.experiment import RunConfig
-from rltune.diffusion.lora import add_lora, lora_parameters
+from rltune.diffusion.lora import add_lora, lora_parameters, lora_state
 from rltune.errors import NonFiniteError, RunError, UserError
-from rltune.rewards.mixture import Mixture
+from rltune.estimators.base import Batch, EstimatorState, Regularisers, Round, Setting, Stateful, Tally
+from rltune.rewards.mixture import Mixture, Shape
 from rltune.training.base import BaseReference, load_base, measure_base, save_base
-from rltune.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from rltune.training.checkpoint import Part, Progress, load_checkpoint, save_checkpoint
 from rltune.training.evaluation import Pixels, Values, per_prompt, sample_and_score, save_grid, summarise
 from rltune.training.reporter import MetricsFile, Reporter
-from rltune.training.setup import Run, base_key, build_run
-from rltune.training.step import Batch, Sums, apply_gradient, backward
+from rltune.training.setup import Run, base_key, build_run, with_room
+from rltune.training.step import MovingAverage, Updater
 from rltune.training.streams import Stream, generator, noise, prompt_indices, torch_seed
 from rltune.training.workers import Stopwatch, peak_gib
 
@@ -39,8 +40,40 @@ class Training:
     mixture: Mixture
     parameters: tuple[torch.nn.Parameter, ...]
     optimizer: torch.optim.Optimizer
+    average: MovingAverage
+    state: EstimatorState | None
     trial_dir: Path
     reporter: Reporter
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What a checkpoint holds besides the adapters that are evaluated."""
+        parts: dict[str, Part] = {"optimizer": self.optimizer}
+        if self.run.config.optim.ema > 0:
+            parts |= {"average": self.average, "adapters": _Values(self.parameters)}
+        if self.state is not None:
+            parts["estimator"] = self.state
+        return parts
+
+    def is_over(self, progress: Progress) -> bool:
+        """Whether the steps or the reward queries are used up."""
+        optim = self.run.config.optim
+        return progress.step >= optim.steps or (optim.queries is not None and progress.queries >= optim.queries)
+
+
+@dataclass(frozen=True)
+class _Values:
+    """The adapters' own values, where a checkpoint's adapter file holds their average."""
+
+    parameters: tuple[torch.nn.Parameter, ...]
+
+    def state_dict(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    @torch.no_grad()
+    def load_state_dict(self, state: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, state, strict=True):
+            parameter.copy_(value)
 
 
 def train_run(
@@ -82,17 +115,23 @@ def train_run(
     optimizer = torch.optim.AdamW(
         parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
-    progress = Progress(step=0, images_seen=0)
-    if resume_from is not None:
-        progress = load_checkpoint(resume_from, network, optimizer)
-        logger.info("resumed at step %d of %d", progress.step, optim.steps)
-    mixture = Mixture({name: run.rewards[name] for name in config.rewards}, config.weights, base.calibration)
-    if not mixture.is_differentiable:
+    shapes = {name: Shape(reward.loss, reward.target or 0.0) for name, reward in config.rewards.items()}
+    rewards = {name: run.rewards[name] for name in config.rewards}
+    mixture = Mixture(rewards, config.weights, base.calibration, shapes=shapes)
+    if run.estimator.needs_gradient and not mixture.is_differentiable:
         raise UserError(
             f"rewards: {', '.join(config.rewards)}: one with a positive weight has no gradient, which "
             f"{config.estimator.name} needs; give it weight 0 to measure it only"
         )
-    training = Training(run, base, mixture, tuple(parameters), optimizer, trial_dir, reporter)
+    if config.resources.compile:
+        network.compile()
+    run = replace(run, sampler=with_room(run, config))
+    average = MovingAverage(parameters, optim.ema)
+    training = Training(run, base, mixture, tuple(parameters), optimizer, average, _state(run), trial_dir, reporter)
+    progress = Progress(step=0, images_seen=0)
+    if resume_from is not None:
+        progress = load_checkpoint(resume_from, network, training.parts)
+        logger.info("resumed at step %d of %d", progress.step, optim.steps)
     if not run.workers.is_main:
         _loop(training, progress, None)
         return
@@ -140,20 +179,27 @@ def _reference(run: Run, base_dir: Path) -> BaseReference:
     return base
 
 
+def _state(run: Run) -> EstimatorState | None:
+    """Return what the estimator learns besides the adapters, as it is at the start."""
+    if not isinstance(run.estimator, Stateful):
+        return None
+    text_width = run.sampler.embeddings.get([run.sampler.negative_prompt], run.workers.device).shape[-1]
+    seed = torch_seed(run.config.seed, Stream.ESTIMATOR_STATE)
+    return run.estimator.make_state(Setting(run.latent_shape, text_width, run.workers.device, seed))
+
+
 def _loop(training: Training, progress: Progress, metrics_file: MetricsFile | None) -> None:
     config, base = training.run.config, training.base
     if progress.step == 0:
         training.reporter.report({"step": 0.0, "is_final": 0.0, **summarise(base.values, base.values)}, None)
-    elif progress.step >= config.optim.steps:  # killed after its last checkpoint, before its result was taken
+    elif training.is_over(progress):  # killed after its last checkpoint, before its result was taken
         _report(training, progress, _evaluate(training, progress))
-    while progress.step < config.optim.steps:
+    while not training.is_over(progress):
         try:
-            row = _train_step(training, progress.step)
+            row, progress = _train_step(training, progress)
         except NonFiniteError as error:
             raise NonFiniteError(f"step {progress.step + 1}: {error}") from error
-        progress = Progress(step=progress.step + 1, images_seen=progress.images_seen + config.optim.batch)
-        row |= {"step": progress.step, "images_seen": progress.images_seen}
-        is_due = progress.step == config.optim.steps or progress.step % config.evaluate.every == 0
+        is_due = training.is_over(progress) or progress.step % config.evaluate.every == 0
         summary = _evaluate(training, progress) if is_due else {}
         if metrics_file is not None:  # before the checkpoint: a resumed run drops rows too many, but cannot add one
             metrics_file.write(row | summary)
@@ -161,51 +207,85 @@ def _loop(training: Training, progress: Progress, metrics_file: MetricsFile | No
             _report(training, progress, summary)
 
 
-def _train_step(training: Training, step: int) -> dict[str, float]:
-    run, mixture = training.run, training.mixture
+def _train_step(training: Training, progress: Progress) -> tuple[dict[str, float], Progress]:
+    run, mixture, step = training.run, training.mixture, progress.step
     config, workers = run.config, run.workers
     stopwatch = Stopwatch(workers.device)
-    start = time.perf_counter()
-    plan = run.estimator.plan(config.sampler.steps, generator(config.seed, Stream.ESTIMATOR, step))
-    sums = Sums(("reward", *mixture.rewards, *(f"{name}_z" for name in mixture.rewards)))
+    start, cpu_start = time.perf_counter(), time.process_time()
+    tally = Tally(("reward", *mixture.rewards, *(f"{name}_z" for name in mixture.rewards)))
+    update = Updater(
+        training.parameters,
+        training.optimizer,
+        workers,
+        max_grad_norm=config.optim.max_grad_norm,
+        may_vanish=mixture.may_saturate,
+    )
     first = step * config.optim.batch + workers.rank * run.local_batch
-    for offset in range(first, first + run.local_batch, run.micro_batch):
-        count = min(run.micro_batch, first + run.local_batch - offset)
-        batch = _draw_batch(run, offset, count)
-        sums.add(backward(run.sampler, mixture, plan, batch, num_images=config.optim.batch, stopwatch=stopwatch))
-    with stopwatch.measure("optimizer"):
-        grad_norm = apply_gradient(
-            training.parameters, training.optimizer, workers, max_grad_norm=config.optim.max_grad_norm
+    batches = tuple(
+        _draw_batch(run, offset, min(run.micro_batch, first + run.local_batch - offset))
+        for offset in range(first, first + run.local_batch, run.micro_batch)
+    )
+    run.estimator.train(
+        Round(
+            sampler=run.sampler,
+            mixture=mixture,
+            batches=batches,
+            num_images=config.optim.batch,
+            rng=generator(config.seed, Stream.ESTIMATOR, step),
+            parameters=training.parameters,
+            peers=workers,
+            timer=stopwatch,
+            update=update,
+            tally=tally,
+            regularisers=Regularisers(**config.regularize.model_dump()),
+            is_serial=config.estimator.checkpoint == "serial",
+            state=training.state,
+            first_image=workers.rank * run.local_batch,
         )
-    means = (workers.sum(sums.totals.to(workers.device)) / config.optim.batch).tolist()
-    row = {f"train/{name}": mean for name, mean in zip(sums.names, means, strict=True)}
-    row |= {"grad_norm": grad_norm, "k": len(plan.active), "workers": workers.count}
-    row |= {"step_s": time.perf_counter() - start}
+    )
+    training.average.update()
+    totals = torch.cat([tally.totals, torch.tensor([tally.num_queries, tally.num_calls], dtype=torch.float64)])
+    *sums, queries, calls = workers.sum(totals.to(workers.device)).tolist()
+    step_s = time.perf_counter() - start
+    progress = Progress(
+        step=step + 1,
+        images_seen=progress.images_seen + config.optim.batch,
+        queries=progress.queries + int(queries),
+        calls=progress.calls + int(calls),
+    )
+    row = {f"train/{name}": total / config.optim.batch for name, total in zip(tally.names, sums, strict=True)}
+    row |= {"grad_norm": update.norms[0], "k": tally.num_active, "workers": workers.count, "step_s": step_s}
+    row |= {"cpu_s": time.process_time() - cpu_start}  # of this process: a busy machine does not change it
     row |= {f"{part}_s": seconds for part, seconds in stopwatch.seconds.items()}
-    return row | {"peak_gib": peak_gib(workers.device)}
+    return row | {"peak_gib": peak_gib(workers.device), **asdict(progress)}, progress
 
 
 def _draw_batch(run: Run, first: int, count: int) -> Batch:
     """Return training images ``first .. first + count - 1`` of the run, numbered over all steps and workers."""
     seed, device = run.config.seed, run.workers.device
     numbers = range(first, first + count)
-    indices = prompt_indices(seed, first, count, len(run.train_prompts))
+    indices = prompt_indices(seed, first, count, len(run.train_prompts), run.config.prompts.images_per_prompt)
     x_BCHW = noise(seed, Stream.LATENT, [(number,) for number in numbers], run.latent_shape).to(device)
 
     def step_noise(k: int) -> torch.Tensor:
         return noise(seed, Stream.STEP_NOISE, [(number, k) for number in numbers], run.latent_shape).to(device)
 
+    def extra_noise(copy: int) -> torch.Tensor:
+        return noise(seed, Stream.EXTRA_NOISE, [(number, copy) for number in numbers], run.latent_shape).to(device)
+
     return Batch(
         prompts=tuple(run.train_prompts[i] for i in indices),
         x_BCHW=x_BCHW,
         noise=None if run.sampler.table.is_deterministic else step_noise,
+        extra_noise=extra_noise,
     )
 
 
 def _evaluate(training: Training, progress: Progress) -> dict[str, float]:
     run, base = training.run, training.base
     start = time.perf_counter()
-    samples = sample_and_score(run.sampler, run.eval_images, run.rewards, run.workers, batch_size=run.eval_batch)
+    with _evaluated(training):
+        samples = sample_and_score(run.sampler, run.eval_images, run.rewards, run.workers, batch_size=run.eval_batch)
     values = per_prompt(samples, base.pixels_NHW3, run.eval_images, run.config.evaluate.judges)
     if run.workers.is_main:
         path = training.trial_dir / "samples" / f"step-{progress.step:06d}.png"
@@ -219,10 +299,16 @@ def _report(training: Training, progress: Progress, summary: Mapping[str, float]
     checkpoint = None
     if run.workers.is_main:
         checkpoint = Path(tempfile.mkdtemp(prefix="rltune-"))
-        save_checkpoint(checkpoint, run.model.network, training.optimizer, progress)
-    metrics = {"step": float(progress.step), "images_seen": float(progress.images_seen), **summary}
-    is_final = progress.step == run.config.optim.steps
-    training.reporter.report({**metrics, "is_final": float(is_final)}, checkpoint)
+        with _evaluated(training):
+            adapter = lora_state(run.model.network)
+        save_checkpoint(checkpoint, adapter, training.parts, progress)
+    metrics = {name: float(value) for name, value in asdict(progress).items()} | dict(summary)
+    training.reporter.report({**metrics, "is_final": float(training.is_over(progress))}, checkpoint)
+
+
+def _evaluated(training: Training) -> AbstractContextManager[None]:
+    """Put the adapters that are evaluated and exported in place: their average, if there is one."""
+    return training.average if training.run.config.optim.ema > 0 else nullcontext()
 
 
 def _save_values(values: Mapping[str, Values], base_values: Mapping[str, Values], path: Path) -> None:

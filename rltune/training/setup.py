@@ -2,24 +2,26 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.loading import load_model
-from rltune.diffusion.sampling import PromptEmbeddings
+from rltune.diffusion.memory import GIB, free_bytes, stored_bytes
+from rltune.diffusion.sampling import PromptEmbeddings, Sampler
 from rltune.errors import UserError
 from rltune.estimators.base import ESTIMATORS, Estimator
 from rltune.rewards.base import REWARDS, Reward
 from rltune.training.evaluation import JUDGES, ImageSet
 from rltune.training.prompts import read_prompts
-from rltune.training.step import Sampler
 from rltune.training.streams import Stream
 from rltune.training.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 NUM_CALIBRATION_IMAGES = 32
 """Images of the first training prompts, in turn, that the unit of a reward is measured on."""
@@ -82,7 +84,7 @@ def build_run(config: RunConfig) -> Run:
         workers=workers,
         sampler=sampler,
         rewards=rewards,
-        estimator=ESTIMATORS.build(config.estimator.name, _estimator_options(config)),
+        estimator=make_estimator(config),
         train_prompts=train_prompts,
         eval_images=eval_images,
         calibration_images=ImageSet(
@@ -100,16 +102,28 @@ def check_options(config: RunConfig) -> None:
     """Check the options of rewards and estimator against what they take; loads no weights.
 
     Raises:
-        UserError: A name or an option is unknown.
+        UserError: A name or an option is unknown, or an estimator's setting is out of its range.
     """
     for name, reward in config.rewards.items():
         REWARDS.check(name, reward.options)
-    ESTIMATORS.check(config.estimator.name, _estimator_options(config))
+    make_estimator(config)
 
 
-def _estimator_options(config: RunConfig) -> dict[str, Any]:
-    estimator = config.estimator
-    return {"k": estimator.k, "draw": estimator.draw, "std": estimator.std, **estimator.options}
+def make_estimator(config: RunConfig) -> Estimator:
+    """Return an experiment's estimator, its settings checked against the sampling steps.
+
+    Raises:
+        UserError: A name or an option is unknown, or a setting is out of its range.
+    """
+    section = config.estimator
+    given = {"k": section.k, "draw": section.draw, "std": section.std}
+    options = {name: value for name, value in given.items() if value is not None} | section.options
+    try:
+        estimator = ESTIMATORS.build(section.name, options)
+        estimator.check(config.sampler.steps - config.sampler.base_steps)
+    except (ValueError, TypeError) as error:  # an option of another type fails where it is compared
+        raise UserError(f"estimator: {section.name}: {error}") from error
+    return estimator
 
 
 def load_base_model(config: RunConfig, device: torch.device) -> ModelFamily:
@@ -123,14 +137,48 @@ def load_base_model(config: RunConfig, device: torch.device) -> ModelFamily:
 
 
 def make_sampler(config: RunConfig, model: ModelFamily) -> Sampler:
-    """Return a model with an experiment's sampler settings."""
+    """Return a model with an experiment's sampler settings; activations are not kept until there is room."""
     return Sampler(
         model=model,
         embeddings=PromptEmbeddings(model),
         table=model.read_table(num_steps=config.sampler.steps, eta=config.sampler.eta),
         guidance_scale=config.sampler.guidance,
-        use_checkpoint=config.estimator.checkpoint == "always",
+        num_base_steps=config.sampler.base_steps,
+        guidance_gradient=config.estimator.guidance_gradient,
+        use_bf16_prefix=config.resources.prefix_precision == "bf16",
     )
+
+
+def with_room(run: Run, config: RunConfig) -> Sampler:
+    """Return the run's sampler with the activations kept that ``estimator.checkpoint`` allows; adapters are attached.
+
+    ``auto`` measures what the image decoder and one network call of a micro-batch store, and keeps the decoder's and
+    then as many steps' as fit.
+    """
+    sampler, mode = run.sampler, config.estimator.checkpoint
+    if mode in ("always", "serial"):
+        return sampler
+    if mode == "never":
+        return replace(sampler, num_kept=sampler.num_steps, is_decoder_kept=True)
+    budget = config.estimator.activation_gib
+    room = free_bytes(run.workers.device) if budget == "auto" else int(budget * GIB)
+    x_BCHW = torch.zeros(run.micro_batch, *run.latent_shape, device=run.workers.device)
+    chain = replace(sampler, num_base_steps=0).open([run.train_prompts[0]] * run.micro_batch, x_BCHW, None)
+    step_bytes = stored_bytes(lambda: chain.predict(0, x_BCHW), run.model.network)
+    latent_BCHW = x_BCHW.clone().requires_grad_()
+    decoder_bytes = stored_bytes(lambda: run.model.decode(latent_BCHW), run.model.pipeline.vae)
+    is_decoder_kept = decoder_bytes <= room
+    room -= decoder_bytes if is_decoder_kept else 0
+    num_kept = min(sampler.num_steps, room // max(1, step_bytes))
+    logger.info(
+        "activations: %.2f GiB a step, %.2f GiB for the decoder; keeping %d of up to %d steps%s",
+        step_bytes / GIB,
+        decoder_bytes / GIB,
+        num_kept,
+        sampler.num_steps,
+        " and the decoder's" if is_decoder_kept else "",
+    )
+    return replace(sampler, num_kept=num_kept, is_decoder_kept=is_decoder_kept)
 
 
 def eval_image_set(config: RunConfig, model: ModelFamily) -> ImageSet:
@@ -169,7 +217,9 @@ def base_key(config: RunConfig) -> str:
     del parts["evaluate"]["every"]
     parts["model"] = [config.model.base, config.model.revision]
     parts["rewards"] = {name: reward.options for name, reward in config.rewards.items()}
-    parts["precision"] = config.resources.precision
+    del parts["prompts"]["images_per_prompt"]
+    parts["sampler"]["base_steps"] = 0  # all steps are the base model's
+    parts["precision"] = [config.resources.precision, config.resources.prefix_precision]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -23,6 +23,8 @@ class Stream(IntEnum):
     EVAL_STEP_NOISE = 6
     CALIBRATION_LATENT = 7
     CALIBRATION_STEP_NOISE = 8
+    EXTRA_NOISE = 9
+    ESTIMATOR_STATE = 10
 
 
 def generator(seed: int, stream: Stream, *keys: int) -> np.random.Generator:
@@ -41,14 +43,14 @@ def noise(seed: int, stream: Stream, keys: Sequence[tuple[int, ...]], shape: tup
     return torch.stack(rows)
 
 
-def prompt_indices(seed: int, first: int, count: int, num_prompts: int) -> list[int]:
+def prompt_indices(seed: int, first: int, count: int, num_prompts: int, images_per_prompt: int = 1) -> list[int]:
     """Return which prompts the training images ``first .. first + count - 1`` of a run show.
 
-    Images are numbered through the whole run. Every prompt is shown once before any is shown again, in an order drawn
-    anew for each pass.
+    Images are numbered through the whole run; ``images_per_prompt`` of them in turn share a prompt. Every prompt has
+    its turn before any has another, in an order drawn anew for each pass.
     """
     indices = []
     for image in range(first, first + count):
-        epoch, position = divmod(image, num_prompts)
+        epoch, position = divmod(image // images_per_prompt, num_prompts)
         indices.append(int(generator(seed, Stream.PROMPT_ORDER, epoch).permutation(num_prompts)[position]))
     return indices

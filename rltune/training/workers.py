@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-GIB = 2**30
+from rltune.diffusion.memory import GIB
 
 
 class Workers:

@@ -19,12 +19,12 @@ from rltune.builtin.counter import load_counter
 from rltune.builtin.judge import load_judge
 from rltune.config.load import parse_experiment
 from rltune.diffusion.lora import add_lora, lora_parameters
-from rltune.estimators.base import ESTIMATORS
+from rltune.estimators.base import Batch, Round, Tally
 from rltune.orchestration.job import quiet_libraries
 from rltune.rewards.clip import load_clip
 from rltune.rewards.mixture import Calibration, Mixture
-from rltune.training.setup import build_run
-from rltune.training.step import Batch, apply_gradient, backward
+from rltune.training.setup import build_run, with_room
+from rltune.training.step import Updater
 from rltune.training.streams import Stream, generator, noise
 from rltune.training.workers import Stopwatch
 
@@ -97,14 +97,24 @@ def step() -> None:
     parameters = lora_parameters(run.model.network)
     optimizer = torch.optim.AdamW(parameters)
     mixture = Mixture(run.rewards, {"aesthetic": 1.0}, {"aesthetic": Calibration(0.0, 1.0)})
-    plan = ESTIMATORS.build("alignprop", {"k": 3, "draw": "fixed"}).plan(12, generator(0, Stream.ESTIMATOR, 0))
-    batch = Batch(run.train_prompts[:8], noise(0, Stream.LATENT, [(i,) for i in range(8)], run.latent_shape), None)
-
-    stopwatch = Stopwatch(run.workers.device)
+    batch = Batch(run.train_prompts[:8], noise(0, Stream.LATENT, [(i,) for i in range(8)], run.latent_shape))
+    sampler = with_room(run, config)
 
     def once() -> None:
-        backward(run.sampler, mixture, plan, batch, num_images=8, stopwatch=stopwatch)
-        apply_gradient(parameters, optimizer, run.workers, max_grad_norm=1.0)
+        run.estimator.train(
+            Round(
+                sampler=sampler,
+                mixture=mixture,
+                batches=(batch,),
+                num_images=8,
+                rng=generator(0, Stream.ESTIMATOR, 0),
+                parameters=parameters,
+                peers=run.workers,
+                timer=Stopwatch(run.workers.device),
+                update=Updater(parameters, optimizer, run.workers, max_grad_norm=1.0),
+                tally=Tally(("reward",)),
+            )
+        )
 
     print(f"AlignProp step, batch 8, T = 12, K = 3, LoRA rank 8 on attention: {cpu_s(once, 3):.2f} CPU-s")
 

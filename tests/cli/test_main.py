@@ -63,7 +63,18 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
     assert finished.returncode == 0, finished.stderr
     lines = finished.stdout.splitlines()
     helped = {line.removeprefix("helped: ") for line in lines if line.startswith("helped: ")}
-    assert {"sweep", "train", "status", "front", "export", "sample", "doctor", "rewards", "schema"} <= helped
+    assert {
+        "sweep",
+        "train",
+        "status",
+        "front",
+        "export",
+        "sample",
+        "doctor",
+        "rewards",
+        "estimators",
+        "schema",
+    } <= helped
     assert {"builtin train", "builtin scenes"} <= helped
     assert "imported: []" in lines
 
@@ -154,6 +165,88 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
+LR = "optim: {lr: {float: [0.1, 0.2]}}\n"
+UNFAITHFUL = (
+    "alignprop backpropagates rewards, and 'faithful' has no gradient; give it weight 0 to watch it only, or take"
+)
+
+
+@pytest.mark.parametrize("flags", [["--dry-run"], []], ids=["dry run", "run"])
+@pytest.mark.parametrize(("command", "searched"), [("train", ""), ("sweep", LR)])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rewards: {brightness: {}, faithful: {}}\n", UNFAITHFUL + " an estimator that needs none: dag, ddpo, dpok"),
+        ("rewards: {faithful_exact: {}}\nestimator: {name: draft}\n", "draft backpropagates rewards, and 'faithful_ex"),
+        (FIXED + "estimator: {name: dpok}\n", "sampler.eta: dpok learns from the noise of sampling, got eta 0"),
+        (
+            FIXED + "estimator: {checkpoint: serial}\n",
+            "which alignprop has not, got 'serial'; take auto or always, or one",
+        ),
+        (FIXED + "estimator: {name: draft_lv, options: {n: two}}\n", "estimator: draft_lv: "),
+        (
+            FIXED + "estimator: {name: draft_lv, options: {n: 65}}\n",
+            "estimator: draft_lv: n must be in [0, 64], got 65",
+        ),
+        (FIXED + "estimator: {name: drtune, k: 20}\nsampler: {steps: 12}\n", "estimator.k: K must not exceed the 12"),
+        (
+            FIXED + "estimator: {name: drtune, options: {k: 20}}\nsampler: {steps: 12}\n",
+            "drtune: k must be in [1, 8], got",
+        ),
+        (
+            FIXED + "estimator: {name: drtune, k: 8}\nsampler: {steps: 12, base_steps: 2}\n",
+            "estimator: drtune: k must be in [1, 7], got 8",
+        ),
+        (FIXED + "estimator: {draw: fixed}\n", "estimator: alignprop: draw: fixed needs k, got none"),
+        (FIXED + "estimator: {name: full, k: 3}\n", "estimator 'full': option 'k' is unknown; it takes none"),
+        (FIXED + "estimator: {name: draft, draw: uniform}\n", "estimator 'draft': option 'draw' is unknown"),
+    ],
+)
+def test_a_method_that_cannot_train_this_is_refused_before_anything_starts(
+    call: Call,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    searched: str,
+    text: str,
+    message: str,
+    flags: list[str],
+) -> None:
+    from rltune.cli import running
+
+    def start(*_: object) -> None:
+        raise AssertionError("a cluster was wanted")
+
+    monkeypatch.setattr(running, "connect", start)
+    path = tmp_path / "x.yaml"
+    path.write_text(text + searched)
+    code, out, err = call(command, path, "--storage", tmp_path / "runs", *flags)
+    assert (code, out) == (2, "")
+    assert message in flat(err)
+    assert "Traceback" not in err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("estimator: {name: {choice: [alignprop, draft]}, draw: uniform}", "'draft': option 'draw' is unknown"),
+        ("estimator: {name: drtune, k: {int: [1, 12]}}\nsampler: {steps: 12}", "drtune: k must be in [1, 8], got 12"),
+        ("estimator: {name: draft_lv, options: {n: {choice: [2, 65]}}}", "draft_lv: n must be in [0, 64], got 65"),
+        (
+            "estimator: {name: drtune, k: 8}\nsampler: {steps: 12, base_steps: {int: [0, 2]}}",
+            "estimator: drtune: k must be in [1, 7], got 8",
+        ),
+    ],
+)
+def test_every_end_of_a_sweep_is_tried_on_its_estimator(call: Call, tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(FIXED + text)
+    code, _, err = call("sweep", path, "--storage", tmp_path / "runs", "--dry-run")
+    assert code == 2
+    assert message in flat(err)
+
+
 @pytest.mark.parametrize("command", ["status", "front", "export"])
 def test_a_folder_that_is_no_run_is_said_so(call: Call, tmp_path: Path, command: str) -> None:
     code, out, err = call(command, tmp_path)
@@ -221,3 +314,15 @@ def test_rewards_lists_each_with_what_it_says(call: Call) -> None:
     for name in ("aesthetic", "alignment", "brightness", "compressibility", "smoothness"):
         assert name in REWARDS.names()
         assert any(line.startswith(name) and len(line.split()) > 3 for line in out.splitlines()), name
+
+
+def test_estimators_lists_each_with_its_needs_and_options(call: Call) -> None:
+    from rltune.estimators.base import ESTIMATORS
+
+    code, out, _ = call("estimators")
+    assert code == 0
+    for name in ESTIMATORS.names():
+        assert any(line.startswith(f"{name} ") for line in out.splitlines()), name
+    text = flat(out)
+    for shown in ("have a gradient", "be a number", "k: 1", "n: 2", "2310.03739", "2305.13301"):
+        assert shown in text

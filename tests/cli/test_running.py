@@ -53,7 +53,7 @@ def test_the_plan_says_what_will_be_done(tmp_path: Path, capsys: pytest.CaptureF
     ]
     dry_run(ROOT / "experiments" / "mix.yaml", tmp_path, *overrides, is_sweep=True)
     plan = plan_of(capsys.readouterr().err)
-    assert plan["method"] == "alignprop on the builtin model, K searched of 12 steps"
+    assert plan["method"] == "alignprop on the builtin model, 12 sampling steps, K searched"
     assert plan["searched"].split(", ")[:2] == ["model.lora.rank", "estimator.k"]
     assert plan["trials"] == "the base model and 5 trained, 4 at a time"
     assert plan["a trial"] == "10 steps of 4 images, 3 evaluations of 6; 1 worker(s) with 1 GPU each"
@@ -69,10 +69,28 @@ def test_a_fixed_k_and_no_gpu(
     (tmp_path / "x.yaml").write_text("rewards: {brightness: {}}\nestimator: {k: 3}\n")
     dry_run(tmp_path / "x.yaml", tmp_path / "runs", is_sweep=False)
     plan = plan_of(capsys.readouterr().err)
-    assert "K 3 of 20 steps" in plan["method"]
+    assert plan["method"] == "alignprop on the builtin model, 20 sampling steps, K 3"
     assert plan["searched"] == "nothing"
     assert plan["trials"] == "the base model and 1 trained, 1 at a time"
     assert plan["a trial"].endswith("1 worker(s) with 1 CPU each")
+
+
+@pytest.mark.parametrize(
+    ("section", "method"),
+    [
+        ("{name: ddpo}", "ddpo on the builtin model, 20 sampling steps"),
+        ("{name: {choice: [alignprop, ddpo]}}", "estimator searched on the builtin model, 20 sampling steps"),
+    ],
+)
+def test_the_plan_of_an_estimator_without_k(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], section: str, method: str
+) -> None:
+    text = "rewards: {brightness: {}}\nsampler: {eta: 1.0}\noptim: {batch: 4, queries: 10}\nestimator: "
+    (tmp_path / "x.yaml").write_text(text + section)
+    dry_run(tmp_path / "x.yaml", tmp_path / "runs", is_sweep="choice" in section)
+    plan = plan_of(capsys.readouterr().err)
+    assert plan["method"] == method
+    assert plan["a trial"].startswith("3 steps of 4 images, 1 evaluations of 32")  # 100 rounds, were it not for queries
 
 
 def test_a_plan_that_cannot_fit_is_refused(tmp_path: Path) -> None:
@@ -82,7 +100,14 @@ def test_a_plan_that_cannot_fit_is_refused(tmp_path: Path) -> None:
 
 def test_every_name_that_can_be_written_is_known() -> None:
     known = known_names()
-    assert "alignprop" in known.estimators
+    assert {"alignprop", "dag", "ddpo", "dpok", "draft", "draft_lv", "drtune", "full", "refl"} <= set(known.estimators)
     assert "brightness" in known.rewards
     assert known.judges == ("diversity", "drift")
-    assert known.samplers == ("tpe", "random", "nsga2", "gp")
+    assert known.samplers == ("tpe", "random", "nsga2", "gp", "grid")
+
+
+def test_what_names_need_is_read_without_building_them() -> None:
+    known = known_names()
+    assert known.policy_estimators == ("dag", "ddpo", "dpok")
+    assert known.serial_estimators == ("draft_lv", "drtune", "refl")
+    assert known.rewards_without_gradient == ("faithful", "faithful_exact")

@@ -106,6 +106,7 @@ def test_the_run_s_sampler_is_used_unless_another_is_asked_for(
         "steps": {"num_steps": 5},
         "guidance": {"guidance": 4.0},
         "seed": {"seed": 4},
+        "base steps": {"num_base_steps": 2},
     }
     pages = {}
     for name, chosen in options.items():
@@ -113,8 +114,33 @@ def test_the_run_s_sampler_is_used_unless_another_is_asked_for(
         pages[name] = np.asarray(Image.open(tmp_path / f"{name}.png"))
     assert make_config().sampler.steps == 4
     assert (pages["run"] == pages["same"]).all()
-    for name in ("steps", "guidance", "seed"):
+    for name in ("steps", "guidance", "seed", "base steps"):
         assert (pages["run"] != pages[name]).any(), name
+
+
+def test_the_first_steps_are_left_to_the_base_model_as_the_run_or_the_caller_says(
+    make_config: Config, tmp_path: Path
+) -> None:
+    whole, late = make_config(), make_config(sampler={"base_steps": 2})
+    loras = [export(config, tmp_path / str(i), seed=0) for i, config in enumerate((whole, late))]
+    pages = {}
+    for name, lora, num_base_steps in (("run", 1, None), ("asked", 0, 2), ("undone", 1, 0), ("whole", 0, None)):
+        page = tmp_path / f"{name}.png"
+        draw([loras[lora]], page, prompts=["a snail"], num_images=1, num_base_steps=num_base_steps)
+        pages[name] = cells(page, num_rows=2, num_images=1, size_px=16)
+    for row, name in ((0, "base"), (1, "LoRA")):
+        assert (pages["run"][0, row, 0] == pages["asked"][0, row, 0]).all(), name
+        assert (pages["undone"][0, row, 0] == pages["whole"][0, row, 0]).all(), name
+    assert (pages["run"][0, 0, 0] == pages["whole"][0, 0, 0]).all()  # the base model knows no difference
+    assert (pages["run"][0, 1, 0] != pages["whole"][0, 1, 0]).any()
+
+
+def test_base_steps_must_leave_something_to_the_lora(loras: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--base-steps must leave the LoRA some of the 4 steps, got 4"):
+        draw(loras[:1], tmp_path / "grid.png", num_base_steps=4)
+    with pytest.raises(UserError, match="--base-steps must leave the LoRA some of the 2 steps, got 3"):
+        draw(loras[:1], tmp_path / "grid.png", num_base_steps=3, num_steps=2)
+    assert not (tmp_path / "grid.png").exists()
 
 
 def test_held_out_prompts_are_drawn_when_none_are_given(

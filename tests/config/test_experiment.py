@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rltune.config.experiment import WHOLE_SWEEP, RunConfig
+from rltune.config.experiment import WHOLE_SWEEP, Context, Known, RunConfig
 from rltune.config.schema import node_at
 
 
@@ -43,6 +43,13 @@ def test_objectives_are_every_reward_unless_they_are_named() -> None:
         {"constraints": {"b": {"min": 1, "max": 1}}},
         {"estimator": {"draw": "gaussian", "std": 2}},
         {"resources": {"gpus_per_worker": 0.5, "concurrent": 2, "threads_per_worker": 1}},
+        {"sampler": {"steps": 5, "base_steps": 4}},
+        {"sampler": {"steps": 5, "base_steps": 2}, "estimator": {"k": 3}},
+        {"optim": {"batch": 6}, "prompts": {"images_per_prompt": 6}},
+        {"optim": {"batch": 6}, "prompts": {"images_per_prompt": 3}, "resources": {"workers": 3}},
+        {"estimator": {"activation_gib": 0, "checkpoint": "serial"}},
+        {"optim": {"ema": 0, "queries": 1}},
+        {"regularize": {"drift": 1e6, "flatness_weights": 1, "flatness_image": 10}},
     ],
 )
 def test_what_just_fits_is_valid(sections: dict[str, Any]) -> None:
@@ -54,6 +61,14 @@ def test_what_just_fits_is_valid(sections: dict[str, Any]) -> None:
     [
         ({"sampler": {"steps": 5}, "estimator": {"k": 6}}, "estimator.k: K must not exceed the 5 sampling steps"),
         ({"optim": {"batch": 5}, "resources": {"workers": 2}}, "optim.batch: must be a multiple of the 2 workers"),
+        ({"sampler": {"steps": 5, "base_steps": 5}}, "sampler.base_steps: must leave at least one of the 5 steps"),
+        (
+            {"sampler": {"steps": 5, "base_steps": 2}, "estimator": {"k": 4}},
+            "estimator.k: K must not exceed the 5 sampling steps (sampler.steps) minus 2 base steps, got 4",
+        ),
+        ({"optim": {"batch": 6}, "prompts": {"images_per_prompt": 4}}, "images_per_prompt: must divide optim.batch, 6"),
+        ({"rewards": {"a": {"loss": "hinge"}}}, "rewards.a.loss: loss: hinge needs a target"),
+        ({"rewards": {"a": {"target": 1}}}, "rewards.a.target: a linear loss has no target, got 1.0"),
         ({"sampler": {"width": 96}}, "sampler.width: needs sampler.height beside it"),
         ({"rewards": {}}, "rewards: there is nothing to train on"),
         ({"rewards": {"a": {"weight": 0}}}, "rewards.a.weight: no reward has a positive weight"),
@@ -63,6 +78,28 @@ def test_what_just_fits_is_valid(sections: dict[str, Any]) -> None:
 def test_a_dictionary_from_ray_meets_the_same_rules(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=re.escape(message)):
         run(**sections)
+
+
+def test_a_worker_does_not_know_which_estimator_needs_what() -> None:
+    sections = {"rewards": {"a": {}}, "estimator": {"name": "policy", "checkpoint": "serial"}}
+    RunConfig.model_validate(sections)  # a sampler without noise, and no serial mode: its caller has checked them
+    known = Known(policy_estimators=("policy",), serial_estimators=("other",))
+    with pytest.raises(ValidationError, match=r"sampler\.eta: (.|\n)*estimator\.checkpoint: "):
+        RunConfig.model_validate(sections, context=Context(known))
+
+
+@pytest.mark.parametrize(
+    ("optim", "rounds"),
+    [
+        ({"steps": 7, "batch": 4}, 7),
+        ({"steps": 7, "batch": 4, "queries": 28}, 7),
+        ({"steps": 7, "batch": 4, "queries": 24}, 6),
+        ({"steps": 7, "batch": 4, "queries": 25}, 7),
+        ({"steps": 7, "batch": 4, "queries": 1}, 1),
+    ],
+)
+def test_a_run_has_no_more_rounds_than_its_queries_pay_for(optim: dict[str, int], rounds: int) -> None:
+    assert run(optim=optim).num_rounds == rounds
 
 
 def test_several_clashes_are_raised_together() -> None:

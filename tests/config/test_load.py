@@ -304,6 +304,8 @@ JUNK = st.recursive(
     max_leaves=6,
 )
 PLACES = ["name", "model", "model.lora.rank", "model.lora.targets", "prompts.train", "sampler.steps", "estimator.k"]
+PLACES += ["estimator.name", "estimator.activation_gib", "rewards.aesthetic.loss", "rewards.aesthetic.target"]
+PLACES += ["sampler.base_steps", "prompts.images_per_prompt", "optim.queries", "regularize", "regularize.drift"]
 PLACES += ["estimator.options", "estimator.options.a", "rewards", "rewards.aesthetic", "rewards.alignment.weight"]
 PLACES += [
     "optim.betas",

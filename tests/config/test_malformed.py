@@ -7,10 +7,13 @@ from rltune.config.load import parse_experiment
 from rltune.errors import ExperimentError
 
 KNOWN = Known(
-    rewards=("aesthetic", "alignment", "compressibility"),
-    estimators=("alignprop", "draft", "refl"),
+    rewards=("aesthetic", "alignment", "compressibility", "faithful"),
+    estimators=("alignprop", "draft", "refl", "ddpo", "dpok"),
     judges=("diversity", "drift"),
     samplers=("tpe", "random", "nsga2", "gp"),
+    rewards_without_gradient=("faithful",),
+    policy_estimators=("ddpo", "dpok"),
+    serial_estimators=("refl",),
 )
 FIRST_LINE = "rewards: {aesthetic: {weight: 1.0}}\n"
 """Stands before every text of VALUES, whose own first line is therefore line 2."""
@@ -48,7 +51,7 @@ VALUES: list[tuple[str, list[str]]] = [
     ("model: {lora: {alpha: rnk}}", ["model.lora.alpha: must be 'rank' or a number, above 0, got 'rnk'"]),
     (
         "model: {lora: {targets: mlp}}",
-        ["must be 'attention' or 'all' or a list of items, each text, got 'mlp'; the default is 'attention'"],
+        ["must be 'attention' or 'all' or a list of items, each text, got 'mlp'; known: attention, all"],
     ),
     ("objectives: aesthetic", ["objectives: must be a list of items, each text, got 'aesthetic'"]),
     ("prompts: {train: ['cat: a cat', cat: a cat]}", ["prompts.train: must be text or a list of items, each text"]),
@@ -65,10 +68,57 @@ VALUES: list[tuple[str, list[str]]] = [
     ("constraints: {drift: {max: .inf}}", ["constraints.drift.max: must be a number, got inf"]),
     ("sampler: {height: 100, width: 64}", ["must be a whole number from 8 to 8192, a multiple of 8, got 100"]),
     ("optim: {betas: [0.9, 1.0]}", ["optim.betas[1]: must be a number, at least 0 and below 1, got 1.0"]),
-    ("estimator: {draw: unifrom}", ["got 'unifrom'; did you mean 'uniform'? known: fixed, uniform, gaussian"]),
+    (
+        "estimator: {draw: unifrom}",
+        ["got 'unifrom'; did you mean 'uniform'? known: fixed, uniform, gaussian, per_step"],
+    ),
     ("resources: {gpus_per_worker: 1.5}", ["more than one GPU must be a whole number, got 1.5; round it up"]),
     ("resources: {precision: fp8}", ["must be 'auto', 'fp32' or 'bf16', got 'fp8'"]),
     ("resources: {concurrent: 0}", ["resources.concurrent: must be 'auto' or a whole number, at least 1, got 0"]),
+    (
+        "estimator: {checkpoint: sometimes}",
+        ["x.yaml:2 estimator.checkpoint: must be 'auto', 'always', 'never' or 'serial', got 'sometimes'; known: "],
+    ),
+    (
+        "estimator: {activation_gib: lots}",
+        ["activation_gib: must be 'auto' or a number, at least 0, got 'lots'; the default is 'auto'"],
+    ),
+    ("estimator: {activation_gib: -1}", ["activation_gib: must be 'auto' or a number, at least 0, got -1"]),
+    (
+        "estimator: {guidance_gradient: txt}",
+        [
+            "estimator.guidance_gradient: must be 'both', 'text' or 'text_rescaled', got 'txt'; did you mean 'text'? "
+            "known: both, text, text_rescaled"
+        ],
+    ),
+    ("estimator: {k: 0}", ["estimator.k: must be a whole number from 1 to 1000, got 0"]),
+    ("estimator: {std: 0}", ["estimator.std: must be a number, above 0, got 0"]),
+    (
+        "sampler: {base_steps: -1}",
+        ["sampler.base_steps: must be a whole number from 0 to 999, got -1; the default is 0"],
+    ),
+    ("sampler: {base_steps: 1000}", ["sampler.base_steps: must be a whole number from 0 to 999, got 1000"]),
+    (
+        "prompts: {images_per_prompt: 0}",
+        ["prompts.images_per_prompt: must be a whole number, at least 1, got 0; the default is 1"],
+    ),
+    ("prompts: {images_per_prompt: 2.0}", ["must be a whole number, at least 1, got 2.0; write 2"]),
+    ("optim: {queries: 0}", ["x.yaml:2 optim.queries: must be a whole number, at least 1, got 0"]),
+    ("optim: {queries: 1e3}", ["optim.queries: must be a whole number, at least 1, got 1000.0"]),
+    ("optim: {ema: 1.0}", ["optim.ema: must be a number, at least 0 and below 1, got 1.0; the default is 0.0"]),
+    ("optim: {ema: -0.1}", ["optim.ema: must be a number, at least 0 and below 1, got -0.1"]),
+    ("regularize: {drift: -1}", ["regularize.drift: must be a number, at least 0, got -1; the default is 0.0"]),
+    ("regularize: {flatness_weights: 1.5}", ["regularize.flatness_weights: must be a number from 0 to 1, got 1.5; "]),
+    ("regularize: {flatness_image: 11}", ["regularize.flatness_image: must be a number from 0 to 10, got 11; "]),
+    (
+        "regularize: {kl: 0.1}",
+        ["regularize.kl: unknown key, got 'kl'; known: drift, flatness_weights, flatness_image"],
+    ),
+    (
+        "resources: {prefix_precision: fp16}",
+        ["must be 'same' or 'bf16', got 'fp16'; did you mean 'bf16'? known: same, bf16"],
+    ),
+    ("resources: {compile: 1}", ["resources.compile: must be true or false, got 1; the default is false"]),
     # values that do not fit each other
     (
         "sampler: {steps: 12}\nestimator: {k: 13}",
@@ -81,6 +131,50 @@ VALUES: list[tuple[str, list[str]]] = [
     (
         "optim: {batch: 12, micro_batch: 4}\nresources: {workers: 2}",
         ["optim.micro_batch: must divide a worker's share of the batch, 12 / 2 = 6 images, got 4; write one of 1, 2"],
+    ),
+    (
+        "sampler: {steps: 12, base_steps: 12}",
+        ["x.yaml:2 sampler.base_steps: must leave at least one of the 12 steps (sampler.steps), got 12; lower it"],
+    ),
+    (
+        "sampler: {steps: 12, base_steps: 4}\nestimator: {k: 9}",
+        [
+            "x.yaml:3 estimator.k: K must not exceed the 12 sampling steps (sampler.steps) minus 4 base steps, got 9; "
+            "lower it to 8 or raise sampler.steps"
+        ],
+    ),
+    (
+        "prompts: {images_per_prompt: 3}",
+        [
+            "x.yaml:2 prompts.images_per_prompt: must divide optim.batch, 8 images, got 3; "
+            "write a divisor, or another batch"
+        ],
+    ),
+    (
+        "estimator: {name: ddpo}",
+        ["sampler.eta: ddpo learns from the noise of sampling, got eta 0; write eta: 1.0"],
+    ),
+    (
+        "estimator: {name: dpok}\nsampler: {eta: 0}",
+        ["x.yaml:3 sampler.eta: dpok learns from the noise of sampling, got eta 0; write eta: 1.0"],
+    ),
+    (
+        "estimator: {checkpoint: serial}",
+        [
+            "x.yaml:2 estimator.checkpoint: serial mode needs detached inputs, which alignprop has not, got 'serial'; "
+            "take auto or always, or one of refl"
+        ],
+    ),
+    (
+        "sampler: {eta: 1}\nestimator: {name: ddpo}\nregularize: {flatness_weights: 0.1}",
+        [
+            "x.yaml:4 regularize.flatness_weights: ddpo has no gradient of the reward to be flat in, got 0.1; "
+            "set it to 0"
+        ],
+    ),
+    (
+        "sampler: {eta: 1}\nestimator: {name: ddpo}\nregularize: {flatness_image: 2}",
+        ["x.yaml:4 regularize.flatness_image: ddpo has no gradient of the reward to be flat in, got 2.0; set it to 0"],
     ),
     ("sampler: {height: 64}", ["sampler.height: needs sampler.width beside it, got 64 alone; give both or neither"]),
     ("objectives: [alignment]", ["x.yaml:2 objectives[0]: nothing measures this, got 'alignment'; name a reward or"]),
@@ -175,7 +269,7 @@ WHOLE: list[tuple[str, list[str]]] = [
     ("rewards:", ["x.yaml:1 rewards: there is nothing to train on"]),
     (
         "rewards: {aesthetic: 1.0}",
-        ["rewards.aesthetic: must be a section with any of the keys weight, options, got 1.0"],
+        ["rewards.aesthetic: must be a section with any of the keys weight, loss, target, options, got 1.0"],
     ),
     ("rewards: {aesthetic: {weight: -1}}", ["rewards.aesthetic.weight: must be a number, at least 0, got -1"]),
     (
@@ -185,6 +279,37 @@ WHOLE: list[tuple[str, list[str]]] = [
     (
         "rewards: {aestetic: {}}",
         ["rewards.aestetic: unknown reward, got 'aestetic'; did you mean 'aesthetic'? known: "],
+    ),
+    (
+        "rewards: {aesthetic: {loss: hing}}",
+        [
+            "rewards.aesthetic.loss: must be 'linear', 'hinge' or 'target', got 'hing'; did you mean 'hinge'? "
+            "known: linear, hinge, target"
+        ],
+    ),
+    ("rewards: {aesthetic: {target: high}}", ["x.yaml:1 rewards.aesthetic.target: must be a number, got 'high'"]),
+    (
+        "rewards: {aesthetic: {loss: hinge}}",
+        [
+            "x.yaml:1 rewards.aesthetic.loss: loss: hinge needs a target in the reward's own unit, got none; "
+            "give target, or loss: linear"
+        ],
+    ),
+    ("rewards: {aesthetic: {loss: target}}", ["aesthetic.loss: loss: target needs a target in the reward's own unit"]),
+    (
+        "rewards: {aesthetic: {target: 2}}",
+        ["x.yaml:1 rewards.aesthetic.target: a linear loss has no target, got 2.0; write loss: hinge or loss: target"],
+    ),
+    (
+        "rewards:\n  aesthetic:\n  faithful: {weight: 0.5}",
+        [
+            "x.yaml:3 rewards.faithful.weight: alignprop backpropagates rewards, and 'faithful' has no gradient; "
+            "give it weight 0 to watch it only, or take an estimator that needs none: ddpo, dpok"
+        ],
+    ),
+    (
+        "rewards:\n  aesthetic:\n  faithful:\nestimator: {name: refl}",
+        ["x.yaml:3 rewards.faithful.weight: refl backpropagates rewards, and 'faithful' has no gradient"],
     ),
     (
         "rewards:\n  aesthetic: {weight: {simplex: true}}\n  alignment: {weight: 1}\n  compressibility:",
@@ -302,6 +427,10 @@ seed: 2
         "resources: {workers: two}\noptim: {batch: 9}",
         "evaluate: {judges: [3]}\nobjectives: [diversity]",
         "constraints: {drift: {min: low}}",
+        "sampler: {base_steps: none}\nestimator: {k: 20}",
+        "sampler: {eta: low}\nestimator: {name: ddpo}",
+        "estimator: {name: 3, checkpoint: serial}",
+        "prompts: {images_per_prompt: 3}\noptim: {batch: eight}",
     ],
 )
 def test_a_wrong_value_brings_no_fault_about_the_default_in_its_place(text: str) -> None:

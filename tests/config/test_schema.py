@@ -10,7 +10,7 @@ from rltune.config.experiment import RunConfig
 from rltune.config.schema import belongs_to_whole_sweep, describe, is_leaf, json_schema, known_keys, node_at, run_schema
 from rltune.config.yamlfile import read_yaml
 
-EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").glob("*.yaml"))
+EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").rglob("*.yaml"))
 DEFAULTS = RunConfig.model_validate({"rewards": {"a": {}}, "constraints": {"a": {"min": 0}}}).model_dump(mode="json")
 
 
@@ -33,6 +33,8 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 LEAVES = list(leaves(DEFAULTS))
+NUMBER_OR_WORD = ("alpha", "activation_gib")
+"""Keys whose default is a word, and that take a number too."""
 
 
 def test_it_is_a_schema() -> None:
@@ -56,11 +58,21 @@ def test_a_value_or_a_distribution_stands_wherever_trials_may_differ(path: tuple
     assert bool(errors_of(nested(path, {"choice": [value]}))) == belongs_to_whole_sweep(path)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not belongs_to_whole_sweep(path):
-        assert bool(errors_of(nested(path, {"int": [1, 2]}))) == (not is_number and path[-1] != "alpha")
+        assert bool(errors_of(nested(path, {"int": [1, 2]}))) == (not is_number and path[-1] not in NUMBER_OR_WORD)
         assert bool(errors_of(nested(path, {"float": [0.1, 0.2]}))) == (
-            not isinstance(value, float) and path[-1] != "alpha"
+            not isinstance(value, float) and path[-1] not in NUMBER_OR_WORD
         )
         assert bool(errors_of(nested(path, {"simplex": True}))) == (path != ("rewards", "a", "weight"))
+
+
+@pytest.mark.parametrize("key", ["estimator.k", "estimator.std", "optim.queries", "rewards.a.target"])
+def test_a_distribution_stands_where_nothing_is_the_default(key: str) -> None:
+    path = tuple(key.split("."))
+    assert not errors_of(nested(path, 3))
+    assert not errors_of(nested(path, {"choice": [1, 2]}))
+    assert not errors_of(nested(path, {"int": [1, 2]}))
+    assert bool(errors_of(nested(path, {"float": [0.5, 2]}))) == (key in ("estimator.k", "optim.queries"))
+    assert errors_of(nested(path, {"simplex": True}))
 
 
 @pytest.mark.parametrize(
@@ -76,6 +88,10 @@ def test_a_value_or_a_distribution_stands_wherever_trials_may_differ(path: tuple
         {"evaluate": {"judges": ["a", {"choice": ["b"]}]}},
         {"optim": 3},
         {"optim": {"betas": {"choice": [1]}}},
+        {"estimator": {"checkpoint": "sometimes"}},
+        {"rewards": {"a": {"loss": "square"}}},
+        {"regularize": {"kl": 1}},
+        {"resources": {"compile": {"choice": [True]}}},
     ],
 )
 def test_an_editor_underlines_it(data: dict[str, Any]) -> None:
@@ -89,6 +105,9 @@ def test_an_editor_underlines_it(data: dict[str, Any]) -> None:
         {"optim": {"betas": [0.9, {"float": [0.9, 0.99]}]}},
         {"estimator": {"k": {"int": [1, 9], "step": 2}, "options": {"x": {"choice": [1]}}}},
         {"prompts": {"train": ["a cat"]}},
+        {"regularize": None, "prompts": {"images_per_prompt": {"choice": [1, 2]}}},
+        {"rewards": {"a": {"loss": {"choice": ["hinge", "target"]}, "target": {"float": [5, 7]}}}},
+        {"estimator": {"name": {"choice": ["a", "b"]}, "activation_gib": 2.5, "checkpoint": "serial"}},
     ],
 )
 def test_an_editor_accepts_it(data: dict[str, Any]) -> None:
@@ -108,7 +127,7 @@ def test_every_key_has_a_description() -> None:
 
 
 def test_paths_lead_to_what_stands_there() -> None:
-    assert known_keys(node_at(("rewards", "any")) or {}) == ("weight", "options")
+    assert known_keys(node_at(("rewards", "any")) or {}) == ("weight", "loss", "target", "options")
     assert node_at(("estimator", "options", "x", "y")) == {}
     assert node_at(("estimator", "nope")) is None
     assert node_at(("estimator", "nope", "x")) is None
@@ -124,7 +143,11 @@ def test_paths_lead_to_what_stands_there() -> None:
         ("sampler.height", "a whole number from 8 to 8192, a multiple of 8"),
         ("constraints.a.min", "a number"),
         ("search.prune", "true or false"),
-        ("estimator.draw", "'fixed', 'uniform' or 'gaussian'"),
+        ("estimator.draw", "'fixed', 'uniform', 'gaussian' or 'per_step'"),
+        ("estimator.k", "a whole number from 1 to 1000"),
+        ("estimator.activation_gib", "'auto' or a number, at least 0"),
+        ("rewards.a.target", "a number"),
+        ("optim.ema", "a number, at least 0 and below 1"),
         ("optim.betas.1", "a number, at least 0 and below 1"),
         ("evaluate.judges.3", "text"),
         ("prompts.train", "text or a list of items, each text"),

@@ -2,13 +2,22 @@
 
 import pytest
 
+from rltune.config.experiment import Known
 from rltune.config.load import parse_experiment
 from rltune.errors import ExperimentError
 
+METHODS = Known(
+    rewards=("a", "b", "opaque"),
+    estimators=("alignprop", "cut", "policy"),
+    rewards_without_gradient=("opaque",),
+    policy_estimators=("policy",),
+    serial_estimators=("cut",),
+)
 
-def faults_in(text: str) -> list[str]:
+
+def faults_in(text: str, *, rewards: str = "{a: {}, b: {}}", known: Known | None = None) -> list[str]:
     try:
-        parse_experiment("rewards: {a: {}, b: {}}\n" + text, "x.yaml")
+        parse_experiment(f"rewards: {rewards}\n" + text, "x.yaml", known=known)
     except ExperimentError as error:
         return [str(fault) for fault in error.faults]
     return []
@@ -20,6 +29,8 @@ def faults_in(text: str) -> list[str]:
         "sampler: {steps: {choice: [30, 12]}}\nestimator: {k: {int: [1, 12]}}",
         "optim: {batch: {int: [2, 2000], step: 2}}\nresources: {workers: 2}",
         "optim: {batch: {choice: [8, 16]}, micro_batch: {choice: [2, 4, 8]}}",
+        "optim: {batch: {choice: [8, 12]}}\nprompts: {images_per_prompt: {choice: [1, 2, 4]}}",
+        "sampler: {steps: {choice: [30, 12]}, base_steps: {int: [0, 4]}}\nestimator: {k: {int: [1, 8]}}",
     ],
 )
 def test_a_space_without_a_bad_corner_is_valid(text: str) -> None:
@@ -84,3 +95,131 @@ def test_a_broken_distribution_does_not_hide_the_others() -> None:
         "x.yaml:2 optim.steps",
         "x.yaml:2 optim.lr.float[1]",
     ]
+
+
+def only_fault(text: str, *, rewards: str = "{a: {}}") -> str:
+    (fault,) = faults_in(text, rewards=rewards, known=METHODS)
+    return fault
+
+
+OPAQUE = "backpropagates rewards, and 'opaque' has no gradient; give it weight 0 to watch it only, or take an estimator"
+DETACHED = "serial mode needs detached inputs, which"
+
+
+@pytest.mark.parametrize(
+    ("text", "rewards", "fault"),
+    [
+        # a reward without gradient beside an estimator that needs one
+        (
+            "seed: 1",
+            "{a: {}, opaque: {weight: {float: [0, 1]}}}",
+            "1 rewards.opaque.weight.float[1]: alignprop " + OPAQUE,
+        ),
+        ("seed: 1", "{a: {}, opaque: {weight: {choice: [0, 2]}}}", "1 rewards.opaque.weight.choice[1]: alignprop "),
+        (
+            "sampler: {eta: 1}\nestimator: {name: {choice: [policy, cut]}}",
+            "{a: {}, opaque: {}}",
+            "3 estimator.name.choice[1]: cut " + OPAQUE,
+        ),
+        (
+            "sampler: {eta: 1}\nestimator: {name: {choice: [cut, policy]}}",
+            "{a: {}, opaque: {}}",
+            "3 estimator.name.choice[0]: cut " + OPAQUE,
+        ),
+        (
+            "sampler: {eta: 1}\nestimator: {name: {choice: [policy, cut]}}",
+            "{a: {}, opaque: {weight: {choice: [0, 1]}}}",
+            "1 rewards.opaque.weight.choice[1]: cut " + OPAQUE,
+        ),
+        (
+            "sampler: {eta: 1}\nestimator: {name: {choice: [policy, cut]}}",
+            "{a: {weight: {simplex: true}}, opaque: {weight: {simplex: true}}}",
+            "3 estimator.name.choice[1]: cut " + OPAQUE,
+        ),
+        # a policy without noise
+        (
+            "estimator: {name: policy}\nsampler: {eta: {float: [0, 1]}}",
+            "{a: {}}",
+            "3 sampler.eta.float[0]: policy learns",
+        ),
+        (
+            "sampler: {eta: 0}\nestimator: {name: {choice: [cut, policy]}}",
+            "{a: {}}",
+            "3 estimator.name.choice[1]: policy learns from the noise of sampling, got eta 0; write eta: 1.0",
+        ),
+        (
+            "estimator: {name: {choice: [cut, policy]}}\nsampler: {eta: {choice: [1, 0]}}",
+            "{a: {}}",
+            "3 sampler.eta.choice[1]: policy learns from the noise of sampling, got eta 0",
+        ),
+        # memory of one step, where steps hang together
+        ("estimator: {name: alignprop, checkpoint: {choice: [auto, serial]}}", "{a: {}}", "choice[1]: " + DETACHED),
+        (
+            "estimator: {checkpoint: serial, name: {choice: [cut, alignprop]}}",
+            "{a: {}}",
+            "2 estimator.name.choice[1]: serial mode needs detached inputs, which alignprop has not",
+        ),
+        # nothing to be flat in
+        (
+            "estimator: {name: policy}\nsampler: {eta: 1}\nregularize: {flatness_image: {choice: [0, 0.5]}}",
+            "{a: {}}",
+            "4 regularize.flatness_image.choice[1]: policy has no gradient of the reward to be flat in, got 0.5",
+        ),
+        (
+            "sampler: {eta: 1}\nestimator: {name: {choice: [cut, policy]}}\nregularize: {flatness_weights: 0.1}",
+            "{a: {}}",
+            "3 estimator.name.choice[1]: policy has no gradient of the reward to be flat in, got 0.1",
+        ),
+        # what a score is aimed at
+        (
+            "seed: 1",
+            "{a: {loss: {choice: [linear, hinge]}, target: 2}}",
+            "1 rewards.a.loss.choice[0]: a linear loss has no",
+        ),
+        ("seed: 1", "{a: {loss: {choice: [linear, hinge]}}}", "1 rewards.a.loss.choice[1]: loss: hinge needs a target"),
+        ("seed: 1", "{a: {target: {choice: [2]}}}", "1 rewards.a.target.choice[0]: a linear loss has no target, got 2"),
+        # steps and images
+        (
+            "sampler: {steps: 12, base_steps: {int: [0, 12]}}",
+            "{a: {}}",
+            "2 sampler.base_steps.int[1]: must leave at least",
+        ),
+        (
+            "sampler: {steps: 12, base_steps: {choice: [0, 4]}}\nestimator: {k: {int: [1, 9]}}",
+            "{a: {}}",
+            "3 estimator.k.int[1]: K must not exceed the 12 sampling steps (sampler.steps) minus 4 base steps, got 9",
+        ),
+        (
+            "prompts: {images_per_prompt: {choice: [1, 4]}}\noptim: {batch: {choice: [8, 6]}}",
+            "{a: {}}",
+            "2 prompts.images_per_prompt.choice[1]: must divide optim.batch, 6 images, got 4",
+        ),
+        (
+            "prompts: {images_per_prompt: {int: [1, 4]}}",
+            "{a: {}}",
+            "2 prompts.images_per_prompt.int: must divide optim.batch, 8 images, got 3",
+        ),
+    ],
+)
+def test_the_end_of_a_distribution_that_a_method_does_not_bear_is_named(text: str, rewards: str, fault: str) -> None:
+    assert fault in only_fault(text, rewards=rewards)
+
+
+@pytest.mark.parametrize(
+    ("text", "rewards"),
+    [
+        ("estimator: {name: policy}\nsampler: {eta: {float: [0.1, 1]}}", "{a: {}, opaque: {}}"),
+        ("estimator: {name: {choice: [alignprop, policy]}}\nsampler: {eta: 1}", "{a: {}, opaque: {weight: 0}}"),
+        ("estimator: {name: cut, checkpoint: {choice: [auto, always, never, serial]}}", "{a: {}}"),
+        ("estimator: {name: policy}\nsampler: {eta: 1}\nregularize: {drift: {float: [0, 1]}}", "{a: {}}"),
+        ("seed: 1", "{a: {loss: {choice: [hinge, target]}, target: {float: [5, 7]}}}"),
+    ],
+)
+def test_a_space_that_its_methods_bear_is_valid(text: str, rewards: str) -> None:
+    assert not faults_in(text, rewards=rewards, known=METHODS)
+
+
+def test_weights_on_the_simplex_are_positive_for_a_reward_without_gradient_too() -> None:
+    simplex = "{a: {weight: {simplex: true}}, opaque: {weight: {simplex: true}}}"
+    assert OPAQUE in only_fault("seed: 1", rewards=simplex)
+    assert not faults_in("estimator: {name: policy}\nsampler: {eta: 1}", rewards=simplex, known=METHODS)

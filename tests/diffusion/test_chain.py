@@ -1,6 +1,8 @@
 """The chain against a closed form, and its gradient against plain autograd through diffusers' own sampler."""
 
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from rltune.diffusion.chain import GradientPlan, run_chain
 from rltune.diffusion.lora import add_lora, lora_parameters
+from rltune.diffusion.memory import stored_bytes
 from rltune.diffusion.table import ChainTable, read_ddim_table
 from tests.conftest import SD15_SCHEDULE, tiny_unet
 
@@ -40,7 +43,7 @@ def test_gradient_flows_through_exactly_the_last_k_steps(table: ChainTable, k: i
     model = Linear(0.3)
     x_T = torch.tensor([1.5, -0.5], dtype=torch.float64)
     plan = GradientPlan(GradientPlan.last(k, T).active, is_through_latent)
-    x_0 = run_chain(model, x_T, table, plan=plan, use_checkpoint=False)
+    x_0 = run_chain(model, x_T, table, plan=plan, num_kept=T)
     factors = table.a_T + table.b_T * 0.3
     torch.testing.assert_close(x_0, x_T * factors.prod(), rtol=1e-12, atol=0)
     assert model.grad_calls == table.timesteps_T[T - k :].tolist()
@@ -118,7 +121,7 @@ def test_gradient_is_that_of_plain_autograd_through_the_unrolled_sampler(
         table,
         plan=GradientPlan.last(k, T),
         noise=lambda step: noise[step],
-        use_checkpoint=use_checkpoint,
+        num_kept=0 if use_checkpoint else T,
     )
     expected_x_0 = reference(unet, x, text, negative, k=k, eta=eta, noise=noise)
     torch.testing.assert_close(x_0, expected_x_0, rtol=1e-10, atol=1e-10)
@@ -134,7 +137,8 @@ def test_checkpointing_changes_no_bit(unet: UNet2DConditionModel) -> None:
     table = read_ddim_table(DDIMScheduler(**SD15_SCHEDULE, clip_sample=False), num_steps=T, eta=0.0)
     gradients = [
         gradient_of(
-            unet, run_chain(guided(unet, text, negative), x, table, plan=GradientPlan.last(3, T), use_checkpoint=flag)
+            unet,
+            run_chain(guided(unet, text, negative), x, table, plan=GradientPlan.last(3, T), num_kept=0 if flag else T),
         )
         for flag in (True, False)
     ]
@@ -159,7 +163,7 @@ def test_stored_memory_grows_by_one_latent_a_step_with_checkpointing(
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             x_0 = run_chain(
-                guided(unet, text, text), x, table, plan=GradientPlan.last(k, T), use_checkpoint=use_checkpoint
+                guided(unet, text, text), x, table, plan=GradientPlan.last(k, T), num_kept=0 if use_checkpoint else T
             )
         assert x_0.requires_grad
         return sum(kept.values())
@@ -182,3 +186,129 @@ def test_stochastic_chain_needs_noise(table: ChainTable) -> None:
 def test_k_outside_the_chain_is_refused(k: int) -> None:
     with pytest.raises(ValueError, match=rf"\[0, 5\], got {k}"):
         GradientPlan.last(k, T)
+
+
+@pytest.mark.parametrize("scored", range(T))
+@pytest.mark.parametrize("is_through_latent", [True, False])
+def test_a_scored_step_ends_the_chain_with_its_clean_prediction(
+    table: ChainTable, scored: int, is_through_latent: bool
+) -> None:
+    """(d + e w) x_s, of which the derivative in w is e x_s where that step alone is active."""
+    model = Linear(0.3)
+    x_T = torch.tensor([1.5, -0.5], dtype=torch.float64)
+    plan = GradientPlan(frozenset({scored}), is_through_latent, scored)
+    clean = run_chain(model, x_T, table, plan=plan, num_kept=T)
+    x_s = x_T * (table.a_T + table.b_T * 0.3)[:scored].prod()
+    torch.testing.assert_close(clean, (table.d_T[scored] + table.e_T[scored] * 0.3) * x_s, rtol=1e-12, atol=0)
+    assert model.grad_calls == [int(table.timesteps_T[scored])]
+    clean.sum().backward()
+    assert model.w.grad is not None
+    assert model.w.grad.item() == pytest.approx(float(table.e_T[scored] * x_s.sum()), rel=1e-12)
+
+
+def test_no_network_runs_after_the_scored_step(table: ChainTable) -> None:
+    model, steps = Linear(0.3), []
+    run_chain(
+        model,
+        torch.ones(2, dtype=torch.float64),
+        table,
+        plan=GradientPlan(frozenset({0, 1}), False, 2),
+        observe=lambda step, x, f: steps.append(step),
+    )
+    assert steps == [0, 1, 2]
+    assert model.grad_calls == table.timesteps_T[:2].tolist()
+
+
+@pytest.mark.parametrize("is_through_latent", [True, False])
+def test_an_observer_sees_every_step_s_input_and_output(table: ChainTable, is_through_latent: bool) -> None:
+    model, active = Linear(0.3), {1, 3}
+    seen: list[tuple[int, Tensor, Tensor]] = []
+    x = torch.tensor([1.5, -0.5], dtype=torch.float64)
+    plan = GradientPlan(frozenset(active), is_through_latent)
+    run_chain(model, x, table, plan=plan, observe=lambda *step: seen.append(step))
+    assert [step for step, _, _ in seen] == list(range(T))
+    for k, (_, input_, f) in enumerate(seen):
+        torch.testing.assert_close(input_.detach(), x, rtol=1e-12, atol=0)
+        torch.testing.assert_close(f.detach(), 0.3 * x, rtol=1e-12, atol=0)
+        assert input_.requires_grad == (is_through_latent and k > min(active))
+        assert f.requires_grad == (k in active)
+        x = (table.a_T[k] + table.b_T[k] * 0.3) * x
+
+
+@pytest.mark.parametrize("num_kept", range(5))
+def test_the_last_active_steps_are_kept_and_the_others_run_again(table: ChainTable, num_kept: int) -> None:
+    model = Linear(0.3)
+    active = [0, 2, 4]
+    plan = GradientPlan(frozenset(active))
+    x_0 = run_chain(model, torch.ones(2, dtype=torch.float64), table, plan=plan, num_kept=num_kept)
+    assert model.grad_calls == table.timesteps_T[active].tolist()
+    x_0.sum().backward()
+    again = active[: max(0, 3 - num_kept)]
+    # backward comes from the end
+    assert model.grad_calls[3:] == table.timesteps_T[again].tolist()[::-1]
+
+
+def test_keeping_some_changes_no_bit_and_stores_a_step_s_activations_each(unet: UNet2DConditionModel) -> None:
+    torch.manual_seed(3)
+    x, text, negative = (torch.randn(shape, dtype=torch.float64) for shape in ((1, 4, 8, 8), (1, 6, 32), (1, 6, 32)))
+    table = read_ddim_table(DDIMScheduler(**SD15_SCHEDULE, clip_sample=False), num_steps=T, eta=0.0)
+    denoise = guided(unet, text, negative)
+
+    def run(num_kept: int) -> Tensor:
+        return run_chain(denoise, x, table, plan=GradientPlan.last(4, T), num_kept=num_kept)
+
+    gradients = [gradient_of(unet, run(num_kept)) for num_kept in (0, 2, 9)]
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients[1:])
+    stored = [stored_bytes(partial(run, num_kept), unet) for num_kept in range(5)]
+    growth = [after - before for before, after in pairwise(stored)]
+    first, later = (
+        stored_bytes(lambda latent=latent: denoise(latent, table.timesteps_T[0]), unet)  # type: ignore[misc]
+        for latent in (x, x.clone().requires_grad_())
+    )
+    # the first active step's input has no gradient; a latent, 1 % of it, is stored either way
+    assert growth == pytest.approx([later, later, later, first], rel=0.01)
+
+
+def test_the_frozen_network_takes_the_steps_without_gradient(table: ChainTable) -> None:
+    model, frozen = Linear(0.3), Linear(0.3)
+    calls: list[tuple[int, bool]] = []
+
+    def denoise_frozen(x: Tensor, t: Tensor) -> Tensor:
+        calls.append((int(t), torch.is_grad_enabled()))
+        return frozen(x, t)
+
+    x_T, plan = torch.ones(2, dtype=torch.float64), GradientPlan(frozenset({1, 3}))
+    timesteps = table.timesteps_T.tolist()
+    for num_kept in (0, 2):
+        calls.clear()
+        model.grad_calls.clear()
+        x_0 = run_chain(model, x_T, table, plan=plan, num_kept=num_kept, denoise_frozen=denoise_frozen)
+        assert calls == [(timesteps[k], False) for k in (0, 2, 4)]
+        assert model.grad_calls == [timesteps[k] for k in (1, 3)]
+        x_0.sum().backward()
+        assert len(calls) == 3
+    assert frozen.w.grad is None
+    assert model.w.grad is not None
+    calls.clear()
+    with torch.no_grad():
+        again = run_chain(model, x_T, table, plan=plan, denoise_frozen=denoise_frozen)
+    assert [t for t, _ in calls] == timesteps
+    assert torch.equal(again, x_0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_noise_is_asked_for_by_step_and_only_where_it_counts(eta: float) -> None:
+    scheduler = DDIMScheduler(**{**SD15_SCHEDULE, "set_alpha_to_one": True}, clip_sample=False)
+    table = read_ddim_table(scheduler, num_steps=T, eta=eta)
+    asked: list[int] = []
+
+    def noise(step: int) -> Tensor:
+        asked.append(step)
+        return torch.full((2,), float(step), dtype=torch.float64)
+
+    x = torch.ones(2, dtype=torch.float64)
+    x_0 = run_chain(Linear(0.3), x, table, noise=noise)
+    assert asked == (list(range(T - 1)) if eta > 0 else [])  # the last step of this schedule adds none
+    for k in range(T):
+        x = (table.a_T[k] + table.b_T[k] * 0.3) * x + table.s_T[k] * k
+    torch.testing.assert_close(x_0, x, rtol=1e-12, atol=0)

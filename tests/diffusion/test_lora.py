@@ -1,9 +1,19 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 
-from rltune.diffusion.lora import add_lora, fold_scale, load_lora_state, lora_parameters, lora_state
+from rltune.diffusion.lora import (
+    MergedLora,
+    adapters_off,
+    add_lora,
+    fold_scale,
+    load_lora_state,
+    lora_parameters,
+    lora_state,
+)
 from tests.conftest import tiny_unet
 
 INPUTS = (torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(3))
@@ -82,3 +92,127 @@ def test_a_state_of_another_adapter_is_refused(network: torch.nn.Module) -> None
     state.pop(next(iter(state)))
     with pytest.raises(ValueError, match="adapter keys differ"):
         load_lora_state(network, state)
+
+
+def lora_layers(network: torch.nn.Module) -> list[Any]:
+    return [module for module in network.modules() if isinstance(module, LoraLayer)]
+
+
+def test_adapters_off_is_the_base_model_to_the_bit(network: torch.nn.Module) -> None:
+    base = output(network)
+    add_lora(network, rank=3, alpha=7, targets="all", seed=0)
+    randomise(network)
+    tuned = output(network)
+    assert not torch.allclose(tuned, base)
+    with adapters_off(network):
+        assert torch.equal(output(network), base)
+        with adapters_off(network):
+            assert torch.equal(output(network), base)
+        assert torch.equal(output(network), base)
+    assert torch.equal(output(network), tuned)
+    with pytest.raises(KeyError), adapters_off(network):
+        raise KeyError
+    assert torch.equal(output(network), tuned)
+
+
+def test_adapters_that_were_off_inside_train_as_before(network: torch.nn.Module) -> None:
+    add_lora(network, rank=2, alpha=2, targets="attention", seed=0)
+    randomise(network)
+    trainable = [parameter.requires_grad for parameter in network.parameters()]
+    with adapters_off(network):
+        output(network)
+    assert [parameter.requires_grad for parameter in network.parameters()] == trainable
+    network(*INPUTS, encoder_hidden_states=TEXT).sample.sum().backward()
+    assert all(
+        parameter.grad is not None and float(parameter.grad.norm()) > 0 for parameter in lora_parameters(network)
+    )
+
+
+def test_a_network_without_adapters_may_have_them_off(network: torch.nn.Module) -> None:
+    with adapters_off(network):
+        assert output(network).shape == (1, 4, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rank", "alpha", "targets"), [(1, 1.0, "attention"), (3, 7.0, "all")])
+def test_merged_weights_give_the_adapters_output(
+    network: torch.nn.Module, rank: int, alpha: float, targets: str, dtype: torch.dtype
+) -> None:
+    """In float64 to its rounding, so that it is the same function; in float32 to that."""
+    add_lora(network, rank=rank, alpha=alpha, targets=targets, seed=0)
+    randomise(network)
+    network.to(dtype)
+    x, t = INPUTS[0].to(dtype), INPUTS[1]
+
+    def out() -> torch.Tensor:
+        with torch.no_grad():
+            return network(x, t, encoder_hidden_states=TEXT.to(dtype)).sample
+
+    expected = out()
+    with adapters_off(network):
+        base = out()
+    with MergedLora(network).swapped_in():
+        merged = out()
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(merged, expected, rtol=tolerance, atol=tolerance)
+    assert float((expected - base).abs().max()) > 1e-2
+
+
+def test_merging_leaves_the_weights_as_they_were(network: torch.nn.Module) -> None:
+    """The same storage with the same bits, whether the block ends well or not; adapters train on."""
+    add_lora(network, rank=3, alpha=7, targets="all", seed=0)
+    randomise(network)
+    before = {name: (p.data_ptr(), p.detach().clone()) for name, p in network.named_parameters()}
+    expected = output(network)
+    merged = MergedLora(network)
+    assert any(isinstance(layer.get_base_layer(), torch.nn.Conv2d) for layer in lora_layers(network))
+    with merged.swapped_in():
+        for layer in lora_layers(network):
+            assert not torch.equal(layer.get_base_layer().weight, before[name_of(network, layer)][1])
+        output(network)
+    with pytest.raises(KeyError), merged.swapped_in():
+        raise KeyError
+    for name, parameter in network.named_parameters():
+        address, value = before[name]
+        assert parameter.data_ptr() == address
+        assert torch.equal(parameter, value)
+    assert torch.equal(output(network), expected)
+    network(*INPUTS, encoder_hidden_states=TEXT).sample.sum().backward()
+    assert all(
+        parameter.grad is not None and float(parameter.grad.norm()) > 0 for parameter in lora_parameters(network)
+    )
+
+
+def name_of(network: torch.nn.Module, layer: Any) -> str:
+    weight = layer.get_base_layer().weight
+    return next(name for name, parameter in network.named_parameters() if parameter is weight)
+
+
+def test_merged_weights_are_those_of_the_moment(network: torch.nn.Module) -> None:
+    add_lora(network, rank=2, alpha=2, targets="attention", seed=0)
+    randomise(network)
+    before, merged = output(network), MergedLora(network)
+    with torch.no_grad():
+        for parameter in lora_parameters(network):
+            parameter.mul_(2)
+    with merged.swapped_in():
+        torch.testing.assert_close(output(network), before, rtol=1e-4, atol=1e-4)
+    after = output(network)
+    assert not torch.allclose(after, before, atol=1e-2)
+    with MergedLora(network).swapped_in():
+        torch.testing.assert_close(output(network), after, rtol=1e-4, atol=1e-4)
+
+
+def test_running_merged_between_forward_and_backward_changes_no_gradient(network: torch.nn.Module) -> None:
+    """A step without gradient after one that has it: autograd holds the network's own weights."""
+    add_lora(network, rank=2, alpha=2, targets="all", seed=0)
+    randomise(network)
+    gradients = []
+    for is_merged in (False, True):
+        x = INPUTS[0].clone().requires_grad_()
+        loss = network(x, INPUTS[1], encoder_hidden_states=TEXT).sample.square().sum()
+        if is_merged:
+            with MergedLora(network).swapped_in():
+                output(network)
+        gradients.append(torch.autograd.grad(loss, [x, *lora_parameters(network)]))
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))

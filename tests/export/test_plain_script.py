@@ -26,25 +26,37 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-base, lora, latents, prompts, steps, guidance, output = sys.argv[1:]
+base, lora, latents, prompts, steps, base_steps, guidance, output = sys.argv[1:]
 pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
 pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
 if lora:
     pipeline.load_lora_weights(lora)
+
+
+def switch(pipeline, step, timestep, tensors):
+    if lora and step + 1 == int(base_steps):
+        pipeline.enable_lora()
+    return tensors
+
+
+if lora and int(base_steps):
+    pipeline.disable_lora()
 images = pipeline(json.loads(prompts), latents=torch.from_numpy(np.load(latents)), num_inference_steps=int(steps),
-                  guidance_scale=float(guidance), output_type="np").images
+                  guidance_scale=float(guidance), output_type="np", callback_on_step_end=switch).images
 np.save(output, images)
 assert "rltune" not in sys.modules
 """
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("base_steps", [0, 2])
 def test_plain_diffusers_gives_the_images_of_the_last_evaluation(
-    make_config: Callable[..., RunConfig], tmp_path: Path
+    make_config: Callable[..., RunConfig], tmp_path: Path, base_steps: int
 ) -> None:
     base = make_config().model.base
     config = make_config(
         model={"base": base, "lora": {"rank": 2, "alpha": 8.0}},
+        sampler={"base_steps": base_steps},
         rewards={"brightness": {}},
         optim={"lr": 2e-2, "steps": 4},
         evaluate={"every": 4, "images_per_prompt": 1},
@@ -63,7 +75,7 @@ def test_plain_diffusers_gives_the_images_of_the_last_evaluation(
     def draw(folder: str) -> np.ndarray:
         output = tmp_path / "images.npy"
         arguments = [base, folder, str(tmp_path / "latents.npy"), json.dumps(EVAL_PROMPTS)]
-        arguments += [str(config.sampler.steps), str(config.sampler.guidance), str(output)]
+        arguments += [str(config.sampler.steps), str(base_steps), str(config.sampler.guidance), str(output)]
         subprocess.run([sys.executable, "-c", SCRIPT, *arguments], check=True, timeout=300)
         return np.load(output) * 255
 

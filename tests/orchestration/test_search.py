@@ -282,7 +282,7 @@ def test_the_largest_seed_can_be_resumed(first: list[TrialSpec]) -> None:
 
 
 def test_an_unknown_sampler_is_refused() -> None:
-    with pytest.raises(ValueError, match="sampler must be one of tpe, random, nsga2, gp, got 'bayes'"):
+    with pytest.raises(ValueError, match="sampler must be one of tpe, random, nsga2, gp, grid, got 'bayes'"):
         make_sampler("bayes", 0)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rltune.errors import NonFiniteError, RunError
 from rltune.rewards.base import REWARDS
-from rltune.rewards.mixture import Calibration, Mixture, calibrate, measure, score
+from rltune.rewards.mixture import Calibration, Mixture, Shape, calibrate, measure, score
 
 PROMPTS = ("a cat", "a dog")
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -96,6 +96,93 @@ def test_a_reward_that_is_the_same_for_every_base_image_is_named() -> None:
     calibration = {"bright": Calibration(0.5, 0.1), "square": Calibration(0.2, 0.0)}
     with pytest.raises(RunError, match="reward 'square': it gives the same score to every base image"):
         make_mixture(calibration=calibration)
+
+
+SCORES = torch.tensor([-1.5, 0.25, 2.0, 2.5, 7.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        (Shape(), [-1.5, 0.25, 2.0, 2.5, 7.0]),
+        (Shape("hinge", 2.0), [-1.5, 0.25, 2.0, 2.0, 2.0]),
+        (Shape("target", 2.0), [-1.5, 0.25, 2.0, 1.5, -3.0]),
+        (Shape("hinge", -3.0), [-3.0] * 5),
+        (Shape("target", 100.0), [-1.5, 0.25, 2.0, 2.5, 7.0]),
+    ],
+)
+def test_a_shape_says_what_of_a_score_is_trained_on(shape: Shape, expected: list[float]) -> None:
+    assert shape(SCORES).tolist() == expected  # halves and quarters: no rounding
+
+
+def test_a_shape_is_its_loss_negated_up_to_a_constant() -> None:
+    torch.testing.assert_close(2.0 - Shape("hinge", 2.0)(SCORES), (2.0 - SCORES).relu(), rtol=0, atol=0)
+    torch.testing.assert_close(2.0 - Shape("target", 2.0)(SCORES), (2.0 - SCORES).abs(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loss", ["linear", "hinge", "target"])
+def test_the_gradient_of_a_shape_is_its_slope(loss: Any) -> None:
+    shape = Shape(loss, 2.0)
+    scores = SCORES[SCORES != 2.0].requires_grad_()  # the kink has no slope
+    (gradient,) = torch.autograd.grad(shape(scores).sum(), scores)
+    step = 1e-6
+    slope = (shape(scores.detach() + step) - shape(scores.detach() - step)) / (2 * step)
+    torch.testing.assert_close(gradient, slope, rtol=1e-9, atol=0)  # double: 1e-16 * 7 / 1e-6
+    assert (gradient == 0).tolist() == [False, False, loss == "hinge", loss == "hinge"]
+
+
+@pytest.mark.parametrize("loss", ["linear", "hinge", "target"])
+def test_a_mixture_trains_on_the_shaped_score_in_the_unit_of_the_raw_one(loss: Any) -> None:
+    target = float(mean_of(IMAGES).mean())  # one image is above it, one below
+    images = IMAGES.clone().requires_grad_()
+    mixture = make_mixture(shapes={"bright": Shape(loss, target)})
+    result = mixture(images, PROMPTS)
+    means = mean_of(IMAGES).double()
+    aims = {"linear": means, "hinge": means.clamp(max=target), "target": target - (target - means).abs()}
+    slopes = {
+        "linear": [1.0, 1.0],
+        "hinge": [float(m < target) for m in means],
+        "target": [1 - 2.0 * (m > target) for m in means],
+    }
+    # the other reward is linear, and neither raw scores nor calibration know of shapes
+    expected = 0.75 * (aims[loss] - 0.5) / 0.1 + 0.25 * (means**2 - 0.2) / 0.05
+    assert result.total_B.tolist() == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)
+    assert result.standardised["bright"].tolist() == pytest.approx(((aims[loss] - 0.5) / 0.1).tolist(), abs=1e-5)
+    assert result.raw["bright"].tolist() == pytest.approx(means.tolist(), rel=1e-6)
+    assert mixture.calibration == make_mixture().calibration
+    result.total_B.sum().backward()
+    slope_B111 = torch.tensor(slopes[loss]).view(2, 1, 1, 1)
+    square_B111 = 0.25 / 0.05 * 2 * mean_of(IMAGES).view(2, 1, 1, 1)
+    torch.testing.assert_close(
+        images.grad, ((0.75 / 0.1 * slope_B111 + square_B111) / 192).expand_as(IMAGES), rtol=1e-5, atol=0
+    )
+
+
+def test_metrics_and_the_scores_of_a_reward_that_is_watched_have_their_own_shape_too() -> None:
+    shapes = {"square": Shape("hinge", 0.0)}
+    watched = make_mixture(weights={"bright": 1.0, "square": 0.0}, shapes=shapes)
+    assert torch.equal(watched.metrics(IMAGES, PROMPTS)["square"], make_mixture().metrics(IMAGES, PROMPTS)["square"])
+    result = watched(IMAGES, PROMPTS)
+    assert torch.equal(result.total_B, result.standardised["bright"])
+    assert result.standardised["square"].tolist() == pytest.approx([-0.2 / 0.05] * 2)
+
+
+@pytest.mark.parametrize(
+    ("losses", "weights", "may_saturate"),
+    [
+        (("linear", "linear"), (1.0, 1.0), False),
+        (("linear", "target"), (1.0, 1.0), False),
+        (("hinge", "hinge"), (1.0, 2.0), True),
+        (("hinge", "linear"), (1.0, 0.0), True),
+        (("linear", "hinge"), (1.0, 0.0), False),
+    ],
+)
+def test_a_mixture_may_saturate_where_what_it_trains_on_is_capped(
+    losses: tuple[Any, Any], weights: tuple[float, float], may_saturate: bool
+) -> None:
+    shapes = dict(zip(("bright", "square"), (Shape(loss, 0.3) for loss in losses), strict=True))
+    mixture = make_mixture(shapes=shapes, weights=dict(zip(("bright", "square"), weights, strict=True)))
+    assert mixture.may_saturate == may_saturate
 
 
 def test_a_reward_of_weight_0_is_scored_without_gradient_or_not_at_all() -> None:

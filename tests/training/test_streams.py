@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from rltune.training.streams import Stream, generator, noise, prompt_indices
@@ -36,6 +37,19 @@ def test_every_prompt_is_shown_once_before_any_again() -> None:
 
 def test_prompts_of_an_image_do_not_depend_on_where_the_range_starts() -> None:
     assert prompt_indices(3, 0, 12, 5)[7:12] == prompt_indices(3, 7, 5, 5)
+
+
+@pytest.mark.parametrize("each", [1, 2, 4])
+def test_images_of_a_prompt_follow_each_other(each: int) -> None:
+    single = prompt_indices(3, 0, 10, 5)
+    assert prompt_indices(3, 0, 10 * each, 5, each) == [index for index in single for _ in range(each)]
+
+
+def test_a_range_may_start_within_the_images_of_a_prompt() -> None:
+    # two workers with six images of a prompt between them
+    whole = prompt_indices(3, 24, 24, 5, 6)
+    assert prompt_indices(3, 24, 9, 5, 6) + prompt_indices(3, 33, 15, 5, 6) == whole
+    assert all(len(set(whole[i : i + 6])) == 1 for i in range(0, 24, 6))
 
 
 def test_estimator_draws_depend_on_seed_and_step_alone() -> None:

@@ -1,0 +1,77 @@
+"""DDPO (arXiv:2305.13301): denoising as a decision process, trained by clipped importance sampling (DDPO-IS)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from rltune.estimators.base import ESTIMATORS, Round, Setting, check_count, check_range
+from rltune.estimators.policy import (
+    PromptStatistics,
+    Rollout,
+    clipped_surrogate,
+    draw_steps,
+    gathered,
+    policy_pass,
+    roll_out,
+    split,
+)
+
+
+@ESTIMATORS.register("ddpo")
+@dataclass(frozen=True)
+class DDPO:
+    """Policy gradient by clipped importance sampling, images compared with others of their prompt.
+
+    Needs no gradient of the reward, and pays in reward queries. Give every prompt several images a round
+    (``prompts.images_per_prompt``), so that there is something to compare with.
+
+    Attributes:
+        clip: Half width of the interval that the ratio of probabilities (of the mean over latent elements) may move in.
+        advantage_clip: Greatest absolute advantage.
+        epochs: Updates a round. The first is on-policy; clipping matters from the second on.
+        fraction: Share of the steps that is trained in a round, drawn at random.
+        buffer: Rewards kept a prompt.
+        min_count: Rewards of a prompt from which on it is compared with itself alone.
+    """
+
+    clip: float = 1e-4
+    advantage_clip: float = 5.0
+    epochs: int = 1
+    fraction: float = 1.0
+    buffer: int = 32
+    min_count: int = 16
+    needs_gradient: ClassVar[bool] = False
+    has_serial_mode: ClassVar[bool] = False
+
+    def check(self, num_steps: int) -> None:
+        """Check the ranges of all settings.
+
+        Raises:
+            ValueError: One is out of its range.
+        """
+        check_range("clip", self.clip, 1e-8, 1)
+        check_range("advantage_clip", self.advantage_clip, 1e-3, 1e6)
+        check_count("epochs", self.epochs, 1, 1000)
+        check_range("fraction", self.fraction, 0, 1)
+        check_count("min_count", self.min_count, 2, 1_000_000)
+        check_count("buffer", self.buffer, self.min_count, 1_000_000)
+
+    def make_state(self, setting: Setting) -> PromptStatistics:
+        """Return empty statistics."""
+        return PromptStatistics(self.buffer, self.min_count)
+
+    def train(self, round: Round) -> None:
+        """Sample, compare, and update ``epochs`` times."""
+        assert isinstance(round.state, PromptStatistics)
+        rollouts = roll_out(round)
+        advantages = split(round, rollouts, round.state.advantages(*gathered(round, rollouts)))
+        bound = self.advantage_clip
+        advantage_of = {id(r): values_B.clamp(-bound, bound) for r, values_B in zip(rollouts, advantages, strict=True)}
+
+        def loss(rollout: Rollout, step: int, log_prob_B: Tensor, ratio_B: Tensor, f_BCHW: Tensor) -> Tensor:
+            return clipped_surrogate(advantage_of[id(rollout)], ratio_B, self.clip)
+
+        steps = draw_steps(round, rollouts, self.fraction)
+        for epoch in range(self.epochs):
+            policy_pass(round, rollouts, steps, loss, is_first=epoch == 0)

@@ -1,0 +1,80 @@
+"""Training runs on the tiny pipeline, in this process and in several, and what they leave."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rltune.config.experiment import RunConfig
+from rltune.diffusion.lora import add_lora
+from rltune.training.checkpoint import load_adapter
+from rltune.training.loop import train_run
+from rltune.training.reporter import FolderReporter, read_metrics
+from rltune.training.setup import Run, build_run
+
+Make = Callable[..., RunConfig]
+
+
+def train(
+    config: RunConfig, root: Path, *, base_dir: Path | None = None, resume_from: Path | None = None
+) -> FolderReporter:
+    """Train in this process; the base model is measured in ``root`` unless a folder is shared."""
+    reporter = FolderReporter(root / "checkpoints", num_to_keep=10)
+    places = {"trial_dir": root / "trial", "base_dir": base_dir or root / "base"}
+    train_run(config, reporter=reporter, resume_from=resume_from, **places)
+    return reporter
+
+
+def adapters(root: Path, step: int) -> dict[str, Tensor]:
+    """The adapters that ``root``'s checkpoint of a step gives to evaluation and export."""
+    return load_adapter(root / "checkpoints" / f"step-{step:06d}")
+
+
+def metrics(root: Path) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl``."""
+    return read_metrics(root / "trial" / "metrics.jsonl")
+
+
+def adapted_run(config: RunConfig) -> Run:
+    """A run with fresh adapters attached, as far as the loop has it before its first round."""
+    run = build_run(config)
+    lora = config.model.lora
+    add_lora(run.model.network, rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets, seed=0)
+    return run
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from rltune.config.experiment import RunConfig
+from tests.training.runs import train
+root = Path(sys.argv[1])
+for name, raw in json.loads((root / "configs.json").read_text()).items():
+    train(RunConfig.model_validate(raw), root / name, base_dir=root / "base")
+"""
+
+
+def train_in_processes(configs: Mapping[str, RunConfig], root: Path, count: int) -> None:
+    """Train one after the other with ``count`` processes and a gloo group, as Ray Train and torchrun start them."""
+    root.mkdir()
+    raw = {name: config.model_dump(mode="json") for name, config in configs.items()}
+    (root / "configs.json").write_text(json.dumps(raw))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(count):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path])}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
+        command = [sys.executable, "-c", WORKER, str(root)]
+        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    for process in processes:
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 0, stderr

@@ -1,0 +1,223 @@
+"""What a run is built from: an estimator with its settings, room for activations, the name of the base model."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from rltune.diffusion.lora import lora_parameters
+from rltune.diffusion.memory import stored_bytes
+from rltune.errors import UserError
+from rltune.estimators.alignprop import AlignProp
+from rltune.estimators.drtune import DRTune
+from rltune.training import setup
+from rltune.training.setup import base_key, check_options, make_estimator, with_room
+from tests.training.runs import Make, adapted_run
+
+NONE: dict[str, Any] = {"k": None, "draw": None}
+
+# ---- the estimator
+
+
+def test_what_is_left_out_is_the_estimators_own_default(make_config: Make) -> None:
+    assert make_estimator(make_config(estimator=NONE)) == AlignProp()
+    assert make_estimator(make_config(estimator={"name": "drtune", **NONE})) == DRTune()
+
+
+def test_an_estimator_is_built_from_its_section_and_its_options(make_config: Make) -> None:
+    section = {"name": "alignprop", "k": 3, "draw": "gaussian", "std": 1.5}
+    assert make_estimator(make_config(estimator=section)) == AlignProp(k=3, draw="gaussian", std=1.5)
+    section = {"name": "drtune", "k": 2, "draw": None, "options": {"early_stop": 0.25}}
+    assert make_estimator(make_config(estimator=section)) == DRTune(k=2, early_stop=0.25)
+
+
+@pytest.mark.parametrize(
+    ("section", "sampler", "message"),
+    [
+        ({"name": "drtun"}, {}, "estimator 'drtun' is unknown; did you mean 'drtune'"),
+        ({"name": "full", "k": 2}, {}, "estimator 'full': option 'k' is unknown; it takes none"),
+        ({"name": "drtune", "options": {"stride": 2}}, {}, "option 'stride' is unknown; known: k, early_stop"),
+        ({"name": "drtune", "k": 8}, {"steps": 12}, None),
+        ({"name": "drtune", "k": 9}, {"steps": 12}, r"^estimator: drtune: k must be in \[1, 8\], got 9"),
+        (
+            {"name": "drtune", "k": 8},
+            {"steps": 12, "base_steps": 2},
+            r"^estimator: drtune: k must be in \[1, 7\], got 8",
+        ),
+        (
+            {"options": {"k": 10}, **NONE},
+            {"steps": 12, "base_steps": 3},
+            r"^estimator: alignprop: k must be in \[1, 9\]",
+        ),
+        ({"name": "ddpo", "options": {"min_count": 64}}, {}, r"^estimator: ddpo: buffer must be in \[64, "),
+        ({"name": "draft_lv", "options": {"n": "two"}}, {}, "^estimator: draft_lv: "),
+        ({"name": "dpok", "options": {"clip": [1]}}, {}, "^estimator: dpok: "),
+    ],
+)
+def test_a_setting_that_an_estimator_does_not_bear_is_named(
+    make_config: Make, section: dict[str, Any], sampler: dict[str, Any], message: str | None
+) -> None:
+    config = make_config(estimator={**NONE, **section}, sampler={"steps": 4, **sampler})
+    if message is None:
+        check_options(config)
+        return
+    with pytest.raises(UserError, match=message):
+        check_options(config)
+
+
+# ---- the sampler
+
+
+def test_what_shapes_the_chain_reaches_the_sampler(make_config: Make) -> None:
+    config = make_config(
+        sampler={"steps": 5, "base_steps": 2, "guidance": 3.5, "eta": 0.5},
+        estimator={"guidance_gradient": "text_rescaled"},
+        resources={"prefix_precision": "bf16"},
+    )
+    sampler = setup.build_run(config).sampler
+    assert (sampler.table.num_steps, sampler.num_base_steps, sampler.num_steps) == (5, 2, 3)
+    assert (sampler.guidance_scale, sampler.guidance_gradient) == (3.5, "text_rescaled")
+    assert not sampler.table.is_deterministic
+    assert sampler.use_bf16_prefix
+    assert not setup.build_run(make_config()).sampler.use_bf16_prefix
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_first_steps_are_the_base_models_whatever_the_adapters_are(make_config: Make, eta: float) -> None:
+    run = adapted_run(make_config(sampler={"eta": eta}))
+    generator = torch.Generator().manual_seed(1)
+    x_BCHW = torch.randn(2, *run.latent_shape, generator=generator)
+    noise = torch.randn(4, 2, *run.latent_shape, generator=generator)
+    prompts = ["a cat", "a dog"]
+
+    def states(num_base_steps: int) -> list[torch.Tensor]:
+        chain = replace(run.sampler, num_base_steps=num_base_steps).open(prompts, x_BCHW, lambda k: noise[k])
+        return [chain.x_BCHW, chain.run()]
+
+    base = states(4)[0]  # adapters that start at 0 change no bit, but those steps do not even see them
+    own = states(0)[1]
+    torch.testing.assert_close(own, base, rtol=1e-4, atol=1e-5)  # float32 weights, merged with an update of 0
+    before = states(3)[0]
+    for parameter in lora_parameters(run.model.network):
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    assert torch.equal(states(4)[0], base)
+    assert torch.equal(states(3)[0], before)
+    apart = [(states(steps)[1] - base).abs().max().item() for steps in (3, 0)]
+    assert 0 < apart[0] < apart[1]
+
+
+# ---- room for activations
+
+GIB = 2**30
+STEP, DECODER = 1 * GIB, 2 * GIB
+
+
+@pytest.mark.parametrize(
+    ("activation_gib", "num_kept", "is_decoder_kept"),
+    [(0, 0, False), (0.9, 0, False), (1, 1, False), (1.9, 1, False), (2, 0, True), (4.5, 2, True), (100, 4, True)],
+)
+def test_the_decoder_and_then_as_many_steps_are_kept_as_fit(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, activation_gib: float, num_kept: int, is_decoder_kept: bool
+) -> None:
+    config = make_config(estimator={"activation_gib": activation_gib})
+    run = setup.build_run(config)
+    monkeypatch.setattr(setup, "stored_bytes", lambda _, frozen: STEP if frozen is run.model.network else DECODER)
+    sampler = with_room(run, config)
+    assert (sampler.num_kept, sampler.is_decoder_kept) == (num_kept, is_decoder_kept)
+
+
+def test_what_is_free_is_the_room_unless_it_is_given(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config()
+    run = setup.build_run(config)
+    monkeypatch.setattr(setup, "stored_bytes", lambda _, frozen: STEP if frozen is run.model.network else DECODER)
+    monkeypatch.setattr(setup, "free_bytes", lambda device: 3 * GIB)
+    sampler = with_room(run, config)
+    assert (sampler.num_kept, sampler.is_decoder_kept) == (1, True)
+
+
+@pytest.mark.parametrize(("activation_gib", "num_kept", "is_decoder_kept"), [(0, 0, False), (1, 3, True)])
+def test_nothing_or_everything_is_kept_as_the_tiny_model_needs(
+    make_config: Make, activation_gib: float, num_kept: int, is_decoder_kept: bool
+) -> None:
+    config = make_config(estimator={"activation_gib": activation_gib}, sampler={"base_steps": 1})
+    run = adapted_run(config)
+    sampler = with_room(run, config)
+    assert (sampler.num_kept, sampler.is_decoder_kept) == (num_kept, is_decoder_kept)
+    assert sampler.num_base_steps == 1
+
+
+def test_a_micro_batch_is_measured_with_gradient(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored: list[int] = []
+
+    def measure(call: Callable[[], torch.Tensor], frozen: torch.nn.Module) -> int:
+        stored.append(stored_bytes(call, frozen))
+        return stored[-1]
+
+    monkeypatch.setattr(setup, "stored_bytes", measure)
+    for micro_batch in (1, 4):
+        config = make_config(optim={"micro_batch": micro_batch})
+        with_room(adapted_run(config), config)
+    step, decoder, steps, decoders = stored
+    # what does not grow with images, such as the adapters themselves, is a few percent
+    assert steps == pytest.approx(4 * step, rel=0.1)
+    assert decoders == pytest.approx(4 * decoder, rel=0.1)
+    assert step > 2 * 4 * 16 * 64 * 4  # one image, two branches: the input of four projections, 16 x 8 x 8 float32
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "num_kept", "is_decoder_kept"),
+    [("always", 0, False), ("serial", 0, False), ("never", 3, True)],
+)
+def test_a_mode_is_not_measured(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, checkpoint: str, num_kept: int, is_decoder_kept: bool
+) -> None:
+    monkeypatch.setattr(setup, "stored_bytes", None)
+    config = make_config(estimator={"checkpoint": checkpoint}, sampler={"base_steps": 1})
+    sampler = with_room(setup.build_run(config), config)
+    assert (sampler.num_kept, sampler.is_decoder_kept) == (num_kept, is_decoder_kept)
+
+
+# ---- the name of the base model's measurements
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"sampler": {"base_steps": 2}},
+        {"prompts": {"images_per_prompt": 2}},
+        {"estimator": {"k": 1, "checkpoint": "never", "guidance_gradient": "text"}},
+        {"optim": {"lr": 0.5, "ema": 0.9, "queries": 7}},
+        {"regularize": {"drift": 1.0}},
+        {"evaluate": {"every": 3}},
+        {"resources": {"compile": True, "workers": 2}},
+        {"rewards": {"brightness": {"weight": 3, "loss": "hinge", "target": 1}, "smoothness": {}}},
+        {"seed": 9},
+    ],
+)
+def test_what_does_not_change_the_base_model_shares_its_measurements(
+    make_config: Make, sections: dict[str, Any]
+) -> None:
+    assert base_key(make_config(**sections)) == base_key(make_config())
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"resources": {"prefix_precision": "bf16"}},
+        {"resources": {"precision": "bf16"}},
+        {"sampler": {"steps": 5}},
+        {"sampler": {"eta": 1.0}},
+        {"sampler": {"guidance": 3.0}},
+        {"prompts": {"train": ["a cat"]}},
+        {"prompts": {"eval": ["a snail", "an ant", "a bee"]}},
+        {"evaluate": {"prompts": 2}},
+        {"evaluate": {"judges": ["drift"]}},
+        {"rewards": {"brightness": {}}},
+        {"rewards": {"brightness": {"options": {"x": 1}}, "smoothness": {}}},
+        {"model": {"base": "other"}},
+    ],
+)
+def test_what_changes_the_base_model_has_measurements_of_its_own(make_config: Make, sections: dict[str, Any]) -> None:
+    assert base_key(make_config(**sections)) != base_key(make_config())
