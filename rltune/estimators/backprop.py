@@ -73,7 +73,12 @@ def add_gradient(
         batch: Its prompts.
         share: Of the loss that this image has.
         is_counted: Whether the scores belong to the round's statistics.
+
+    Raises:
+        ValueError: Serial mode, and gradient is to pass through an active step's input.
     """
+    if round.is_serial and plan.is_through_latent and len(plan.active) > 1:
+        raise ValueError("serial mode needs a plan whose inputs are detached")
     drift = round.regularisers.drift / (round.num_images * max(1, len(plan.active)))
     inputs: dict[int, Tensor] = {}
     penalties: list[Tensor] = []
@@ -91,9 +96,7 @@ def add_gradient(
         if round.is_serial:
             x_BCHW = x_BCHW.detach().requires_grad_()
     with round.timer.measure("reward"):
-        score = _score(round, x_BCHW, batch)
-        if is_counted:
-            round.tally.add(score)
+        score = _score(round, x_BCHW, batch, is_counted=is_counted)
     with round.timer.measure("backward"):
         loss = -share * score.total_B.sum() / round.num_images
         torch.stack([loss, *penalties]).sum().backward()
@@ -112,14 +115,19 @@ def add_gradient(
     return x_BCHW.detach()
 
 
-def _score(round: Round, x_BCHW: Tensor, batch: Batch) -> MixtureScore:
+def _score(round: Round, x_BCHW: Tensor, batch: Batch, *, is_counted: bool) -> MixtureScore:
+    """Return the score to train on, and note that of the image itself."""
     image_B3HW = round.sampler.decode(x_BCHW)
     rho = round.regularisers.flatness_image
     if rho > 0:
         probe_B3HW = image_B3HW.detach().requires_grad_()
-        (slope_B3HW,) = torch.autograd.grad(round.mixture(probe_B3HW, batch.prompts).total_B.sum(), probe_B3HW)
+        plain = round.mixture(probe_B3HW, batch.prompts)
+        (slope_B3HW,) = torch.autograd.grad(plain.total_B.sum(), probe_B3HW)
         norm_B111 = torch.linalg.vector_norm(slope_B3HW.flatten(1), dim=1).view(-1, 1, 1, 1)
         image_B3HW = image_B3HW - rho * slope_B3HW / (norm_B111 + TINY)
         round.tally.num_queries += len(batch.prompts)
     round.tally.num_queries += len(batch.prompts)
-    return round.mixture(image_B3HW, batch.prompts)
+    score = round.mixture(image_B3HW, batch.prompts)
+    if is_counted:
+        round.tally.add(plain if rho > 0 else score)
+    return score

@@ -65,7 +65,8 @@ class DDPO:
         """Sample, compare, and update ``epochs`` times."""
         assert isinstance(round.state, PromptStatistics)
         rollouts = roll_out(round)
-        advantages = split(round, rollouts, round.state.advantages(*gathered(round, rollouts)))
+        everyone = round.state.advantages(*gathered(round, rollouts))
+        advantages = split(round, rollouts, everyone)
         bound = self.advantage_clip
         advantage_of = {id(r): values_B.clamp(-bound, bound) for r, values_B in zip(rollouts, advantages, strict=True)}
 
@@ -74,4 +75,5 @@ class DDPO:
 
         steps = draw_steps(round, rollouts, self.fraction)
         for epoch in range(self.epochs):
-            policy_pass(round, rollouts, steps, loss, is_first=epoch == 0)
+            # where every image is as good as its prompt's others there is nothing to learn, and nothing wrong
+            policy_pass(round, rollouts, steps, loss, is_first=epoch == 0 and any(everyone))

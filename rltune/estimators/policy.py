@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rltune.diffusion.sampling import Chain
+from rltune.errors import UserError
 from rltune.estimators.base import Batch, Round
 
 
@@ -67,8 +68,17 @@ def _record(passed: list[tuple[Tensor, Tensor]], step: int, x_BCHW: Tensor, f_BC
 
 
 def draw_steps(round: Round, rollouts: Sequence[Rollout], fraction: float) -> tuple[int, ...]:
-    """Return the stochastic steps that are trained in this round: a random share, the same on every worker."""
+    """Return the stochastic steps that are trained in this round: a random share, the same on every worker.
+
+    Raises:
+        UserError: No step is stochastic.
+    """
     steps = rollouts[0].stochastic_steps
+    if not steps:
+        raise UserError(
+            "sampler: no step that the adapters have a part in adds noise, which policy gradients learn from; raise "
+            "sampler.eta, or lower sampler.base_steps"
+        )
     count = max(1, int(np.ceil(fraction * len(steps))))
     return tuple(sorted(round.rng.choice(steps, count, replace=False).tolist()))
 

@@ -120,7 +120,7 @@ class Mixture:
     @property
     def may_saturate(self) -> bool:
         """Whether a gradient of exactly zero may be what was asked for: every image at its cap."""
-        return any(self.shapes[name].loss == "hinge" for name, weight in self.weights.items() if weight > 0)
+        return all(self.shapes[name].loss == "hinge" for name, weight in self.weights.items() if weight > 0)
 
     @property
     def is_differentiable(self) -> bool:

@@ -34,6 +34,8 @@ METHODS = ("alignprop", "draft", "draft_lv", "refl", "drtune", "ddpo", "dpok")
 REWARDS = ("aesthetic", "compressibility")
 SEEDS = (0, 1, 2)
 JUDGE = "faithful_exact"
+KEPT = 0.95
+"""Share of the base model's judgement that a gain must leave to count as honest."""
 REFERENCE = "ddpo"
 Array = npt.NDArray[np.float64]
 
@@ -63,6 +65,12 @@ class Curve:
     def last_P(self, kind: str, name: str) -> Array:
         """A value a held-out prompt at the end."""
         return np.array(self.values_E[-1][kind][name])
+
+    def honest_gain(self, name: str, kept: float) -> float:
+        """Greatest mean gain of an evaluation where the judge still scores ``kept`` of what the base model gets."""
+        base = float(np.mean(self.last_P("eval", JUDGE) - self.last_P("gain", JUDGE)))
+        judged_E = [base, *(float(np.mean(values["eval"][JUDGE])) for values in self.values_E)]
+        return max(gain for gain, judged in zip(self.gain_E(name), judged_E, strict=True) if judged >= kept * base)
 
     def queries_to(self, name: str, gain: float) -> float:
         """Reward queries until the mean gain is first reached, infinite if it never is."""
@@ -124,9 +132,10 @@ def table(reward: str, curves: Mapping[str, list[Curve]]) -> str:
     goal = final[REFERENCE]
     reference = float(np.mean([c.queries_E[-1] for c in curves[REFERENCE]]))
     lines = [
-        f"| {reward} | queries | network calls | training (CPU s) | gain | faithful_exact | diversity "
+        f"| {reward} | queries | network calls | training (CPU s) | gain | gain while the judge "
+        f"keeps {KEPT:.0%} | faithful_exact | diversity "
         f"| queries to {REFERENCE}'s {goal:+.3f} | times fewer |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, runs in curves.items():
         gain, half = interval(np.stack([c.last_P("gain", reward) for c in runs]))
@@ -145,7 +154,9 @@ def table(reward: str, curves: Mapping[str, list[Curve]]) -> str:
         else:
             times = sorted(reference / n for n in needed)
             last = f"{np.mean(needed):,.0f} | {reference / np.mean(needed):.0f} ({times[0]:.0f} to {times[-1]:.0f})"
-        lines.append(f"| {method} | {' | '.join(cells)} | {gain:+.3f} ± {half:.3f} | {' | '.join(kept)} | {last} |")
+        honest = float(np.mean([c.honest_gain(reward, KEPT) for c in runs]))
+        cells += [f"{gain:+.3f} ± {half:.3f}", f"{honest:+.3f}", *kept, last]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

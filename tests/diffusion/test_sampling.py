@@ -134,6 +134,22 @@ def test_the_first_steps_are_the_base_model_s(num_base_steps: int, eta: float) -
     assert [call.has_grad for call in toy.calls] == [False] * (T - 1) + [True]
 
 
+@pytest.mark.parametrize("use_bf16", [False, True])
+def test_the_base_model_s_steps_run_in_bf16_if_the_prefix_does(use_bf16: bool) -> None:
+    toy, is_bf16 = perceptron_toy(torch.float32), []
+    run = toy.run
+
+    def noted(x_BCHW: Tensor, t: Tensor, text_BLD: Tensor) -> Tensor:
+        is_bf16.append(torch.is_autocast_enabled("cpu"))
+        return run(x_BCHW, t, text_BLD)
+
+    toy.run = noted  # type: ignore[method-assign]
+    sampler = make_sampler(toy, make_table(T), guidance=GUIDANCE, num_base_steps=2, use_bf16_prefix=use_bf16)
+    chain = sampler.open(PROMPTS[:B], draw(toy, range(B), 0), None)
+    assert is_bf16 == [use_bf16] * 2
+    assert chain.x_BCHW.dtype == torch.float32
+
+
 def test_a_chain_may_be_started_later_more_than_once() -> None:
     """Steps are numbered from 0 again, their timesteps and noise are not."""
     toy = perceptron_toy()

@@ -30,6 +30,7 @@ from tests.toys import (
     line_toy,
     make_round,
     make_table,
+    perceptron_toy,
     slope_of,
     toy_reward,
     unet_toy,
@@ -422,3 +423,20 @@ def test_noted_scores_are_those_of_the_images() -> None:
         round = replace(round, regularisers=Regularisers(flatness_weights=0.5), mixture=ToyMixture())  # type: ignore[arg-type]
         estimator.train(round)
         assert round.tally.totals.tolist() == pytest.approx([expected] * 3, rel=1e-12)
+
+
+def test_scores_are_noted_of_the_images_that_were_drawn() -> None:
+    """Not of those that flatness_image moved."""
+    totals = []
+    for rho in (0.0, 0.5):
+        estimator = DRaFT()
+        round = make_round(perceptron_toy(), estimator, num_images=N, regularisers=Regularisers(flatness_image=rho))
+        estimator.train(round)
+        totals.append(round.tally.totals)
+    torch.testing.assert_close(*totals, rtol=1e-12, atol=0)
+
+
+def test_serial_mode_is_refused_where_inputs_are_not_detached() -> None:
+    estimator = FullBackprop()
+    with pytest.raises(ValueError, match="serial mode needs a plan whose inputs are detached"):
+        estimator.train(make_round(perceptron_toy(), estimator, is_serial=True))

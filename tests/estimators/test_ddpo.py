@@ -1,5 +1,6 @@
 """DDPO against the score function written out by hand, and against an expected reward in closed form."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rltune.diffusion.lora import add_lora
+from rltune.errors import UserError
 from rltune.estimators.base import Batch, Regularisers
 from rltune.estimators.ddpo import DDPO
 from rltune.rewards.mixture import MixtureScore
@@ -16,6 +18,7 @@ from tests.toys import (
     Adaptable,
     ByHand,
     Toy,
+    ToyMixture,
     fill,
     flat_gradient,
     gradients_of,
@@ -208,3 +211,26 @@ def test_its_gradient_is_that_of_the_expected_reward() -> None:
 def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DDPO(**options).check(T)
+
+
+class AllAlike(ToyMixture):
+    """A reward that is the same for every image."""
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> MixtureScore:
+        score = super().__call__(images_B3HW, prompts)
+        return replace(score, total_B=torch.zeros_like(score.total_B))
+
+
+def test_a_round_of_equally_good_images_teaches_nothing_and_is_no_fault() -> None:
+    toy, estimator = perceptron_toy(), DDPO(epochs=2)
+    before = [parameter.detach().clone() for parameter in toy.parameters]
+    round = replace(make_round(toy, estimator, num_images=N), mixture=AllAlike())
+    estimator.train(round)
+    assert round.update.may_vanish == [True, True]  # type: ignore[attr-defined]
+    assert all(torch.equal(*pair) for pair in zip(before, toy.parameters, strict=True))
+
+
+def test_a_chain_without_noise_is_refused() -> None:
+    estimator = DDPO()
+    with pytest.raises(UserError, match=r"no step .* adds noise"):
+        estimator.train(make_round(perceptron_toy(), estimator, num_images=N, eta=0.0))

@@ -83,6 +83,12 @@ def test_advantages_compare_a_prompt_with_itself_once_it_is_known() -> None:
     assert third == pytest.approx([-2 / (3.5**0.5 + 1e-6), -1 / (3.5**0.5 + 1e-6)], rel=1e-12)
 
 
+def test_a_prompt_is_known_from_its_min_count_th_reward_on() -> None:
+    """a: 1, 3, mean 2, deviation 1; b with the round, mean 4, variance 74 / 3 - 16 = 26 / 3."""
+    advantages = PromptStatistics(size=4, min_count=2).advantages(["a", "a", "b"], [1.0, 3.0, 8.0])
+    assert advantages == pytest.approx([-1 / (1 + 1e-6), 1 / (1 + 1e-6), 4 / ((26 / 3) ** 0.5 + 1e-6)], rel=1e-12)
+
+
 def test_equal_rewards_are_no_advantage() -> None:
     assert PromptStatistics(4, 2).advantages(["a", "a", "b"], [0.3, 0.3, 0.3]) == [0, 0, 0]
 

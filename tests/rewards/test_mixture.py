@@ -174,6 +174,7 @@ def test_metrics_and_the_scores_of_a_reward_that_is_watched_have_their_own_shape
         (("linear", "target"), (1.0, 1.0), False),
         (("hinge", "hinge"), (1.0, 2.0), True),
         (("hinge", "linear"), (1.0, 0.0), True),
+        (("hinge", "linear"), (1.0, 1.0), False),
         (("linear", "hinge"), (1.0, 0.0), False),
     ],
 )
