@@ -170,8 +170,8 @@ def with_room(run: Run, config: RunConfig) -> Sampler:
     room = free_bytes(run.workers.device) if budget == "auto" else int(budget * GIB)
     x_BCHW = torch.zeros(run.micro_batch, *run.latent_shape, device=run.workers.device)
     chain = replace(sampler, num_base_steps=0).open([run.train_prompts[0]] * run.micro_batch, x_BCHW, None)
-    step_bytes = stored_bytes(lambda: chain.predict(0, x_BCHW), run.model.network)
-    latent_BCHW = x_BCHW.clone().requires_grad_()
+    latent_BCHW = x_BCHW.clone().requires_grad_()  # as every active step's input but the first's
+    step_bytes = stored_bytes(lambda: chain.predict(0, latent_BCHW), run.model.network)
     decoder_bytes = stored_bytes(lambda: run.model.decode(latent_BCHW), run.model.pipeline.vae)
     is_decoder_kept = decoder_bytes <= room
     room -= decoder_bytes if is_decoder_kept else 0
