@@ -148,7 +148,9 @@ def table(reward: str, curves: Mapping[str, list[Curve]]) -> str:
             kept.append(f"{base:.3f} -> {after:.3f} ({after / base:.0%})")
         needed = [c.queries_to(reward, goal) for c in runs]
         if method == REFERENCE:
-            last = f"{reference:,.0f} | 1"
+            last = f"{reference:,.0f} | 1" if goal > 0 else " | "
+        elif goal <= 0:
+            last = f"{REFERENCE} gained nothing | "
         elif np.isinf(needed).any():
             last = f"not reached by {np.isinf(needed).sum()} of {len(needed)} | "
         else:
