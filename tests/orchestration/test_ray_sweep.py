@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,7 +157,8 @@ def test_a_sweep_gives_front_and_exports_and_listens_on_loopback_alone(
     exported = sorted(path.parent.name for path in run.glob("exports/*/pytorch_lora_weights.safetensors"))
     assert front["knee"] in exported
     assert "Pareto front" in output
-    assert "trial 001 step 3/6" in output
+    # lines are printed at intervals, in which six small steps may all pass
+    assert re.search(r"trial 001 step [36]/6", output)
     assert "Traceback" not in output
     # the folder says again what was run, and the same command finds nothing left to do
     assert load_experiment(run / "experiment.yaml").space == load_experiment(path).space
@@ -169,7 +171,7 @@ def test_a_sweep_gives_front_and_exports_and_listens_on_loopback_alone(
 def test_kills_lose_nothing_and_change_nothing(
     write: Callable[..., Path], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    path = write(optim={"lr": 0.002, "steps": 300, "batch": 4}, evaluate={"every": 5, "prompts": 2})
+    path = write(optim={"lr": 0.002, "steps": 500, "batch": 4}, evaluate={"every": 5, "prompts": 2})
     run = tmp_path / "runs" / "tiny"
     metrics = run / "trials" / "001" / "metrics.jsonl"
 
