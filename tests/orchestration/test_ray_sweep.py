@@ -207,7 +207,7 @@ def test_kills_lose_nothing_and_change_nothing(
     assert process.returncode == 0, output
     results = {result.trial: result for result in read_results(run / "results.jsonl")}
     assert sorted(results) == ["000", "001"]
-    assert [row["step"] for row in read_metrics(metrics)] == list(range(1, 301))
+    assert [row["step"] for row in read_metrics(metrics)] == list(range(1, 501))
 
     command = [sys.executable, "-c", REFERENCE, str(path), str(tmp_path / "whole")]
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=PATIENCE_S)
