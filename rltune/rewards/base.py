@@ -3,15 +3,19 @@
 B: images in the batch. H, W: image rows and columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_type_hints
+from typing import Any, Protocol, TypeVar, get_type_hints, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from rltune.errors import UserError
 from rltune.registry import Registry
+from rltune.rewards.weights import WeightsFile
+
+Builder = TypeVar("Builder", bound=Callable[..., Any])
 
 
 class Reward(Protocol):
@@ -52,11 +56,68 @@ class Reward(Protocol):
         ...
 
 
-REWARDS: Registry[Reward] = Registry("reward", "rltune.rewards")
-"""Built from keyword options, each with a default; a builder raises ``UserError`` for a wrong value.
+@runtime_checkable
+class HasFeatures(Protocol):
+    """A reward that can say what it sees in an image, so that one can tell how far from its training data that is."""
 
-It is the reward's class, or a function annotated to return it: what the class says is known before weights are loaded.
-"""
+    def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the last features ``(B, D)`` float32 that the score is read from."""
+        ...
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known of a reward without loading anything."""
+
+    scale: str = ""
+    """What its raw scores are like: ``about 1 to 10``."""
+    licence: str = "Apache-2.0"
+    """Of the weights; of rltune where there are none, or they ship with it."""
+    weights: tuple[WeightsFile, ...] = ()
+    """Published files that it needs; none if it needs no weights, or they ship with rltune."""
+
+    @property
+    def size_mb(self) -> float:
+        """All files together, 10^6 bytes."""
+        return sum(file.size_mb for file in self.weights)
+
+    @property
+    def missing(self) -> tuple[WeightsFile, ...]:
+        """Files that are not on this machine."""
+        return tuple(file for file in self.weights if file.find() is None)
+
+
+class RewardRegistry(Registry[Reward]):
+    """Builders of rewards by name, with a card each.
+
+    A builder takes keyword options, each with a default, and raises ``UserError`` for a wrong value. It is the reward's
+    class, or a function annotated to return it: what the class says is known before weights are loaded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("reward", "rltune.rewards")
+        self._cards: dict[str, Card] = {}
+
+    def register(self, name: str, card: Card | None = None) -> Callable[[Builder], Builder]:
+        """Return a decorator that files a builder and its card under ``name``.
+
+        Raises:
+            ValueError: The name is taken by another builder.
+        """
+        self._cards.setdefault(name, card or Card())
+        return super().register(name)
+
+    def card(self, name: str) -> Card:
+        """Return the card of ``name``.
+
+        Raises:
+            UnknownNameError: Nothing is registered under it; the message lists what is.
+        """
+        self.get(name)
+        return self._cards[name]
+
+
+REWARDS = RewardRegistry()
 
 
 def has_gradient(name: str) -> bool:
@@ -68,6 +129,14 @@ def has_gradient(name: str) -> bool:
     builder = REWARDS.get(name)
     kind: Any = builder if isinstance(builder, type) else get_type_hints(builder)["return"]
     return bool(kind.is_differentiable)
+
+
+def sees_group(reward: Any) -> bool:
+    """Return whether an image's score depends on the other images of its prompt in the batch; most do not.
+
+    Such a reward, or its class, says ``sees_group = True``. It is called with whole groups of a prompt.
+    """
+    return bool(getattr(reward, "sees_group", False))
 
 
 def check_batch(images_B3HW: Tensor, prompts: Sequence[str]) -> None:

@@ -12,11 +12,12 @@ import open_clip
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.functional import center_crop, normalize, resize
 
 from rltune.assets import BUILTIN_CLIP_DIR
 from rltune.errors import RunError, UserError
 from rltune.registry import suggest
+from rltune.rewards.frozen import freeze
+from rltune.rewards.preprocess import normalise, resize_to
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ class ClipTower:
 
     def __init__(self, model: Any, tokenizer: Callable[..., Tensor], *, name: str) -> None:
         self.name = name
-        self.model = model.float().eval().requires_grad_(False)  # Any: open_clip is untyped
+        self.model: Any = freeze(model)  # Any: open_clip is untyped
         self._tokenizer = tokenizer
         self._text_cache: dict[str, Tensor] = {}
         self._has_warned_truncation = False
@@ -64,14 +65,13 @@ class ClipTower:
         overshoots. We do neither, since both would take gradient away: over built-in scenes at 224 px the difference is
         0.2 of 255 levels on average and up to 27 beside saturated edges (more than 1 level at 0.3 % of the values).
         """
-        x_B3HW: Tensor = images_B3HW.float()
-        if self.resize_mode == "squash":
-            x_B3HW = resize(x_B3HW, list(self.size_px), self.interpolation, antialias=True)
-        else:
-            x_B3HW = resize(x_B3HW, [self.size_px[0]], self.interpolation, antialias=True)
-            x_B3HW = center_crop(x_B3HW, list(self.size_px))
-        normalised_B3HW: Tensor = normalize(x_B3HW, self.mean, self.std)
-        return normalised_B3HW
+        x_B3HW = resize_to(
+            images_B3HW,
+            self.size_px,
+            interpolation=self.interpolation,
+            is_cropped=self.resize_mode == "shortest",
+        )
+        return normalise(x_B3HW, self.mean, self.std)
 
     def image_features(self, images_B3HW: Tensor) -> Tensor:
         """Embed RGB in [0, 1] -> ``(B, D)`` float32 of unit length, differentiable in the images."""
