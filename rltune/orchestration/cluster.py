@@ -30,6 +30,8 @@ BEHAVIOUR = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
     # a trial that reports an objective late must not abort the sweep
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # Tune would first wait for its trials, ten seconds and more, while they train on
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Tune's own snapshots are not read back: the run folder is the state
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",
 }
@@ -147,7 +149,7 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
 
 def _term_as_interrupt() -> Any:
     try:
-        return signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        return signal.signal(signal.SIGTERM, signal.default_int_handler)
     except ValueError:  # not in the main thread, where a signal could not be handled anyway
         return None
 

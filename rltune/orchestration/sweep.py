@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,8 @@ class Sweep:
             self._results.remove(base)
             base = None
         if self._num_left or base is None:
-            self._run_tune(needs_base=base is None)
+            with suppress(KeyboardInterrupt):  # trials end with the connection, and go on from their checkpoints
+                self._run_tune(needs_base=base is None)
         base = self._base_result()
         if base is not None and not base.is_ok:
             raise RunError(f"the base model could not be measured: {base.reason}")

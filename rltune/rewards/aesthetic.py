@@ -3,8 +3,8 @@
 B: images in the batch. D: width of the embedding. H, W: image rows and columns.
 """
 
-import hashlib
 import json
+import logging
 import math
 import pickle
 from collections.abc import Sequence
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from rltune.assets import BUILTIN_AESTHETIC_HEAD
 from rltune.errors import RunError, UserError
-from rltune.rewards.base import REWARDS, check_batch
-from rltune.rewards.clip import ClipTower, load_clip
+from rltune.rewards.alignment import OPENAI_CLIP_L
+from rltune.rewards.base import REWARDS, Card, check_batch, weights_file
+from rltune.rewards.clip import ClipTower
+from rltune.rewards.clip_loading import load_clip
+from rltune.rewards.frozen import freeze
+from rltune.rewards.weights import WeightsFile, locate
 
-LAION_HEAD = "sac+logos+ava1-l14-linearMSE.pth"
-LAION_HEAD_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
-LAION_HEAD_URL = f"https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/{LAION_HEAD}"
+logger = logging.getLogger(__name__)
+
 LAION_WIDTHS = (768, 1024, 128, 64, 16, 1)
 
 
@@ -42,7 +45,7 @@ class Aesthetic:
 
     def __init__(self, tower: ClipTower, head: nn.Module, *, offset: float = 0.0, scale: float = 1.0) -> None:
         self._tower = tower
-        self._head = head.float().eval().requires_grad_(False)
+        self._head = freeze(head)
         self._offset = offset
         self._scale = scale
 
@@ -51,6 +54,11 @@ class Aesthetic:
         check_batch(images_B3HW, prompts)
         score_B1: Tensor = self._head(self._tower.image_features(images_B3HW))
         return self._offset + self._scale * score_B1[:, 0]
+
+    def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the unit image embedding ``(B, D)`` that the head reads."""
+        check_batch(images_B3HW, prompts)
+        return self._tower.image_features(images_B3HW)
 
     def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the score itself."""
@@ -63,27 +71,47 @@ class Aesthetic:
         return self
 
 
-@REWARDS.register("aesthetic")
-def build_aesthetic(*, model: str = "builtin", head: str | None = None, clip: str | None = None) -> Aesthetic:
-    """How pleasing an image looks: a head on CLIP features, the built-in one or LAION's predictor v2.
+LAION_HEAD = WeightsFile(
+    file="sac+logos+ava1-l14-linearMSE.pth",
+    url="https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/sac+logos+ava1-l14-linearMSE.pth",
+    licence="Apache-2.0",
+    size_mb=3.7,
+    sha256="21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+)
+
+
+@REWARDS.register("aesthetic", Card(scale="about 1 to 10"))
+def build_aesthetic(*, head: str | None = None, clip: str = "builtin") -> Aesthetic:
+    """How pleasing an image looks: a head on the built-in CLIP.
 
     Args:
-        model: ``builtin`` or ``laion``.
-        head: File of the head. ``laion`` needs one; ``builtin`` has its own, and takes another of the same layout.
-        clip: CLIP model in place of the one the head was fitted on (``builtin``, ``ViT-L-14/openai``): a folder with
-            the same weights, for a machine without a network.
+        head: File of another head of the same layout.
+        clip: The CLIP model that the head was fitted on, as ``alignment`` names it.
 
     Raises:
         UserError: An option has a value that it cannot take, or ``head`` is not the file it should be.
         RunError: Weights are not on this machine.
     """
-    if model == "builtin":
-        network, offset, scale = load_builtin_head(Path(head).expanduser() if head else BUILTIN_AESTHETIC_HEAD)
-        return Aesthetic(load_clip(clip or "builtin"), network, offset=offset, scale=scale)
-    if model == "laion":
-        network = load_laion_head(head)  # first: it is quick to miss, the CLIP model takes a while to be refused
-        return Aesthetic(load_clip(clip or "ViT-L-14/openai"), network)
-    raise UserError(f"reward 'aesthetic': model must be 'builtin' or 'laion', got {model!r}")
+    network, offset, scale = load_builtin_head(weights_file("aesthetic", head, BUILTIN_AESTHETIC_HEAD, option="head"))
+    return Aesthetic(load_clip(clip), network, offset=offset, scale=scale)
+
+
+@REWARDS.register(
+    "laion_aesthetic", Card(scale="about 1 to 10", licence="Apache-2.0, MIT", weights=(LAION_HEAD, OPENAI_CLIP_L))
+)
+def build_laion_aesthetic(*, head: str | None = None, clip: str = "ViT-L-14/openai") -> Aesthetic:
+    """LAION's aesthetic predictor v2 on OpenAI's CLIP-L.
+
+    Args:
+        head: Path of ``sac+logos+ava1-l14-linearMSE.pth``; the cache if left out.
+        clip: The CLIP model under it: ``ViT-L-14/openai``, or a folder of open_clip's with the same weights.
+
+    Raises:
+        UserError: ``head`` is not the file it should be, or ``clip`` names no model.
+        RunError: Weights are not on this machine.
+    """
+    path = locate("laion_aesthetic", LAION_HEAD, head, option="head")  # first: it is quick to miss
+    return Aesthetic(load_clip(clip), load_laion_head(path, is_given=head is not None))
 
 
 def load_builtin_head(path: Path) -> tuple[nn.Module, float, float]:
@@ -115,29 +143,27 @@ def load_builtin_head(path: Path) -> tuple[nn.Module, float, float]:
         raise UserError(f"aesthetic head: {path} is not a head of the built-in layout ({error!r})") from error
 
 
-def load_laion_head(path: str | None) -> nn.Module:
+def load_laion_head(path: Path, *, is_given: bool) -> nn.Module:
     """Return LAION's aesthetic predictor v2 (``sac+logos+ava1-l14-linearMSE``): five linear maps in a row.
 
     The published class has dropout between them and no activation: https://github.com/christophschuhmann/
     improved-aesthetic-predictor, ``simple_inference.py``.
 
+    Args:
+        path: The file.
+        is_given: Whether the user named it: then a head of the same layout that is not the published one is taken,
+            with a warning.
+
     Raises:
-        UserError: The file has other contents than the published one.
-        RunError: There is no such file.
+        UserError: The file is not such a head, or was fetched and is not the published one.
     """
-    file = Path(path).expanduser() if path else None
-    if file is None or not file.is_file():
-        raise RunError(
-            f"reward 'aesthetic': LAION's head is {'not given' if file is None else f'not at {file}'}; fetch "
-            f"{LAION_HEAD} (4 MB, Apache-2.0) from {LAION_HEAD_URL} and give its path as `head`"
-        )
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    if digest != LAION_HEAD_SHA256:
-        raise UserError(
-            f"reward 'aesthetic': {file} is not the published head, its sha256 is {digest} and should be "
-            f"{LAION_HEAD_SHA256}; fetch it again from {LAION_HEAD_URL}"
-        )
-    return read_laion_head(file)
+    try:
+        LAION_HEAD.check(path)
+    except UserError as error:
+        if not is_given:
+            raise
+        logger.warning("reward 'laion_aesthetic': not the published head, so not its scores: %s", error)
+    return read_laion_head(path)
 
 
 def read_laion_head(file: Path) -> nn.Module:
@@ -152,7 +178,7 @@ def read_laion_head(file: Path) -> nn.Module:
         state = torch.load(file, map_location="cpu", weights_only=True)
         return _load_layers(nn.Sequential(maps[0], gap, maps[1], gap, maps[2], gap, maps[3], maps[4]), state)
     except (pickle.UnpicklingError, RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"reward 'aesthetic': {file} is not a state dict of LAION's head ({error})") from error
+        raise UserError(f"reward 'laion_aesthetic': {file} is not a state dict of LAION's head ({error})") from error
 
 
 def _load_layers(network: nn.Module, state: dict[str, Tensor]) -> nn.Module:

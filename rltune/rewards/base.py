@@ -153,12 +153,12 @@ def check_batch(images_B3HW: Tensor, prompts: Sequence[str]) -> None:
         raise ValueError(f"prompts must be one an image ({images_B3HW.shape[0]}), got {got}")
 
 
-def weights_file(reward: str, weights: str | None, shipped: Path) -> Path:
-    """Return the file that the option ``weights`` names, or the one that ships.
+def weights_file(reward: str, weights: str | None, shipped: Path, *, option: str = "weights") -> Path:
+    """Return the file that an option names, or the one that ships.
 
     Raises:
         UserError: ``weights`` is not a path.
     """
     if weights is not None and not isinstance(weights, str):
-        raise UserError(f"reward {reward!r}: weights must be the path of a file, got {weights!r}")
+        raise UserError(f"reward {reward!r}: {option} must be the path of a file, got {weights!r}")
     return Path(weights).expanduser() if weights else shipped

@@ -1,31 +1,47 @@
-"""A frozen open_clip model with differentiable image preprocessing, which the CLIP rewards share.
+"""A frozen open_clip model with differentiable image preprocessing, shared by every reward that looks through it.
 
 B: images or prompts in the batch. D: width of the shared embedding. H, W: image rows and columns. L: tokens.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, get_args
 
-import open_clip
 import torch
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
-from rltune.assets import BUILTIN_CLIP_DIR
-from rltune.errors import RunError, UserError
-from rltune.registry import suggest
-from rltune.rewards.frozen import freeze
-from rltune.rewards.preprocess import normalise, resize_to
+from rltune.errors import UserError
+from rltune.rewards.frozen import checkpoint_blocks, freeze, is_large, share_equal
+from rltune.rewards.preprocess import ResizeMode, normalise, resize_to
 
 logger = logging.getLogger(__name__)
 
+Kept = dict[tuple[int, int, bool], tuple[Tensor, Tensor]]
+_kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
 INTERPOLATIONS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
+
+
+@contextmanager
+def embeddings_kept() -> Iterator[None]:
+    """Embed each tensor of images once a tower while this is open, so that rewards on one tower share the pass.
+
+    Nothing may be backpropagated before it is closed, or what is kept would hang on a graph that is gone.
+    """
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 class ClipTower:
     """Unit embeddings of images and prompts by one frozen CLIP model, in float32 and evaluation mode.
+
+    The vision tower of a large model keeps the input of each block alone for the backward pass. Parameters that another
+    frozen model in this process holds already are not held twice.
 
     Args:
         model: An open_clip model; its ``visual.preprocess_cfg`` says how images are resized and normalised.
@@ -38,20 +54,22 @@ class ClipTower:
 
     def __init__(self, model: Any, tokenizer: Callable[..., Tensor], *, name: str) -> None:
         self.name = name
-        self.model: Any = freeze(model)  # Any: open_clip is untyped
+        self.model: Any = share_equal(freeze(model))  # Any: open_clip is untyped
+        if is_large(model):
+            checkpoint_blocks(model.visual.transformer.resblocks)
         self._tokenizer = tokenizer
         self._text_cache: dict[str, Tensor] = {}
         self._has_warned_truncation = False
         preprocess = model.visual.preprocess_cfg
         size = preprocess["size"]
         self.size_px: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])
-        self.resize_mode: str = preprocess["resize_mode"]
-        if self.resize_mode not in ("shortest", "squash") or preprocess["interpolation"] not in INTERPOLATIONS:
+        self.resize_mode: ResizeMode = preprocess["resize_mode"]
+        if self.resize_mode not in get_args(ResizeMode) or preprocess["interpolation"] not in INTERPOLATIONS:
             raise UserError(
                 f"CLIP model {name!r}: preprocessing {self.resize_mode!r}, {preprocess['interpolation']!r} is not "
-                f"supported; use a model with 'shortest' or 'squash' and {' or '.join(INTERPOLATIONS)}"
+                f"supported; use a model with {' or '.join(get_args(ResizeMode))} and {' or '.join(INTERPOLATIONS)}"
             )
-        if self.resize_mode == "shortest" and self.size_px[0] != self.size_px[1]:
+        if self.resize_mode != "squash" and self.size_px[0] != self.size_px[1]:
             raise UserError(f"CLIP model {name!r}: a crop to {self.size_px} is not square, which is not supported")
         self.interpolation = INTERPOLATIONS[preprocess["interpolation"]]
         self.mean: list[float] = list(preprocess["mean"])
@@ -65,18 +83,25 @@ class ClipTower:
         overshoots. We do neither, since both would take gradient away: over built-in scenes at 224 px the difference is
         0.2 of 255 levels on average and up to 27 beside saturated edges (more than 1 level at 0.3 % of the values).
         """
-        x_B3HW = resize_to(
-            images_B3HW,
-            self.size_px,
-            interpolation=self.interpolation,
-            is_cropped=self.resize_mode == "shortest",
-        )
+        x_B3HW = resize_to(images_B3HW, self.size_px, mode=self.resize_mode, interpolation=self.interpolation)
         return normalise(x_B3HW, self.mean, self.std)
 
     def image_features(self, images_B3HW: Tensor) -> Tensor:
-        """Embed RGB in [0, 1] -> ``(B, D)`` float32 of unit length, differentiable in the images."""
+        """Embed RGB in [0, 1] -> ``(B, D)`` float32 of unit length, differentiable in the images.
+
+        Within ``embeddings_kept`` the same tensor of images is embedded once, whoever asks.
+        """
         if images_B3HW.shape[0] == 0:
             return images_B3HW.new_zeros(0, self.text_features([""]).shape[1], dtype=torch.float32)
+        kept = _kept.get()
+        if kept is None:
+            return self._embed_images(images_B3HW)
+        key = (id(self), id(images_B3HW), torch.is_grad_enabled())
+        if key not in kept:
+            kept[key] = (images_B3HW, self._embed_images(images_B3HW))  # the images too: their id must stay theirs
+        return kept[key][1]
+
+    def _embed_images(self, images_B3HW: Tensor) -> Tensor:
         features_BD: Tensor = self.model.encode_image(self.preprocess(images_B3HW), normalize=True)
         return features_BD
 
@@ -94,7 +119,7 @@ class ClipTower:
     def to(self, device: torch.device) -> "ClipTower":
         """Move the model and the kept prompt embeddings to ``device`` and return the tower."""
         self.device = torch.device(device)
-        self.model.to(self.device)
+        share_equal(self.model.to(self.device))
         self._text_cache = {prompt: features_D.to(self.device) for prompt, features_D in self._text_cache.items()}
         return self
 
@@ -116,85 +141,3 @@ class ClipTower:
         roomy_L = self._tokenizer([prompt], context_length=4 * num_tokens)[0]
         added = roomy_L[num_tokens:]
         return not torch.equal(roomy_L[:num_tokens], ids_1L[0]) or bool((added != added[-1]).any())
-
-
-def load_clip(source: str) -> ClipTower:
-    """Return the CLIP model that ``source`` names, on the CPU.
-
-    Args:
-        source: ``builtin``, a folder with ``open_clip_config.json`` beside the weights, or ``MODEL/TAG`` of open_clip's
-            published weights (``ViT-L-14/openai``), which must be in the cache or within reach of a network.
-
-    Raises:
-        UserError: ``source`` is none of these, or the folder does not hold a model.
-        RunError: The weights are not on this machine and cannot be fetched.
-    """
-    if source == "builtin":
-        if not BUILTIN_CLIP_DIR.is_dir():
-            raise RunError(f"built-in CLIP model: {BUILTIN_CLIP_DIR} is missing; install rltune again")
-        return _load_folder(BUILTIN_CLIP_DIR, name=source)
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return _load_folder(folder, name=source)
-    model, _, tag = source.partition("/")
-    tags = tuple(open_clip.list_pretrained_tags_by_model(model))
-    if not tags:
-        advice = suggest(model, tuple(open_clip.list_models())).split("known:")[0].strip()
-        raise UserError(
-            f"CLIP model {source!r}: neither a folder nor MODEL/TAG of open_clip; {advice or 'give'} "
-            "'builtin', a folder with open_clip_config.json, or for example 'ViT-L-14/openai'"
-        )
-    if tag not in tags:
-        raise UserError(f"CLIP model {source!r}: {model} has no weights {tag!r}; {suggest(tag, tags)}")
-    return _load_published(model, tag, name=source)
-
-
-def _load_folder(folder: Path, *, name: str) -> ClipTower:
-    identifier = f"local-dir:{folder.resolve()}"
-    try:
-        model = open_clip.create_model(identifier, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(identifier)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(
-            f"CLIP model {name!r}: {folder} does not load as an open_clip folder ({error}); it must hold "
-            "open_clip_config.json, open_clip_model.safetensors and, if the config names one, a tokenizer"
-        ) from error
-    return ClipTower(model, tokenizer, name=name)
-
-
-def _load_published(model: str, tag: str, *, name: str) -> ClipTower:
-    published = open_clip.get_pretrained_cfg(model, tag)
-    try:
-        # open_clip 3.3 only warns where weights were trained with QuickGELU and the model is built without: the
-        # embeddings would be off. OpenAI's weights are such.
-        network = open_clip.create_model(
-            model, tag, require_pretrained=True, force_quick_gelu=published.get("quick_gelu", False)
-        )
-        tokenizer = open_clip.get_tokenizer(model)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RunError(
-            f"CLIP model {name!r}: its weights are not on this machine and could not be fetched ({error}); "
-            f"{_how_to_fetch(model, published)}, and give the folder that holds them and open_clip_config.json in "
-            "place of the name"
-        ) from error
-    return ClipTower(network, tokenizer, name=name)
-
-
-def _how_to_fetch(model: str, published: Mapping[str, Any]) -> str:
-    # A text tower from Hugging Face needs the network for its very config.
-    is_sized = "hf_model_name" not in open_clip.get_model_config(model)["text_cfg"]
-    size = f"about {weights_gb(model):.1f} GB" if is_sized else "large"
-    repo, _, file = published.get("hf_hub", "").rpartition("/")
-    if repo:
-        file = file or "open_clip_model.safetensors"
-        where = f"{file} ({size}) of https://huggingface.co/{repo}"
-        return f"they are {where}: run `hf download {repo}` where there is a network"
-    return f"they are {published['url']} ({size}): fetch them where there is a network"
-
-
-def weights_gb(model: str) -> float:
-    """Return the size in GB (10^9 bytes) of the float32 weights of an open_clip model, without allocating them."""
-    with torch.device("meta"):
-        network = open_clip.create_model(model, load_weights=False, pretrained_text=False, device="meta")
-    num_parameters: int = sum(parameter.numel() for parameter in network.parameters())
-    return num_parameters * 4 / 1e9

@@ -21,7 +21,7 @@ from rltune.config.load import parse_experiment
 from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.estimators.base import Batch, Round, Tally
 from rltune.orchestration.job import quiet_libraries
-from rltune.rewards.clip import load_clip
+from rltune.rewards.clip_loading import load_clip
 from rltune.rewards.mixture import Calibration, Mixture
 from rltune.training.setup import build_run, with_room
 from rltune.training.step import Updater

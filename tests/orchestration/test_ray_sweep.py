@@ -1,5 +1,6 @@
 """Whole sweeps on a Ray cluster of this machine, through the command line, with kills."""
 
+import functools
 import json
 import os
 import re
@@ -66,7 +67,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         env.pop("RAY_ADDRESS", None)
         command = [sys.executable, "-c", MAIN, *arguments, "--storage", str(tmp_path / "runs")]
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        # a shell's background job ignores Ctrl-C, and so would everything that these tests start from one
+        hears = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        process = subprocess.Popen(command, env=env, preexec_fn=hears, **pipes)
         started.append(process)
         return process
 
@@ -84,6 +88,14 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], what:
             process.kill()
             pytest.fail(f"{what} never came; rltune printed:\n{process.communicate()[0]}")
         time.sleep(0.2)
+
+
+def wait_for_end_of(pids: set[int]) -> None:
+    """Wait until what a killed process has left behind is gone: it trains on for a moment."""
+    deadline = time.monotonic() + PATIENCE_S
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, f"still there: {pids}"
+        time.sleep(0.1)
 
 
 def descendants(pid: int) -> set[int]:
@@ -190,8 +202,10 @@ def test_kills_lose_nothing_and_change_nothing(
     reached = read_metrics(metrics)[-1]["step"]
     wait_for(has_come_to(reached + 8), process, f"the step after the worker's death at {reached}")
 
+    orphans = descendants(process.pid)
     process.kill()
     process.communicate()
+    wait_for_end_of(orphans)
     process = start("train", str(path))
     reached = read_metrics(metrics)[-1]["step"]
     wait_for(has_come_to(reached + 8), process, f"the step after the driver's death at {reached}")

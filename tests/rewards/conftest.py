@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from rltune.builtin.counter import Counter
 from rltune.builtin.judge import Judge
+from rltune.rewards.aesthetic import LAION_WIDTHS
 
 EMBED_DIM = 16
 HIDDEN = [12, 8]
@@ -30,10 +32,19 @@ def save_tokenizer(folder: Path) -> int:
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An open_clip folder: 32 px, bicubic, crop after resizing the shorter side."""
-    folder = tmp_path_factory.mktemp("clip")
+    return save_clip(tmp_path_factory.mktemp("clip"), EMBED_DIM)
+
+
+@pytest.fixture(scope="session")
+def clip_l_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the embedding of CLIP-L, which LAION's head reads."""
+    return save_clip(tmp_path_factory.mktemp("clip_l"), LAION_WIDTHS[0])
+
+
+def save_clip(folder: Path, embed_dim: int) -> Path:
     vocab_size = save_tokenizer(folder)
     model_cfg = {
-        "embed_dim": EMBED_DIM,
+        "embed_dim": embed_dim,
         "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
         "text_cfg": {"context_length": CONTEXT, "vocab_size": vocab_size, "width": 16, "heads": 2, "layers": 1},
     }
@@ -68,6 +79,64 @@ def head_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def laion_head_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head of LAION's layout."""
+    torch.manual_seed(4)
+    state = {}
+    for i, (width_in, width_out) in zip((0, 2, 4, 6, 7), pairwise(LAION_WIDTHS), strict=True):
+        layer = nn.Linear(width_in, width_out)
+        state |= {f"layers.{i}.weight": layer.weight.detach(), f"layers.{i}.bias": layer.bias.detach()}
+    path = tmp_path_factory.mktemp("laion") / "head.pth"
+    torch.save(state, path)
+    return path
+
+
+def make_clip_h(seed: int, *, num_shared: int = 0) -> open_clip.CLIP:
+    """ViT-H-14 but for its sizes: heads of 80 and 64, patches of 14. The first layers do not follow the seed."""
+    torch.manual_seed(seed)
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
+    vision = {"image_size": 28, "layers": 2, "width": 160, "head_width": 80, "patch_size": 14}
+    model = open_clip.CLIP(embed_dim=32, vision_cfg=vision, text_cfg=text)
+    torch.manual_seed(99)
+    with torch.no_grad():
+        for block in (*model.visual.transformer.resblocks[:num_shared], *model.transformer.resblocks[:num_shared]):
+            for parameter in block.parameters():
+                parameter.normal_(std=0.05)
+        model.token_embedding.weight.normal_(std=0.02)
+    return model
+
+
+@pytest.fixture(scope="session")
+def hps_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two checkpoints of HPS's layout, in half precision as published, with the first block of each tower in common."""
+    folder = tmp_path_factory.mktemp("hps")
+    for version, seed in (("2", 5), ("2.1", 6)):
+        state = {name: value.half() for name, value in make_clip_h(seed, num_shared=1).state_dict().items()}
+        torch.save({"state_dict": state}, folder / f"HPS_v{version}_compressed.pt")
+    return folder / "HPS_v2_compressed.pt", folder / "HPS_v2.1_compressed.pt"
+
+
+@pytest.fixture(scope="session")
+def pickscore_model() -> CLIPModel:
+    """transformers' CLIP-H, small: what PickScore is published as."""
+    torch.manual_seed(7)
+    text = {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 2, "intermediate_size": 256}
+    text |= {"projection_dim": 32, "hidden_act": "gelu", "eos_token_id": 49407}
+    vision = {"hidden_size": 160, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 640}
+    vision |= {"projection_dim": 32, "hidden_act": "gelu", "image_size": 28, "patch_size": 14}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
+    return CLIPModel(config).eval()
+
+
+@pytest.fixture(scope="session")
+def pickscore_file(tmp_path_factory: pytest.TempPathFactory, pickscore_model: CLIPModel) -> Path:
+    """Its weights as the hub has them."""
+    folder = tmp_path_factory.mktemp("pickscore")
+    pickscore_model.save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+@pytest.fixture(scope="session")
 def counter_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A counter that has learnt nothing."""
     torch.manual_seed(2)
@@ -87,12 +156,24 @@ def judge_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def reward_options(
-    clip_folder: Path, head_file: Path, counter_file: Path, judge_file: Path
+    clip_folder: Path,
+    clip_l_folder: Path,
+    head_file: Path,
+    laion_head_file: Path,
+    hps_files: tuple[Path, Path],
+    pickscore_file: Path,
+    counter_file: Path,
+    judge_file: Path,
 ) -> Mapping[str, Mapping[str, Any]]:
     """Name -> options with which the suite builds a reward; one that needs weights has an entry here."""
     return {
         "aesthetic": {"clip": str(clip_folder), "head": str(head_file)},
+        "laion_aesthetic": {"clip": str(clip_l_folder), "head": str(laion_head_file)},
         "alignment": {"model": str(clip_folder)},
+        "clip_score": {"model": str(clip_folder)},
+        "hpsv2": {"weights": str(hps_files[0])},
+        "hpsv2_1": {"weights": str(hps_files[1])},
+        "pickscore": {"weights": str(pickscore_file)},
         "count": {"weights": str(counter_file)},
         "presence": {"weights": str(counter_file)},
         "faithful": {"weights": str(judge_file)},

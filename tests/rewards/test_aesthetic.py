@@ -14,9 +14,9 @@ from rltune.errors import RunError, UserError
 from rltune.rewards import aesthetic
 from rltune.rewards.aesthetic import load_builtin_head, load_laion_head, read_laion_head
 from rltune.rewards.base import REWARDS
-from rltune.rewards.clip import load_clip
+from rltune.rewards.clip_loading import load_clip
 
-LAION_FILE = Path(__file__).parents[3] / "shared" / "data" / aesthetic.LAION_HEAD
+LAION_FILE = Path(__file__).parents[3] / "shared" / "data" / aesthetic.LAION_HEAD.file
 LAION_LAYERS = (0, 2, 4, 6, 7)
 needs_laion_file = pytest.mark.skipif(not LAION_FILE.is_file(), reason="LAION's head is not there")
 
@@ -80,13 +80,30 @@ def test_laions_head_is_a_product_of_matrices(tmp_path: Path) -> None:
     np.testing.assert_allclose(actual, product_of_maps(state, x_BD.double().numpy()), atol=1e-5)
 
 
-def test_laions_head_must_be_the_published_file(tmp_path: Path) -> None:
+def test_a_head_that_was_fetched_must_be_the_published_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clip_folder: Path
+) -> None:
+    monkeypatch.setenv("RLTUNE_CACHE", str(tmp_path))
+    torch.save(random_laion_state(), tmp_path / aesthetic.LAION_HEAD.file)
+    with pytest.raises(UserError, match=f"its sha256 is .* should be {aesthetic.LAION_HEAD.sha256}"):
+        REWARDS.build("laion_aesthetic", {"clip": str(clip_folder)})
+
+
+def test_a_head_that_was_given_may_be_another_of_the_layout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save(random_laion_state(), tmp_path / "head.pth")
-    with pytest.raises(UserError, match=f"its sha256 is .* should be {aesthetic.LAION_HEAD_SHA256}"):
-        load_laion_head(str(tmp_path / "head.pth"))
-    for missing in (None, str(tmp_path / "nothing.pth")):
-        with pytest.raises(RunError, match=r"sac\+logos\+ava1-l14-linearMSE\.pth .*give its path as `head`"):
-            REWARDS.build("aesthetic", {"model": "laion", "head": missing})
+    load_laion_head(tmp_path / "head.pth", is_given=True)
+    assert "not the published head" in caplog.text
+
+
+def test_a_missing_head_says_what_to_fetch_and_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLTUNE_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RunError) as caught:
+        REWARDS.build("laion_aesthetic", {})
+    for part in (aesthetic.LAION_HEAD.file, "4 MB", "Apache-2.0", "rltune models fetch laion_aesthetic", "'head'"):
+        assert part in str(caught.value)
+    with pytest.raises(RunError, match=r"there is no file .*nothing\.pth; head must be sac"):
+        REWARDS.build("laion_aesthetic", {"head": str(tmp_path / "nothing.pth")})
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
@@ -98,16 +115,11 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
             read_laion_head(tmp_path / name)
 
 
-def test_an_unknown_model_is_refused() -> None:
-    with pytest.raises(UserError, match="model must be 'builtin' or 'laion', got 'hps'"):
-        REWARDS.build("aesthetic", {"model": "hps"})
-
-
 @needs_laion_file
 def test_the_published_head_loads_and_scores_as_the_formula_says() -> None:
     state = torch.load(LAION_FILE, map_location="cpu", weights_only=True)
     x_BD = torch.nn.functional.normalize(torch.randn(4, 768, generator=torch.Generator().manual_seed(1)))
-    actual = load_laion_head(str(LAION_FILE))(x_BD).detach().numpy()
+    actual = load_laion_head(LAION_FILE, is_given=False)(x_BD).detach().numpy()
     np.testing.assert_allclose(actual, product_of_maps(state, x_BD.double().numpy()), rtol=1e-4, atol=1e-4)
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from rltune.builtin.render import render
 from rltune.builtin.scenes import make_scene
 from rltune.errors import RunError, UserError
-from rltune.rewards import clip
-from rltune.rewards.clip import load_clip, weights_gb
+from rltune.rewards import clip_loading as clip
+from rltune.rewards.clip_loading import load_clip, weights_gb
 
 LONG_PROMPT = "a red bird " * 5
 
@@ -68,6 +68,16 @@ def test_squash_and_bilinear_are_followed(clip_folder: Path, tmp_path: Path, siz
     picture = make_picture(*size)
     actual = load_clip(str(folder)).preprocess(picture[None])[0]
     assert (actual - transform(to_pil(picture))).abs().max() < 1.5 / 255 / 0.26  # levels over the least std
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 65), (40, 70), (20, 24)])
+def test_a_longer_side_resized_is_followed_by_black(clip_folder: Path, tmp_path: Path, size: tuple[int, int]) -> None:
+    folder = edited_copy(clip_folder, tmp_path, {"resize_mode": "longest"})
+    _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    picture = 0.25 + 0.5 * make_picture(*size)  # clear of black, so that a shifted edge would show
+    picture = (picture * 255).round() / 255
+    error = (load_clip(str(folder)).preprocess(picture[None])[0] - transform(to_pil(picture))).abs()
+    assert error.max() < 1.5 / 255 / 0.26  # levels over the least std, as above
 
 
 def test_embeddings_are_open_clips(clip_folder: Path) -> None:
@@ -156,12 +166,12 @@ def with_other_weights(folder: Path) -> None:
     (folder / "open_clip_config.json").write_text(text.replace('"embed_dim": 16', '"embed_dim": 8'))
 
 
-def with_padding(folder: Path) -> None:
+def with_another_resize(folder: Path) -> None:
     text = (folder / "open_clip_config.json").read_text()
-    (folder / "open_clip_config.json").write_text(text.replace("shortest", "longest"))
+    (folder / "open_clip_config.json").write_text(text.replace("bicubic", "nearest"))
 
 
-@pytest.mark.parametrize("spoil", [without_weights, with_a_broken_config, with_other_weights, with_padding])
+@pytest.mark.parametrize("spoil", [without_weights, with_a_broken_config, with_other_weights, with_another_resize])
 def test_a_folder_that_does_not_load_is_named(clip_folder: Path, tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     folder = edited_copy(clip_folder, tmp_path, {})
     spoil(folder)
@@ -205,6 +215,7 @@ def test_quick_gelu_is_what_the_weights_were_trained_with(monkeypatch: pytest.Mo
         return models[-1]
 
     monkeypatch.setattr(clip.open_clip, "create_model", without_loading)
+    monkeypatch.setattr(clip, "ClipTower", lambda model, *_, **__: model)  # nothing to share, nothing to freeze
     for name in ("ViT-B-32/openai", "ViT-B-32/laion2b_s34b_b79k"):
         load_clip(name)
     kinds = [type(model.visual.transformer.resblocks[0].mlp.gelu).__name__ for model in models]
