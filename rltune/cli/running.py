@@ -7,8 +7,8 @@ from pathlib import Path
 from rltune.cli.board import watch
 from rltune.cli.tables import front_view, gain_view, status_view
 from rltune.cli.terminal import console, errors
+from rltune.config.clashes import Known
 from rltune.config.distributions import Choice, IntRange
-from rltune.config.experiment import Known
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import RunError, UserError
 from rltune.orchestration.cluster import Cluster, connect, find_address
@@ -72,7 +72,7 @@ def known_names() -> Known:
     """Return every name that an experiment may use."""
     from rltune.estimators.base import ESTIMATORS
     from rltune.orchestration.search import SAMPLERS
-    from rltune.rewards.base import REWARDS, has_gradient
+    from rltune.rewards.base import REWARDS, compares_group, has_gradient
     from rltune.training.evaluation import JUDGES
 
     estimators = {name: ESTIMATORS.get(name) for name in ESTIMATORS.names()}
@@ -81,6 +81,7 @@ def known_names() -> Known:
         estimators=tuple(estimators),
         judges=tuple(JUDGES),
         samplers=SAMPLERS,
+        group_rewards=tuple(name for name in REWARDS.names() if compares_group(name)),
         rewards_without_gradient=tuple(name for name in REWARDS.names() if not has_gradient(name)),
         policy_estimators=tuple(name for name, kind in estimators.items() if not getattr(kind, "needs_gradient", True)),
         serial_estimators=tuple(name for name, kind in estimators.items() if getattr(kind, "has_serial_mode", False)),

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
+from rltune.config.clashes import Known
 from rltune.config.distributions import Choice, Distribution, IntRange, Simplex, show
 from rltune.config.draft import Draft
-from rltune.config.experiment import Context, Known, RunConfig
+from rltune.config.experiment import Context, RunConfig
 from rltune.config.validation import faults_of_run, faults_of_space, first_values, replaced
 from rltune.config.yamlfile import Path, YamlError, read_yaml, write_yaml
 from rltune.errors import ExperimentError, Fault

@@ -1,4 +1,4 @@
-"""The sections of an experiment, each value concrete. Bounds here; what spans sections is in ``experiment.py``."""
+"""The sections of an experiment, each value concrete. Bounds here; what spans sections is in ``clashes.py``."""
 
 from typing import Annotated, Literal
 
@@ -106,8 +106,36 @@ class RegularizeConfig(StrictModel):
     """RSA-FT: score images after a step of this L2 length against the reward. One more reward query an image."""
 
 
+class TrustConfig(StrictModel):
+    """Images count more where the reward knows what it sees: trust by the distance of its features from these."""
+
+    reference: Text = "builtin"
+    """What the reward was trained on, or like it: a folder of images, a safetensors file with a tensor ``features``
+    (N, D), or ``builtin``, scenes of the built-in world."""
+    slope: Float = Field(0.7, ge=0)
+    """How fast trust falls off with the distance, of which 1 is an image like the references."""
+    offset: Float = 1.4
+    """Logarithm of the weight at distance 0."""
+    ceiling: Float = Field(2.21, ge=1)
+    """Greatest weight of an image; the least is 1."""
+
+
+class RelativeConfig(StrictModel):
+    """The reward for the prompt with one kind of words before it, minus that with another."""
+
+    positive: Text
+    """Control words of what to move towards, as in ``Realistic photo``."""
+    negative: Text
+    """Control words of what to move away from."""
+    k: Float = Field(0.0, ge=0)
+    """Extra weight of the positive term."""
+
+
 class RewardConfig(StrictModel):
     """One reward that is trained on."""
+
+    reward: Text | None = None
+    """What it is: a name that ``rltune rewards`` lists, or ``module:name`` of your own; the key itself if left out."""
 
     weight: Float = Field(1.0, ge=0)
     """Weight in the sum, after each reward is standardised on the base model; 0 only watches it."""
@@ -116,8 +144,31 @@ class RewardConfig(StrictModel):
     brings it to ``target``, |target - r|."""
     target: Float | None = None
     """Where ``hinge`` and ``target`` aim, in the reward's own unit."""
+    negate: Bool = False
+    """Train, and report, minus the reward."""
+    relative: RelativeConfig | None = None
+    """Score it relative to control words, so that what it likes about every image cancels."""
+    trust: TrustConfig | None = None
+    """Let images count more where the reward knows what it sees."""
+    standardise: Bool = True
+    """Weigh it in standard deviations of the base model; if not, in its own unit."""
+    micro_batch: Int | None = Field(None, ge=1)
+    """Images it scores at a time; left out, as many as memory holds."""
     options: Options = Field({})
     """Options of this reward."""
+
+
+class MixtureConfig(StrictModel):
+    """How several rewards become one number."""
+
+    method: Literal["sum", "chebyshev", "win_rate", "non_dominated", "gradient_balance"] = "sum"
+    """``sum``: weighted. ``chebyshev``: what lags behind most. ``win_rate``: how often it would beat the base model.
+    ``non_dominated``: the sum, over the images of a batch that none beats. ``gradient_balance``: the sum, weights being
+    shares of the image gradient."""
+    ideal: Float = 3.0
+    """What every reward should come to under ``chebyshev``, in standard deviations of the base model."""
+    rho: Float = Field(0.05, ge=0)
+    """How much the others count under ``chebyshev``."""
 
 
 class OptimConfig(StrictModel):

@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from rltune.config.clashes import Clash
 from rltune.config.distributions import KINDS, Choice, Distribution, IntRange, Simplex, show
-from rltune.config.experiment import Clash, Context, RunConfig
+from rltune.config.experiment import Context, RunConfig
 from rltune.config.schema import describe, is_leaf, known_keys, node_at
 from rltune.config.yamlfile import Path
 from rltune.registry import suggest

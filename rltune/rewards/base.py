@@ -126,9 +126,21 @@ def has_gradient(name: str) -> bool:
     Raises:
         UnknownNameError: Nothing is registered under ``name``.
     """
+    return bool(_class_of(name).is_differentiable)
+
+
+def compares_group(name: str) -> bool:
+    """Return whether a reward compares the images of a prompt with one another; builds and loads nothing.
+
+    Raises:
+        UnknownNameError: Nothing is registered under ``name``.
+    """
+    return sees_group(_class_of(name))
+
+
+def _class_of(name: str) -> Any:
     builder = REWARDS.get(name)
-    kind: Any = builder if isinstance(builder, type) else get_type_hints(builder)["return"]
-    return bool(kind.is_differentiable)
+    return builder if isinstance(builder, type) else get_type_hints(builder)["return"]
 
 
 def sees_group(reward: Any) -> bool:

@@ -19,7 +19,7 @@ from rltune.rewards.preprocess import ResizeMode, normalise, resize_to
 
 logger = logging.getLogger(__name__)
 
-Kept = dict[tuple[int, int, bool], tuple[Tensor, Tensor]]
+Kept = dict[tuple[int, int], tuple[Tensor, Tensor]]
 _kept: ContextVar[Kept | None] = ContextVar("kept", default=None)
 INTERPOLATIONS = {"bicubic": InterpolationMode.BICUBIC, "bilinear": InterpolationMode.BILINEAR}
 
@@ -96,8 +96,10 @@ class ClipTower:
         kept = _kept.get()
         if kept is None:
             return self._embed_images(images_B3HW)
-        key = (id(self), id(images_B3HW), torch.is_grad_enabled())
-        if key not in kept:
+        key = (id(self), id(images_B3HW))
+        if key in kept and not torch.is_grad_enabled():
+            return kept[key][1].detach()
+        if key not in kept or (images_B3HW.requires_grad and not kept[key][1].requires_grad):
             kept[key] = (images_B3HW, self._embed_images(images_B3HW))  # the images too: their id must stay theirs
         return kept[key][1]
 

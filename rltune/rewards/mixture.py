@@ -1,4 +1,4 @@
-"""Several rewards as one number: each standardised by what the base model scores, then weighted.
+"""Several rewards as one number: each standardised by what the base model scores, then made one of.
 
 B: images in the batch. N: base-model images. H, W: image rows and columns.
 """
@@ -14,6 +14,10 @@ from torch import Tensor
 
 from rltune.errors import NonFiniteError, RunError
 from rltune.rewards.base import Reward, check_batch
+from rltune.rewards.clip import embeddings_kept
+from rltune.rewards.scalarise import Scalarisation, WeightedSum
+from rltune.rewards.trust import Trust
+from rltune.rewards.wrappers import features_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,12 @@ class Calibration:
 
     mean: float
     std: float
+    values: tuple[float, ...] = ()
+    """The raw scores of those images."""
+
+
+RAW = Calibration(mean=0.0, std=1.0)
+"""Leaves scores in their own unit."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +39,14 @@ class MixtureScore:
     """The scores of one batch. ``raw`` and ``standardised`` hold a ``(B,)`` float32 tensor per reward scored."""
 
     total_B: Tensor
-    """Weighted sum of the standardised scores; 0 is the base model's mean. Differentiable where the rewards are."""
+    """The number that is trained on; of a weighted sum, 0 is the base model's mean. Differentiable where the rewards
+    are."""
     raw: Mapping[str, Tensor]
     standardised: Mapping[str, Tensor]
 
 
 def calibrate(reward_values_N: Tensor) -> Calibration:
-    """Return mean and population standard deviation of one reward's raw scores of base-model images, in float64.
+    """Return mean, population standard deviation and values of one reward's raw scores of base-model images.
 
     A deviation below the float32 resolution of the values is rounding, not preference: it is given as 0.
 
@@ -47,7 +58,8 @@ def calibrate(reward_values_N: Tensor) -> Calibration:
         raise ValueError(f"a calibration needs at least one finite value and no other, got {values_N.tolist()}")
     std = float(values_N.std(unbiased=False))
     resolution = torch.finfo(torch.float32).eps * float(values_N.abs().max())
-    return Calibration(mean=float(values_N.mean()), std=std if std > resolution else 0.0)
+    std = std if std > resolution else 0.0
+    return Calibration(mean=float(values_N.mean()), std=std, values=tuple(values_N.tolist()))
 
 
 @dataclass(frozen=True)
@@ -73,16 +85,18 @@ LINEAR = Shape()
 
 
 class Mixture:
-    """The weighted sum of standardised rewards: ``sum_k w_k * (shape_k(raw_k) - mean_k) / std_k``, ``sum_k w_k = 1``.
+    """One number of standardised rewards, by default ``sum_k w_k * (shape_k(raw_k) - mean_k) / std_k``.
 
     Rewards have scales of their own (an aesthetic score moves by 1, a CLIP cosine by 0.05), so that weights on raw
     scores would say little; in units of the base model's own spread they compare.
 
     Args:
         rewards: Name -> reward.
-        weights: Name -> weight, not negative, for the same names; normalised here to a sum of 1.
+        weights: Name -> weight w_k, not negative, for the same names; normalised here to a sum of 1.
         calibration: Name -> calibration of the rewards that are scored.
         shapes: Name -> shape of the rewards that are not linear.
+        trusts: Name -> trust in the rewards that are to count more where they know what they see.
+        scalarise: Makes one number of the standardised scores of the rewards that carry weight.
         score_all: Score rewards of weight 0 too, without gradient, so that they can be reported.
 
     Raises:
@@ -97,6 +111,8 @@ class Mixture:
         calibration: Mapping[str, Calibration],
         *,
         shapes: Mapping[str, Shape] | None = None,
+        trusts: Mapping[str, Trust] | None = None,
+        scalarise: Scalarisation | None = None,
         score_all: bool = True,
     ) -> None:
         if set(weights) != set(rewards):
@@ -106,6 +122,8 @@ class Mixture:
         total = math.fsum(weights.values())
         self.shapes = {name: (shapes or {}).get(name, LINEAR) for name in rewards}
         self.weights = {name: weights[name] / total for name in rewards}
+        self.trusts = dict(trusts or {})
+        self.scalarise = scalarise or WeightedSum()
         self.rewards = {name: rewards[name] for name in rewards if score_all or weights[name] > 0}
         if missing := sorted(set(self.rewards) - set(calibration)):
             raise ValueError(f"calibration must name the rewards that are scored, {missing} are missing")
@@ -116,6 +134,10 @@ class Mixture:
                     f"reward {name!r}: it gives the same score to every base image (mean {unit.mean:g}, std "
                     f"{unit.std:g}), so it has no scale to be weighed on; leave it out, or calibrate on more prompts"
                 )
+        units = {name: self.calibration[name] for name, weight in self.weights.items() if weight > 0}
+        self._base_scores = {
+            name: (self.shapes[name](torch.tensor(unit.values)) - unit.mean) / unit.std for name, unit in units.items()
+        }
 
     @property
     def may_saturate(self) -> bool:
@@ -135,16 +157,21 @@ class Mixture:
             NonFiniteError: A score is not finite; the message names the reward and the prompts.
         """
         check_batch(images_B3HW, prompts)
+        images_B3HW = images_B3HW.float()  # once, so that every reward is given the same tensor
         raw: dict[str, Tensor] = {}
         standardised: dict[str, Tensor] = {}
-        total_B = torch.zeros(len(prompts), dtype=torch.float32, device=images_B3HW.device)
-        for name, reward in self.rewards.items():
-            with nullcontext() if self.weights[name] > 0 else torch.no_grad():
-                raw[name] = score(name, reward, images_B3HW, prompts)
-                unit = self.calibration[name]
-                standardised[name] = (self.shapes[name](raw[name]) - unit.mean) / unit.std
-            if self.weights[name] > 0:  # weight 0 adds no 0 * score, which overflow would make nan
-                total_B = total_B + self.weights[name] * standardised[name]
+        with embeddings_kept():
+            for name, reward in self.rewards.items():
+                with nullcontext() if self.weights[name] > 0 else torch.no_grad():
+                    raw[name] = score(name, reward, images_B3HW, prompts)
+                    unit = self.calibration[name]
+                    standardised[name] = (self.shapes[name](raw[name]) - unit.mean) / unit.std
+            # weight 0 adds no 0 * score, which overflow would make nan
+            carried = {name: score_B for name, score_B in standardised.items() if self.weights[name] > 0}
+            for name in self.trusts.keys() & carried.keys():
+                features_BD = features(self.rewards[name], images_B3HW, prompts)
+                carried[name] = self.trusts[name](features_BD) * carried[name]
+            total_B = self.scalarise(carried, self.weights, images_B3HW, self._base_scores)
         return MixtureScore(total_B=total_B, raw=raw, standardised=standardised)
 
     def metrics(self, images_B3HW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -155,7 +182,8 @@ class Mixture:
             NonFiniteError: A metric is not finite; the message names the reward and the prompts.
         """
         check_batch(images_B3HW, prompts)
-        return {name: measure(name, reward, images_B3HW, prompts) for name, reward in self.rewards.items()}
+        with embeddings_kept():
+            return {name: measure(name, reward, images_B3HW, prompts) for name, reward in self.rewards.items()}
 
     def to(self, device: torch.device) -> "Mixture":
         """Move every reward to ``device`` and return the mixture."""
@@ -172,6 +200,17 @@ def score(name: str, reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]
     """
     with torch.autocast(images_B3HW.device.type, enabled=False):
         return _checked(f"reward {name!r}", reward(images_B3HW.float(), prompts), prompts)
+
+
+@torch.no_grad()
+def features(reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Return what a reward sees in images, ``(B, D)`` float32, run in float32 and without gradient.
+
+    Raises:
+        UserError: The reward does not say.
+    """
+    with torch.autocast(images_B3HW.device.type, enabled=False):
+        return features_of(reward, images_B3HW, prompts)
 
 
 def measure(name: str, reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from rltune.diffusion.chain import NO_GRADIENT
 from rltune.diffusion.sampling import Sampler
 from rltune.rewards.base import Reward
+from rltune.rewards.clip import embeddings_kept
 from rltune.rewards.mixture import measure
 from rltune.training.streams import Stream, noise
 from rltune.training.workers import Workers
@@ -67,7 +68,7 @@ def sample_and_score(
     batch_size: int,
     read: Reading = measure,
 ) -> Samples:
-    """Draw every image of the set and score it; workers share the images and all get the whole result.
+    """Draw every image of the set and score it; workers share the prompts and all get the whole result.
 
     The result does not depend on how many workers there are, up to the rounding of another batch composition.
     ``read`` is ``rewards.mixture.measure`` for what is reported, ``score`` for the raw training signal.
@@ -75,13 +76,16 @@ def sample_and_score(
     Raises:
         NonFiniteError: A reward is not finite.
     """
-    mine = range(workers.rank, len(images), workers.count)
+    each = images.images_per_prompt  # images of a prompt stay together: some rewards compare them
+    mine = [number for number in range(len(images)) if number // each % workers.count == workers.rank]
+    batch_size = max(each, batch_size - batch_size % each)
     rows: list[tuple[int, Pixels, dict[str, float]]] = []
     for start in range(0, len(mine), batch_size):
         numbers = mine[start : start + batch_size]
         prompts = [images.prompt_of(number) for number in numbers]
-        pixels_B3HW = draw_images(sampler, images, numbers, workers.device)
-        values = {name: read(name, reward, pixels_B3HW, prompts).tolist() for name, reward in rewards.items()}
+        pixels_B3HW = draw_images(sampler, images, numbers, workers.device).float()
+        with embeddings_kept():
+            values = {name: read(name, reward, pixels_B3HW, prompts).tolist() for name, reward in rewards.items()}
         pixels_BHW3 = to_uint8(pixels_B3HW)
         rows += [
             (number, pixels_BHW3[i], {name: values_B[i] for name, values_B in values.items()})

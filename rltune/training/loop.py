@@ -15,11 +15,12 @@ from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora import add_lora, lora_parameters, lora_state
 from rltune.errors import NonFiniteError, RunError, UserError
 from rltune.estimators.base import Batch, EstimatorState, Regularisers, Round, Setting, Stateful, Tally
-from rltune.rewards.mixture import Mixture, Shape
+from rltune.rewards.mixture import Mixture
 from rltune.training.base import BaseReference, load_base, measure_base, save_base
 from rltune.training.checkpoint import Part, Progress, load_checkpoint, save_checkpoint
 from rltune.training.evaluation import Pixels, Values, per_prompt, sample_and_score, save_grid, summarise
 from rltune.training.reporter import MetricsFile, Reporter
+from rltune.training.rewards import build_mixture
 from rltune.training.setup import Run, base_key, build_run, with_room
 from rltune.training.step import MovingAverage, Updater
 from rltune.training.streams import Stream, generator, noise, prompt_indices, torch_seed
@@ -115,9 +116,7 @@ def train_run(
     optimizer = torch.optim.AdamW(
         parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
-    shapes = {name: Shape(reward.loss, reward.target or 0.0) for name, reward in config.rewards.items()}
-    rewards = {name: run.rewards[name] for name in config.rewards}
-    mixture = Mixture(rewards, config.weights, base.calibration, shapes=shapes)
+    mixture = build_mixture(config, run.rewards, base.calibration, run.workers.device)
     if run.estimator.needs_gradient and not mixture.is_differentiable:
         raise UserError(
             f"rewards: {', '.join(config.rewards)}: one with a positive weight has no gradient, which "

@@ -15,9 +15,10 @@ from rltune.diffusion.memory import GIB, free_bytes, stored_bytes
 from rltune.diffusion.sampling import PromptEmbeddings, Sampler
 from rltune.errors import UserError
 from rltune.estimators.base import ESTIMATORS, Estimator
-from rltune.rewards.base import REWARDS, Reward
+from rltune.rewards.base import Reward, sees_group
 from rltune.training.evaluation import JUDGES, ImageSet
 from rltune.training.prompts import read_prompts
+from rltune.training.rewards import build_rewards, check_reward
 from rltune.training.streams import Stream
 from rltune.training.workers import Workers
 
@@ -76,9 +77,11 @@ def build_run(config: RunConfig) -> Run:
     eval_images = eval_image_set(config, model)
     train_prompts = read_prompts(config.prompts.train, where="prompts.train")
     sampler.embeddings.add([*train_prompts, *eval_images.prompts, sampler.negative_prompt])
-    options = {name: reward.options for name, reward in config.rewards.items()}
-    options |= {judge: {} for judge in config.evaluate.judges if judge not in JUDGES and judge not in options}
-    rewards = {name: REWARDS.build(name, chosen).to(workers.device) for name, chosen in options.items()}
+    judges = tuple(judge for judge in config.evaluate.judges if judge not in JUDGES)
+    rewards = build_rewards(config, judges, workers.device)
+    # a reward that compares the images of a prompt is calibrated on as many of each as it is trained on
+    each = config.prompts.images_per_prompt if any(map(sees_group, rewards.values())) else 1
+    num_prompts = -(-NUM_CALIBRATION_IMAGES // each)
     return Run(
         config=config,
         workers=workers,
@@ -88,8 +91,8 @@ def build_run(config: RunConfig) -> Run:
         train_prompts=train_prompts,
         eval_images=eval_images,
         calibration_images=ImageSet(
-            tuple(train_prompts[i % len(train_prompts)] for i in range(NUM_CALIBRATION_IMAGES)),
-            1,
+            tuple(train_prompts[i % len(train_prompts)] for i in range(num_prompts)),
+            each,
             eval_images.latent_shape,
             latent_stream=Stream.CALIBRATION_LATENT,
             step_stream=Stream.CALIBRATION_STEP_NOISE,
@@ -104,9 +107,9 @@ def check_options(config: RunConfig) -> None:
     Raises:
         UserError: A name or an option is unknown, or an estimator's setting is out of its range.
     """
-    for name, reward in config.rewards.items():
-        REWARDS.check(name, reward.options)
-    make_estimator(config)
+    estimator = make_estimator(config)
+    for name, section in config.rewards.items():
+        check_reward(name, section, needs_gradient=estimator.needs_gradient)
 
 
 def make_estimator(config: RunConfig) -> Estimator:
@@ -222,8 +225,10 @@ def base_key(config: RunConfig) -> str:
     parts = config.model_dump(mode="json", include={"prompts": True, "sampler": True, "evaluate": True})
     del parts["evaluate"]["every"]
     parts["model"] = [config.model.base, config.model.revision]
-    parts["rewards"] = {name: reward.options for name, reward in config.rewards.items()}
-    del parts["prompts"]["images_per_prompt"]
+    defining = {"reward", "options", "negate", "relative"}
+    parts["rewards"] = {
+        name: section.model_dump(mode="json", include=defining) for name, section in config.rewards.items()
+    }
     parts["sampler"]["base_steps"] = 0  # all steps are the base model's
     parts["precision"] = [config.resources.precision, config.resources.prefix_precision]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rltune.config.experiment import Known
+from rltune.config.clashes import Known
 from rltune.config.load import parse_experiment
 from rltune.errors import ExperimentError
 
@@ -269,7 +269,7 @@ WHOLE: list[tuple[str, list[str]]] = [
     ("rewards:", ["x.yaml:1 rewards: there is nothing to train on"]),
     (
         "rewards: {aesthetic: 1.0}",
-        ["rewards.aesthetic: must be a section with any of the keys weight, loss, target, options, got 1.0"],
+        ["rewards.aesthetic: must be a section with any of the keys reward, weight, loss, target, "],
     ),
     ("rewards: {aesthetic: {weight: -1}}", ["rewards.aesthetic.weight: must be a number, at least 0, got -1"]),
     (

@@ -107,6 +107,9 @@ def test_an_editor_underlines_it(data: dict[str, Any]) -> None:
         {"prompts": {"train": ["a cat"]}},
         {"regularize": None, "prompts": {"images_per_prompt": {"choice": [1, 2]}}},
         {"rewards": {"a": {"loss": {"choice": ["hinge", "target"]}, "target": {"float": [5, 7]}}}},
+        {"rewards": {"a": {"relative": {"positive": "x", "negative": "y", "k": {"float": [0, 1]}}}}},
+        {"rewards": {"a": {"reward": "my:own", "negate": True, "trust": {"ceiling": 3}, "standardise": False}}},
+        {"mixture": {"method": {"choice": ["sum", "win_rate"]}}},
         {"estimator": {"name": {"choice": ["a", "b"]}, "activation_gib": 2.5, "checkpoint": "serial"}},
     ],
 )
@@ -127,7 +130,10 @@ def test_every_key_has_a_description() -> None:
 
 
 def test_paths_lead_to_what_stands_there() -> None:
-    assert known_keys(node_at(("rewards", "any")) or {}) == ("weight", "loss", "target", "options")
+    keys = "reward weight loss target negate relative trust standardise micro_batch options"
+    assert known_keys(node_at(("rewards", "any")) or {}) == tuple(keys.split())
+    assert known_keys(node_at(("mixture",)) or {}) == ("method", "ideal", "rho")
+    assert is_leaf(node_at(("rewards", "any", "relative", "k")) or {})
     assert node_at(("estimator", "options", "x", "y")) == {}
     assert node_at(("estimator", "nope")) is None
     assert node_at(("estimator", "nope", "x")) is None

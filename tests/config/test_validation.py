@@ -2,7 +2,7 @@
 
 import pytest
 
-from rltune.config.experiment import Known
+from rltune.config.clashes import Known
 from rltune.config.load import parse_experiment
 from rltune.errors import ExperimentError
 

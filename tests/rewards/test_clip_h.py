@@ -172,11 +172,13 @@ def test_rewards_on_one_tower_embed_an_image_once(
         assert len(calls) == 3
         with torch.no_grad():
             assert not score(images, PROMPTS).requires_grad
+            assert len(calls) == 3
         score(images * 0.5, PROMPTS)
+        assert len(calls) == 4
     (actual,) = torch.autograd.grad(together, images)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)  # the order of a sum
     score(images, PROMPTS)
-    assert len(calls) == 6  # without gradient, of other images, and after the end
+    assert len(calls) == 5  # after the end nothing is kept
 
 
 def test_a_large_network_recomputes_its_blocks_and_has_the_same_gradient(

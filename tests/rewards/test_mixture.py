@@ -257,7 +257,9 @@ def test_a_mixture_moves_its_rewards() -> None:
 
 
 def test_a_calibration_is_mean_and_population_deviation() -> None:
-    assert calibrate(torch.tensor([1.0, 3.0, 5.0, 7.0])) == Calibration(mean=4.0, std=pytest.approx(math.sqrt(5)))
+    assert calibrate(torch.tensor([1.0, 3.0, 5.0, 7.0])) == Calibration(
+        mean=4.0, std=pytest.approx(math.sqrt(5)), values=(1.0, 3.0, 5.0, 7.0)
+    )
 
 
 @pytest.mark.parametrize("value", [0.1, -3.3e4, 0.0])

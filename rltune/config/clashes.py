@@ -1,0 +1,233 @@
+"""The rules that span an experiment's values: every clash between them, with what to do."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rltune.config.sections import BUILTIN_PROMPTS
+from rltune.registry import suggest
+
+if TYPE_CHECKING:
+    from rltune.config.experiment import RunConfig
+
+
+@dataclass(frozen=True)
+class Known:
+    """The names that the caller's registries know; an empty kind is not checked."""
+
+    rewards: tuple[str, ...] = ()
+    estimators: tuple[str, ...] = ()
+    judges: tuple[str, ...] = ()
+    samplers: tuple[str, ...] = ()
+    rewards_without_gradient: tuple[str, ...] = ()
+    policy_estimators: tuple[str, ...] = ()
+    """Those that need no gradient of the reward, and noise in the sampler instead."""
+    serial_estimators: tuple[str, ...] = ()
+    """Those that can backpropagate one step at a time."""
+    group_rewards: tuple[str, ...] = ()
+    """Those that compare the images of a prompt with one another."""
+
+
+@dataclass(frozen=True)
+class Clash:
+    """A fault that pydantic cannot see in one value."""
+
+    where: str
+    """Dotted path of the value it is reported at."""
+    what: str
+    remedy: str
+    others: tuple[str, ...] = ()
+    """Dotted paths of what else decides it, sections included."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Everything that decides it."""
+        return (self.where, *self.others)
+
+
+def find_clashes(config: "RunConfig", known: Known, *, must_find_files: bool) -> list[Clash]:
+    """Return everything that does not go together in an experiment whose values are each right by themselves."""
+    clashes = [*_clashes(config), *_unknown_names(config, known), *_not_built(config)]
+    clashes += [*_estimator_clashes(config, known), *_group_clashes(config, known)]
+    if must_find_files:
+        clashes += _missing_files(config)
+    return clashes
+
+
+def _clashes(config: "RunConfig") -> Iterator[Clash]:
+    k, base_steps = config.estimator.k, config.sampler.base_steps
+    num_steps = config.sampler.steps - base_steps
+    if num_steps < 1:
+        what = f"must leave at least one of the {config.sampler.steps} steps (sampler.steps), got {base_steps}"
+        yield Clash("sampler.base_steps", what, "lower it", ("sampler.steps",))
+    elif k is not None and k > num_steps:
+        minus = f" minus {base_steps} base steps" if base_steps else ""
+        what = f"K must not exceed the {config.sampler.steps} sampling steps (sampler.steps){minus}, got {k}"
+        others = ("sampler.steps", "sampler.base_steps")
+        yield Clash("estimator.k", what, f"lower it to {num_steps} or raise sampler.steps", others)
+    height, width = config.sampler.height, config.sampler.width
+    if (height is None) != (width is None):
+        given, other = ("height", "width") if width is None else ("width", "height")
+        what = f"needs sampler.{other} beside it, got {height or width} alone"
+        yield Clash(f"sampler.{given}", what, "give both or neither", (f"sampler.{other}",))
+    gpus = config.resources.gpus_per_worker
+    if gpus != "auto" and gpus > 1 and gpus != int(gpus):
+        yield Clash("resources.gpus_per_worker", f"more than one GPU must be a whole number, got {gpus}", "round it up")
+    yield from _batch_clashes(config)
+    yield from _reward_clashes(config)
+    if config.mixture.method == "non_dominated":
+        yield from _splitting_clashes(config, "mixture.method", "non_dominated compares the images of a whole batch", 0)
+    yield from _name_clashes(config)
+    yield from _constraint_clashes(config)
+
+
+def _batch_clashes(config: "RunConfig") -> Iterator[Clash]:
+    batch, workers, micro_batch = config.optim.batch, config.resources.workers, config.optim.micro_batch
+    each = config.prompts.images_per_prompt
+    if batch % each:
+        what = f"must divide optim.batch, {batch} images, got {each}"
+        yield Clash("prompts.images_per_prompt", what, "write a divisor, or another batch", ("optim.batch",))
+    share, rest = divmod(batch, workers)
+    if rest:
+        what = f"must be a multiple of the {workers} workers (resources.workers), got {batch}"
+        yield Clash("optim.batch", what, f"write {(share + 1) * workers}", ("resources.workers",))
+    elif micro_batch and share % micro_batch:
+        what = f"must divide a worker's share of the batch, {batch} / {workers} = {share} images, got {micro_batch}"
+        fitting = ", ".join(str(size) for size in range(1, share + 1) if share % size == 0)
+        yield Clash("optim.micro_batch", what, f"write one of {fitting}", ("optim.batch", "resources.workers"))
+
+
+def _reward_clashes(config: "RunConfig") -> Iterator[Clash]:
+    if not config.rewards:
+        remedy = "name at least one: rewards: {aesthetic: {weight: 1.0}}"
+        yield Clash("rewards", "there is nothing to train on, got no reward", remedy, ("rewards",))
+    elif not any(config.weights.values()):
+        first, *others = (f"rewards.{name}.weight" for name in config.rewards)
+        what = "no reward has a positive weight, got 0 for every one"
+        yield Clash(first, what, "raise at least one", (*others, "rewards"))
+    for name, reward in config.rewards.items():
+        if reward.loss != "linear" and reward.target is None:
+            where = f"rewards.{name}.target"
+            what = f"loss: {reward.loss} needs a target in the reward's own unit, got none"
+            yield Clash(f"rewards.{name}.loss", what, "give target, or loss: linear", (where,))
+        elif reward.loss == "linear" and reward.target is not None:
+            what = f"a linear loss has no target, got {reward.target}"
+            yield Clash(f"rewards.{name}.target", what, "write loss: hinge or loss: target", (f"rewards.{name}.loss",))
+
+
+def _estimator_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
+    name = config.estimator.name
+    if known.estimators and name not in known.estimators:
+        return
+    if name in known.policy_estimators:
+        if config.sampler.eta == 0:
+            what = f"{name} learns from the noise of sampling, got eta 0"
+            yield Clash("sampler.eta", what, "write eta: 1.0", ("estimator.name",))
+        if config.regularize.flatness_weights or config.regularize.flatness_image:
+            key = "flatness_weights" if config.regularize.flatness_weights else "flatness_image"
+            what = f"{name} has no gradient of the reward to be flat in, got {getattr(config.regularize, key)}"
+            yield Clash(f"regularize.{key}", what, "set it to 0", ("estimator.name",))
+    elif known.policy_estimators:
+        for reward, weight in config.weights.items():
+            kind = config.kind_of(reward)
+            if weight > 0 and kind in known.rewards_without_gradient:
+                what = f"{name} backpropagates rewards, and {kind!r} has no gradient"
+                able = ", ".join(known.policy_estimators)
+                remedy = f"give it weight 0 to watch it only, or take an estimator that needs none: {able}"
+                yield Clash(f"rewards.{reward}.weight", what, remedy, ("estimator.name", f"rewards.{reward}"))
+    if name in known.policy_estimators and config.mixture.method in ("non_dominated", "gradient_balance"):
+        what = f"weighs gradients of rewards, of which {name} uses none, got {config.mixture.method!r}"
+        yield Clash("mixture.method", what, "take sum, chebyshev or win_rate", ("estimator.name",))
+    if config.estimator.checkpoint == "serial" and known.serial_estimators and name not in known.serial_estimators:
+        what = f"serial mode needs detached inputs, which {name} has not, got 'serial'"
+        able = ", ".join(known.serial_estimators)
+        yield Clash("estimator.checkpoint", what, f"take auto or always, or one of {able}", ("estimator.name",))
+
+
+def _splitting_clashes(config: "RunConfig", where: str, what: str, group: int) -> Iterator[Clash]:
+    """Batches that are split where images must stay together: all of a batch, or groups of some."""
+    share = config.optim.batch // config.resources.workers
+    micro_batch = min(config.optim.micro_batch or share, share)
+    if group and micro_batch % group:
+        remedy = f"write a multiple of {group} (prompts.images_per_prompt)"
+        whose = f"{what}, got a share of {micro_batch} images"
+        yield Clash("optim.micro_batch", whose, remedy, ("optim.batch", "resources.workers", where))
+    elif not group and micro_batch < config.optim.batch:
+        paths = ("optim.micro_batch", "optim.batch", "resources.workers")
+        remedy = "leave optim.micro_batch out and resources.workers at 1, or take another method"
+        yield Clash(where, f"{what}, got {config.optim.batch} in parts of {micro_batch}", remedy, paths)
+
+
+def _group_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
+    each = config.prompts.images_per_prompt
+    for name, reward in config.rewards.items():
+        kind, where = config.kind_of(name), f"rewards.{name}"
+        if kind not in known.group_rewards:
+            continue
+        if reward.weight > 0 and each < 2:
+            what = f"{kind} compares the images of a prompt with one another, got {each} of each"
+            yield Clash("prompts.images_per_prompt", what, "write 2 or more", (f"{where}.weight", where))
+        if reward.weight > 0:
+            what = f"{kind} needs the images of a prompt together"
+            yield from _splitting_clashes(config, f"{where}.weight", what, each)
+        if reward.micro_batch is not None:
+            what = f"{kind} compares images with one another, which cannot be split, got {reward.micro_batch}"
+            yield Clash(f"{where}.micro_batch", what, "leave it out", (where,))
+
+
+def _name_clashes(config: "RunConfig") -> Iterator[Clash]:
+    """Objectives and constraints that nothing measures, and names that stand in a list twice."""
+    measured = tuple(dict.fromkeys((*config.rewards, *config.evaluate.judges)))
+    named = [(f"objectives.{i}", name) for i, name in enumerate(config.objectives)]
+    named += [(f"constraints.{name}", name) for name in config.constraints]
+    for where, name in named:
+        if name not in measured:
+            remedy = f"name a reward or a judge, or add it to evaluate.judges; {suggest(name, measured)}"
+            yield Clash(where, f"nothing measures this, got {name!r}", remedy, ("rewards", "evaluate.judges"))
+    for where, names in (("objectives", config.objectives), ("evaluate.judges", config.evaluate.judges)):
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                yield Clash(f"{where}.{i}", f"stands here twice, got {name!r}", "delete one")
+
+
+def _constraint_clashes(config: "RunConfig") -> Iterator[Clash]:
+    for name, bound in config.constraints.items():
+        where = f"constraints.{name}"
+        keys = tuple(f"{where}.{key}" for key in ("min_ratio_to_base", "min", "max"))
+        if bound.min_ratio_to_base is None and bound.min is None and bound.max is None:
+            yield Clash(where, "needs a bound, got none", "give min_ratio_to_base, min or max", keys)
+        elif bound.min is not None and bound.max is not None and bound.min > bound.max:
+            yield Clash(keys[1], f"must not be above max {bound.max}, got {bound.min}", "swap them", keys[2:])
+
+
+def _unknown_names(config: "RunConfig", known: Known) -> Iterator[Clash]:
+    checks = []
+    for name, reward in config.rewards.items():
+        where = f"rewards.{name}.reward" if reward.reward else f"rewards.{name}"
+        if ":" not in (reward.reward or ""):
+            checks.append(("reward", where, config.kind_of(name), known.rewards))
+    checks.append(("estimator", "estimator.name", config.estimator.name, known.estimators))
+    checks.append(("search sampler", "search.sampler", config.search.sampler, known.samplers))
+    judges = (*known.judges, *known.rewards) if known.judges else ()
+    checks += [("judge", f"evaluate.judges.{i}", name, judges) for i, name in enumerate(config.evaluate.judges)]
+    for kind, where, name, names in checks:
+        if names and name not in names:
+            yield Clash(where, f"unknown {kind}, got {name!r}", suggest(name, names))
+
+
+def _not_built(config: "RunConfig") -> Iterator[Clash]:
+    if config.search.prune:
+        yield Clash("search.prune", "pruning is not available yet, got true", "set prune: false")
+    if config.resources.executor != "train":
+        what = f"this executor is not available yet, got {config.resources.executor!r}"
+        yield Clash("resources.executor", what, "set executor: train")
+
+
+def _missing_files(config: "RunConfig") -> Iterator[Clash]:
+    for key, value in (("train", config.prompts.train), ("eval", config.prompts.eval)):
+        if isinstance(value, str) and value not in BUILTIN_PROMPTS and not Path(value).is_file():
+            remedy = (
+                f"give a text file with one prompt a line, a list, or a set by name; {suggest(value, BUILTIN_PROMPTS)}"
+            )
+            yield Clash(f"prompts.{key}", f"no such file, got {value!r}", remedy)

@@ -1,0 +1,77 @@
+"""The images that a reward is trusted on: scenes of the built-in world, a folder, or features that were kept.
+
+N: reference images. D: width of the features. H, W: image rows and columns.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from rltune.builtin.render import render
+from rltune.builtin.scenes import distinct_scenes
+from rltune.errors import UserError
+from rltune.rewards.base import Reward
+from rltune.rewards.mixture import features
+from rltune.rewards.trust import read_features
+
+BUILTIN = "builtin"
+NUM_SCENES = 512
+SEED = 0
+"""Of the corpus that the built-in rewards were trained on."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def reference_features(reward: Reward, source: str, device: torch.device) -> Tensor:
+    """Return what a reward sees in its references, ``(N, D)`` float32.
+
+    Args:
+        reward: One that has features.
+        source: ``builtin``, a folder of images (``NAME.txt`` beside ``NAME.png`` is its prompt), or a safetensors file
+            with a tensor ``features``.
+        device: Where the reward is.
+
+    Raises:
+        UserError: The reward has no features, or ``source`` cannot be read.
+    """
+    if source != BUILTIN and Path(source).expanduser().is_file():
+        return read_features(Path(source).expanduser())
+    parts = _scenes() if source == BUILTIN else _pictures(Path(source).expanduser())
+    return torch.cat([features(reward, images_B3HW.to(device), prompts) for images_B3HW, prompts in parts])
+
+
+def _scenes() -> Iterator[tuple[Tensor, Sequence[str]]]:
+    scenes = distinct_scenes(SEED, NUM_SCENES, is_heldout=False)
+    for start in range(0, NUM_SCENES, 64):
+        part = scenes[start : start + 64]
+        yield render(part), [scene.caption(random.Random(start + i)) for i, scene in enumerate(part)]
+
+
+def _pictures(folder: Path) -> Iterator[tuple[Tensor, Sequence[str]]]:
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise UserError(
+            f"reference: {str(folder)!r} is neither 'builtin' nor a safetensors file nor a folder that holds images "
+            f"({', '.join(SUFFIXES)})"
+        )
+    for path in paths:
+        caption = path.with_suffix(".txt")
+        yield read_image(path)[None], [caption.read_text().strip() if caption.is_file() else ""]
+
+
+def read_image(path: Path) -> Tensor:
+    """Return an image file as RGB in [0, 1], ``(3, H, W)`` float32; grey and transparent ones are converted.
+
+    Raises:
+        UserError: There is no such file, or it is not an image.
+    """
+    try:
+        with Image.open(path) as image:
+            pixels_HW3 = np.asarray(image.convert("RGB"), dtype=np.float32)
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"{path}: is not an image that can be read ({error})") from error
+    return torch.from_numpy(pixels_HW3 / 255).permute(2, 0, 1)

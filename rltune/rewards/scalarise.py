@@ -1,0 +1,168 @@
+"""From several standardised rewards to the one number that is trained on.
+
+B: images in the batch. N: base-model images. H, W: image rows and columns. Weights sum to 1.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+Scores = Mapping[str, Tensor]
+
+
+class Scalarisation(Protocol):
+    """A way to make one number of several; every score is standardised on the base model."""
+
+    sees_batch: ClassVar[bool]
+    """Whether an image's number depends on the other images of the batch."""
+    needs_gradient: ClassVar[bool]
+    """Whether it looks at gradients with respect to the images, or weighs them, so that it serves backpropagation
+    alone."""
+
+    def __call__(
+        self, scores: Scores, weights: Mapping[str, float], images_B3HW: Tensor, base_scores: Scores
+    ) -> Tensor:
+        """Return ``(B,)``, larger is better, differentiable.
+
+        Args:
+            scores: ``(B,)`` of every reward of positive weight.
+            weights: Of the same names.
+            images_B3HW: What was scored.
+            base_scores: ``(N,)`` of the same rewards on images of the base model.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class WeightedSum:
+    """``sum_k w_k z_k``."""
+
+    sees_batch: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = False
+
+    def __call__(
+        self, scores: Scores, weights: Mapping[str, float], images_B3HW: Tensor, base_scores: Scores
+    ) -> Tensor:
+        """Return the weighted sum ``(B,)``."""
+        return torch.stack([weights[name] * score_B for name, score_B in scores.items()]).sum(dim=0)
+
+
+@dataclass(frozen=True)
+class Chebyshev:
+    """``min_k w_k (z_k - ideal) + rho * sum_k w_k (z_k - ideal)``: raise what lags behind most.
+
+    The augmented weighted Chebyshev norm (Steuer and Choo, 1983, Mathematical Programming 26): unlike a sum it can
+    reach a front that is not convex. Each image is pulled by the one reward that is worst there, and a little by all.
+    """
+
+    ideal: float = 3.0
+    """What every reward should come to, in standard deviations of the base model; beyond reach, or nearly."""
+    rho: float = 0.05
+    sees_batch: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = False
+
+    def __call__(
+        self, scores: Scores, weights: Mapping[str, float], images_B3HW: Tensor, base_scores: Scores
+    ) -> Tensor:
+        """Return minus the augmented distance to the ideal, ``(B,)``."""
+        lag_KB = torch.stack([weights[name] * (score_B - self.ideal) for name, score_B in scores.items()])
+        return lag_KB.amin(dim=0) + self.rho * lag_KB.sum(dim=0)
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """``sum_k w_k mean_j sigmoid(z_k - z_kj)``: how often an image would beat one of the base model's, in [0, 1].
+
+    The calibration of CaPO (arXiv:2502.02588, section 3): win rates compare over rewards, and saturate once won, so
+    that no reward is driven without end. CaPO compares images of one prompt; we compare with the base model's
+    calibration images, which are of several prompts, so that an image's number depends on that image alone.
+    """
+
+    sees_batch: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = False
+
+    def __call__(
+        self, scores: Scores, weights: Mapping[str, float], images_B3HW: Tensor, base_scores: Scores
+    ) -> Tensor:
+        """Return the weighted win rate ``(B,)``."""
+        rates = [
+            weights[name] * torch.sigmoid(score_B[:, None] - base_scores[name].to(score_B)).mean(dim=1)
+            for name, score_B in scores.items()
+        ]
+        return torch.stack(rates).sum(dim=0)
+
+
+@dataclass(frozen=True)
+class NonDominated:
+    """The weighted sum over the images of the batch that no other one beats in every reward; the others count 0.
+
+    Parrot (arXiv:2401.05675, section 3.2) learns from the non-dominated set of a batch alone. The mean over the batch
+    is the mean over that set, so that the gradient does not shrink with it.
+    """
+
+    sees_batch: ClassVar[bool] = True
+    needs_gradient: ClassVar[bool] = True
+
+    def __call__(
+        self, scores: Scores, weights: Mapping[str, float], images_B3HW: Tensor, base_scores: Scores
+    ) -> Tensor:
+        """Return the weighted sum times ``B / size of the set`` or 0, ``(B,)``."""
+        is_kept_B = non_dominated(torch.stack([score_B.detach() for score_B in scores.values()], dim=1))
+        total_B = WeightedSum()(scores, weights, images_B3HW, base_scores)
+        share = is_kept_B.to(total_B) * (len(total_B) / is_kept_B.sum().clamp(min=1))
+        return total_B * share
+
+
+def non_dominated(values_BK: Tensor) -> Tensor:
+    """Return which rows no other row beats or equals everywhere and beats somewhere, ``(B,)`` bool."""
+    at_least_BB = (values_BK[:, None] >= values_BK[None]).all(dim=2)
+    better_BB = (values_BK[:, None] > values_BK[None]).any(dim=2)
+    is_beaten_B: Tensor = (at_least_BB & better_BB).any(dim=0)
+    return ~is_beaten_B
+
+
+@dataclass(frozen=True)
+class GradientBalance:
+    """The weighted sum, each reward's image gradient scaled to the same length: a weight is then a share of the pull.
+
+    A reward with steep, noisy gradients drowns the others however it is standardised. For every image the gradients
+    g_k are normalised, mixed by weight, and given back the weighted mean of their lengths:
+    ``(sum_k w_k g_k / |g_k|) * (sum_k w_k |g_k|)``. The idea is GradNorm's (arXiv:1711.02257), per image and without
+    its learnt weights; the number itself is the weighted sum, only its gradient differs.
+    """
+
+    sees_batch: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = True
+
+    def __call__(
+        self, scores: Scores, weights: Mapping[str, float], images_B3HW: Tensor, base_scores: Scores
+    ) -> Tensor:
+        """Return the weighted sum ``(B,)`` with the balanced gradient; the graph of the rewards is not needed again."""
+        total_B = WeightedSum()(scores, weights, images_B3HW, base_scores)
+        if not (torch.is_grad_enabled() and images_B3HW.requires_grad):
+            return total_B
+        mixed_B3HW = torch.zeros_like(images_B3HW)
+        length_B = torch.zeros_like(total_B)
+        for name, score_B in scores.items():
+            (slope_B3HW,) = torch.autograd.grad(score_B.sum(), images_B3HW, retain_graph=True)
+            norm_B = torch.linalg.vector_norm(slope_B3HW.flatten(1), dim=1)
+            tiny = torch.finfo(norm_B.dtype).tiny  # a reward without slope at an image pulls nowhere there
+            mixed_B3HW = mixed_B3HW + weights[name] * slope_B3HW / norm_B.clamp(min=tiny)[:, None, None, None]
+            length_B = length_B + weights[name] * norm_B
+        slope_B3HW = mixed_B3HW * length_B[:, None, None, None]
+        # zero in value, with the balanced gradient as its slope: the rewards are not passed through a second time
+        carrier_B = ((images_B3HW - images_B3HW.detach()) * slope_B3HW).sum(dim=(1, 2, 3))
+        return total_B.detach() + carrier_B
+
+
+SCALARISATIONS: Mapping[str, Callable[..., Scalarisation]] = {
+    "sum": WeightedSum,
+    "chebyshev": Chebyshev,
+    "win_rate": WinRate,
+    "non_dominated": NonDominated,
+    "gradient_balance": GradientBalance,
+}
+"""What ``mixture.method`` names."""

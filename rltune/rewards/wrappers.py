@@ -1,0 +1,184 @@
+"""Rewards made of rewards: turned round, relative to words, and scored in smaller batches.
+
+B: images in the batch. D: features. H, W: image rows and columns.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from rltune.errors import UserError
+from rltune.rewards.base import HasFeatures, Reward, check_batch, sees_group
+
+logger = logging.getLogger(__name__)
+
+
+class Negate:
+    """Minus a reward: what raised it now lowers it. Its metric is turned round too."""
+
+    def __init__(self, reward: Reward) -> None:
+        self._reward = reward
+        self.is_differentiable = reward.is_differentiable
+        self.metric_unit = reward.metric_unit
+        self.sees_group = sees_group(reward)
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """The reward's own, turned round."""
+        low, high = self._reward.value_range
+        return (-high, -low)
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score RGB in [0, 1] -> ``(B,)`` float32, differentiable where the reward is."""
+        return -self._reward(images_B3HW, prompts)
+
+    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return minus the reward's metric."""
+        return -self._reward.metric(images_B3HW, prompts)
+
+    def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the reward's features, if it has any."""
+        return features_of(self._reward, images_B3HW, prompts)
+
+    def to(self, device: torch.device) -> "Negate":
+        """Move the reward to ``device`` and return the wrapper."""
+        self._reward = self._reward.to(device)
+        return self
+
+
+class Relative:
+    """``(1 + k) * r(image, positive + prompt) - r(image, negative + prompt)``: better than what it should not be.
+
+    The semantic relative preference of SRPO (arXiv:2509.06942, section 3.2): what the reward likes about every image,
+    such as saturated colours, is in both terms and cancels. Of a reward that does not read the prompt nothing is left
+    at k = 0.
+
+    Args:
+        reward: Scores an image for a prompt.
+        positive: Control words put before the prompt, as in ``Realistic photo``.
+        negative: Control words of what to move away from.
+        k: Extra weight of the positive term.
+    """
+
+    def __init__(self, reward: Reward, *, positive: str, negative: str, k: float = 0.0) -> None:
+        self._reward, self._positive, self._negative, self._k = reward, positive, negative, k
+        self.is_differentiable = reward.is_differentiable
+        self.metric_unit = reward.metric_unit
+        self.sees_group = sees_group(reward)
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """From the worst of one term and the best of the other."""
+        low, high = self._reward.value_range
+        return ((1 + self._k) * low - high, (1 + self._k) * high - low)
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score RGB in [0, 1] -> ``(B,)`` float32, differentiable where the reward is."""
+        return self._difference(self._reward, images_B3HW, prompts)
+
+    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the same difference of the reward's metric."""
+        return self._difference(self._reward.metric, images_B3HW, prompts)
+
+    def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the reward's features, if it has any."""
+        return features_of(self._reward, images_B3HW, prompts)
+
+    def to(self, device: torch.device) -> "Relative":
+        """Move the reward to ``device`` and return the wrapper."""
+        self._reward = self._reward.to(device)
+        return self
+
+    def _difference(
+        self, read: Callable[[Tensor, Sequence[str]], Tensor], images_B3HW: Tensor, prompts: Sequence[str]
+    ) -> Tensor:
+        check_batch(images_B3HW, prompts)
+        positive_B = read(images_B3HW, [f"{self._positive}. {prompt}" for prompt in prompts])
+        negative_B = read(images_B3HW, [f"{self._negative}. {prompt}" for prompt in prompts])
+        return (1 + self._k) * positive_B - negative_B
+
+
+class Frugal:
+    """A reward scored a few images at a time, in as many as the memory holds.
+
+    Where the images carry gradient, each part is computed again in the backward pass, so that one part's activations
+    are in memory at a time. Without ``micro_batch`` all images are scored at once until the device is out of memory;
+    then the part is halved, once and for all.
+
+    Args:
+        reward: Whose row i depends on image i alone.
+        name: What messages call it.
+        micro_batch: Images at a time.
+    """
+
+    def __init__(self, reward: Reward, *, name: str, micro_batch: int | None = None) -> None:
+        self._reward, self._name, self._size = reward, name, micro_batch
+        self.is_differentiable = reward.is_differentiable
+        self.metric_unit = reward.metric_unit
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """The reward's own."""
+        return self._reward.value_range
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score RGB in [0, 1] -> ``(B,)`` float32, differentiable where the reward is."""
+        return self._in_parts(self._reward, images_B3HW, prompts)
+
+    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the reward's metric."""
+        return self._in_parts(self._reward.metric, images_B3HW, prompts)
+
+    def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the reward's features, if it has any."""
+        return self._in_parts(lambda *batch: features_of(self._reward, *batch), images_B3HW, prompts)
+
+    def to(self, device: torch.device) -> "Frugal":
+        """Move the reward to ``device`` and return the wrapper."""
+        self._reward = self._reward.to(device)
+        return self
+
+    def _in_parts(
+        self, read: Callable[[Tensor, Sequence[str]], Tensor], images_B3HW: Tensor, prompts: Sequence[str]
+    ) -> Tensor:
+        while True:
+            size = min(self._size or len(prompts), len(prompts))
+            try:
+                return _parts(read, images_B3HW, prompts, size)
+            except torch.OutOfMemoryError:
+                if size <= 1:  # one image does not fit
+                    raise
+            self._size = size // 2  # out of the handler, whose traceback holds what filled the memory
+            logger.warning(
+                "reward %r: out of memory with %d images, going on with %d at a time", self._name, size, self._size
+            )
+
+
+def _parts(
+    read: Callable[[Tensor, Sequence[str]], Tensor], images_B3HW: Tensor, prompts: Sequence[str], size: int
+) -> Tensor:
+    check_batch(images_B3HW, prompts)
+    if len(prompts) <= size:
+        return read(images_B3HW, prompts)
+    parts: list[Tensor] = []
+    for start in range(0, len(prompts), size):
+        part_B3HW, part = images_B3HW[start : start + size], prompts[start : start + size]
+        if part_B3HW.requires_grad and torch.is_grad_enabled():
+            parts.append(checkpoint(read, part_B3HW, part, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(read(part_B3HW, part))
+    return torch.cat(parts)
+
+
+def features_of(reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Return what a reward sees in images, ``(B, D)`` float32.
+
+    Raises:
+        UserError: It does not say.
+    """
+    if not isinstance(reward, HasFeatures):
+        raise UserError(f"reward {type(reward).__name__}: has no features to measure trust by; leave `trust` out")
+    return reward.features(images_B3HW, prompts)

@@ -1,0 +1,115 @@
+"""From an experiment's rewards section to rewards and their mixture."""
+
+from collections.abc import Mapping
+
+import torch
+
+from rltune.config.experiment import RunConfig
+from rltune.config.sections import RewardConfig
+from rltune.errors import UserError
+from rltune.rewards.base import REWARDS, Reward, sees_group
+from rltune.rewards.mixture import RAW, Calibration, Mixture, Shape
+from rltune.rewards.own import build_own, has_own_gradient, load_own
+from rltune.rewards.references import reference_features
+from rltune.rewards.scalarise import SCALARISATIONS, Scalarisation
+from rltune.rewards.trust import Trust, fit_trust
+from rltune.rewards.wrappers import Frugal, Negate, Relative
+
+
+def build_rewards(config: RunConfig, judges: tuple[str, ...], device: torch.device) -> dict[str, Reward]:
+    """Return the rewards of an experiment and the rewards among its judges, by name, on ``device``.
+
+    Args:
+        config: The experiment.
+        judges: Names of rewards that are only measured, with their default options.
+        device: Where they run.
+
+    Raises:
+        UserError: An option has a value that the reward does not take, or a reward of the user's own does not import.
+        RunError: Weights are not on this machine.
+    """
+    sections = dict(config.rewards) | {name: RewardConfig() for name in judges if name not in config.rewards}
+    return {name: build_reward(name, section).to(device) for name, section in sections.items()}
+
+
+def build_reward(name: str, section: RewardConfig) -> Reward:
+    """Return one reward with the wrappers that its section asks for.
+
+    Raises:
+        UserError: As ``build_rewards``.
+        RunError: Weights are not on this machine.
+    """
+    kind = section.reward or name
+    reward = build_own(name, kind, section.options) if ":" in kind else REWARDS.build(kind, section.options)
+    if section.relative is not None:
+        words = section.relative
+        reward = Relative(reward, positive=words.positive, negative=words.negative, k=words.k)
+    if section.negate:
+        reward = Negate(reward)
+    if sees_group(reward):
+        return reward
+    return Frugal(reward, name=name, micro_batch=section.micro_batch)
+
+
+def check_reward(name: str, section: RewardConfig, *, needs_gradient: bool) -> None:
+    """Check what can be known of a reward before weights are loaded.
+
+    Raises:
+        UserError: A name or an option is unknown, a reward of the user's own does not import, or has no gradient where
+            it carries weight and the estimator needs one.
+    """
+    kind = section.reward or name
+    if ":" not in kind:
+        REWARDS.check(kind, section.options)
+    elif not has_own_gradient(load_own(name, kind)) and needs_gradient and section.weight > 0:
+        raise UserError(
+            f"rewards.{name}: {kind} says that it has no gradient, and the estimator backpropagates rewards; give it "
+            "weight 0 to watch it only, or take an estimator that needs none: see 'rltune estimators'"
+        )
+
+
+def build_mixture(
+    config: RunConfig, rewards: Mapping[str, Reward], calibration: Mapping[str, Calibration], device: torch.device
+) -> Mixture:
+    """Return the number that an experiment trains on.
+
+    Raises:
+        UserError: Trust is asked for in a reward that has no features, or its references cannot be read.
+        RunError: A reward gives the same score to every base image.
+    """
+    sections = config.rewards
+    units = {name: calibration[name] for name in sections}
+    # in their own unit, but with the values, which a win rate compares with
+    units |= {
+        name: Calibration(RAW.mean, RAW.std, unit.values)
+        for name, unit in units.items()
+        if not sections[name].standardise
+    }
+    return Mixture(
+        {name: rewards[name] for name in sections},
+        config.weights,
+        units,
+        shapes={name: Shape(section.loss, section.target or 0.0) for name, section in sections.items()},
+        trusts={
+            name: _trust(name, section, rewards[name], device)
+            for name, section in sections.items()
+            if section.trust is not None and section.weight > 0
+        },
+        scalarise=_scalarisation(config),
+    )
+
+
+def _scalarisation(config: RunConfig) -> Scalarisation:
+    mixture = config.mixture
+    options = {"ideal": mixture.ideal, "rho": mixture.rho} if mixture.method == "chebyshev" else {}
+    return SCALARISATIONS[mixture.method](**options)
+
+
+def _trust(name: str, section: RewardConfig, reward: Reward, device: torch.device) -> Trust:
+    assert section.trust is not None
+    trust = section.trust
+    try:
+        features_ND = reference_features(reward, trust.reference, device)
+    except UserError as error:
+        raise UserError(f"rewards.{name}.trust: {error}") from error
+    return fit_trust(features_ND.cpu(), slope=trust.slope, offset=trust.offset, ceiling=trust.ceiling)
