@@ -14,6 +14,7 @@ from transformers import CLIPTokenizer
 
 from rltune.builtin.counter import Counter
 from rltune.builtin.judge import Judge
+from tests.rewards.imagereward_layout import save_files
 
 EMBED_DIM = 16
 HIDDEN = [12, 8]
@@ -86,8 +87,14 @@ def judge_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def imagereward_options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A small ImageReward that has learnt nothing."""
+    return save_files(tmp_path_factory.mktemp("imagereward"))
+
+
+@pytest.fixture(scope="session")
 def reward_options(
-    clip_folder: Path, head_file: Path, counter_file: Path, judge_file: Path
+    clip_folder: Path, head_file: Path, counter_file: Path, judge_file: Path, imagereward_options: dict[str, str]
 ) -> Mapping[str, Mapping[str, Any]]:
     """Name -> options with which the suite builds a reward; one that needs weights has an entry here."""
     return {
@@ -97,4 +104,5 @@ def reward_options(
         "presence": {"weights": str(counter_file)},
         "faithful": {"weights": str(judge_file)},
         "faithful_exact": {"weights": str(judge_file)},
+        "imagereward": imagereward_options,
     }
