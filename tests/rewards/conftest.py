@@ -16,6 +16,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from rltune.builtin.counter import Counter
 from rltune.builtin.judge import Judge
 from rltune.rewards.aesthetic import LAION_WIDTHS
+from tests.rewards.imagereward_layout import save_files
 
 EMBED_DIM = 16
 HIDDEN = [12, 8]
@@ -155,6 +156,12 @@ def judge_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def imagereward_options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A small ImageReward that has learnt nothing."""
+    return save_files(tmp_path_factory.mktemp("imagereward"))
+
+
+@pytest.fixture(scope="session")
 def reward_options(
     clip_folder: Path,
     clip_l_folder: Path,
@@ -164,6 +171,7 @@ def reward_options(
     pickscore_file: Path,
     counter_file: Path,
     judge_file: Path,
+    imagereward_options: dict[str, str],
 ) -> Mapping[str, Mapping[str, Any]]:
     """Name -> options with which the suite builds a reward; one that needs weights has an entry here."""
     return {
@@ -178,4 +186,5 @@ def reward_options(
         "presence": {"weights": str(counter_file)},
         "faithful": {"weights": str(judge_file)},
         "faithful_exact": {"weights": str(judge_file)},
+        "imagereward": imagereward_options,
     }
