@@ -114,6 +114,12 @@ def _reward_clashes(config: "RunConfig") -> Iterator[Clash]:
         elif reward.loss == "linear" and reward.target is not None:
             what = f"a linear loss has no target, got {reward.target}"
             yield Clash(f"rewards.{name}.target", what, "write loss: hinge or loss: target", (f"rewards.{name}.loss",))
+        given = {key: getattr(reward.relative, key) for key in ("positive", "negative")}
+        if sum(words is None for words in given.values()) == 1:
+            missing, other = sorted(given, key=lambda key: given[key] is not None)
+            where = f"rewards.{name}.relative"
+            what = f"needs {missing} words beside it, got {given[other]!r} alone"
+            yield Clash(f"{where}.{other}", what, "give both or neither", (f"{where}.{missing}", where))
 
 
 def _estimator_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:

@@ -30,7 +30,7 @@ def _child(node: Node, key: str) -> Node | None:
     if not node or node.get("additionalProperties") is True:
         return {}
     child: Node | None = None
-    for branch in map(_resolved, node.get("anyOf", (node,))):
+    for branch in node.get("anyOf", (node,)):
         if key in branch.get("properties", {}):
             child = branch["properties"][key]
         elif isinstance(branch.get("additionalProperties"), Mapping):

@@ -109,9 +109,9 @@ class RegularizeConfig(StrictModel):
 class TrustConfig(StrictModel):
     """Images count more where the reward knows what it sees: trust by the distance of its features from these."""
 
-    reference: Text = "builtin"
+    reference: Text | None = None
     """What the reward was trained on, or like it: a folder of images, a safetensors file with a tensor ``features``
-    (N, D), or ``builtin``, scenes of the built-in world."""
+    (N, D), or ``builtin``, scenes of the built-in world. Left out, trust plays no part."""
     slope: Float = Field(0.7, ge=0)
     """How fast trust falls off with the distance, of which 1 is an image like the references."""
     offset: Float = 1.4
@@ -123,9 +123,9 @@ class TrustConfig(StrictModel):
 class RelativeConfig(StrictModel):
     """The reward for the prompt with one kind of words before it, minus that with another."""
 
-    positive: Text
-    """Control words of what to move towards, as in ``Realistic photo``."""
-    negative: Text
+    positive: Text | None = None
+    """Control words of what to move towards, as in ``Realistic photo``; left out, as is ``negative``, it is off."""
+    negative: Text | None = None
     """Control words of what to move away from."""
     k: Float = Field(0.0, ge=0)
     """Extra weight of the positive term."""
@@ -146,9 +146,9 @@ class RewardConfig(StrictModel):
     """Where ``hinge`` and ``target`` aim, in the reward's own unit."""
     negate: Bool = False
     """Train, and report, minus the reward."""
-    relative: RelativeConfig | None = None
+    relative: RelativeConfig = RelativeConfig()
     """Score it relative to control words, so that what it likes about every image cancels."""
-    trust: TrustConfig | None = None
+    trust: TrustConfig = TrustConfig()
     """Let images count more where the reward knows what it sees."""
     standardise: Bool = True
     """Weigh it in standard deviations of the base model; if not, in its own unit."""

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 
 from rltune.config.experiment import RunConfig
-from rltune.config.sections import RewardConfig
+from rltune.config.sections import RewardConfig, TrustConfig
 from rltune.errors import UserError
-from rltune.rewards.base import REWARDS, Reward, sees_group
+from rltune.rewards.base import REWARDS, Reward, compares_group, sees_group
 from rltune.rewards.mixture import RAW, Calibration, Mixture, Shape
 from rltune.rewards.own import build_own, has_own_gradient, load_own
 from rltune.rewards.references import reference_features
@@ -41,8 +41,8 @@ def build_reward(name: str, section: RewardConfig) -> Reward:
     """
     kind = section.reward or name
     reward = build_own(name, kind, section.options) if ":" in kind else REWARDS.build(kind, section.options)
-    if section.relative is not None:
-        words = section.relative
+    words = section.relative
+    if words.positive is not None and words.negative is not None:
         reward = Relative(reward, positive=words.positive, negative=words.negative, k=words.k)
     if section.negate:
         reward = Negate(reward)
@@ -68,6 +68,16 @@ def check_reward(name: str, section: RewardConfig, *, needs_gradient: bool) -> N
         )
 
 
+def compares_images(name: str, section: RewardConfig) -> bool:
+    """Return whether a reward compares the images of a prompt with one another; loads no weights.
+
+    Raises:
+        UserError: Its name is unknown, or it is the user's own and does not import.
+    """
+    kind = section.reward or name
+    return sees_group(load_own(name, kind)) if ":" in kind else compares_group(kind)
+
+
 def build_mixture(
     config: RunConfig, rewards: Mapping[str, Reward], calibration: Mapping[str, Calibration], device: torch.device
 ) -> Mixture:
@@ -91,9 +101,9 @@ def build_mixture(
         units,
         shapes={name: Shape(section.loss, section.target or 0.0) for name, section in sections.items()},
         trusts={
-            name: _trust(name, section, rewards[name], device)
+            name: _trust(name, section.trust, section.trust.reference, rewards[name], device)
             for name, section in sections.items()
-            if section.trust is not None and section.weight > 0
+            if section.trust.reference is not None and section.weight > 0
         },
         scalarise=_scalarisation(config),
     )
@@ -105,11 +115,9 @@ def _scalarisation(config: RunConfig) -> Scalarisation:
     return SCALARISATIONS[mixture.method](**options)
 
 
-def _trust(name: str, section: RewardConfig, reward: Reward, device: torch.device) -> Trust:
-    assert section.trust is not None
-    trust = section.trust
+def _trust(name: str, trust: TrustConfig, reference: str, reward: Reward, device: torch.device) -> Trust:
     try:
-        features_ND = reference_features(reward, trust.reference, device)
+        features_ND = reference_features(reward, reference, device)
     except UserError as error:
         raise UserError(f"rewards.{name}.trust: {error}") from error
     return fit_trust(features_ND.cpu(), slope=trust.slope, offset=trust.offset, ceiling=trust.ceiling)

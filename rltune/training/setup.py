@@ -18,7 +18,7 @@ from rltune.estimators.base import ESTIMATORS, Estimator
 from rltune.rewards.base import Reward, sees_group
 from rltune.training.evaluation import JUDGES, ImageSet
 from rltune.training.prompts import read_prompts
-from rltune.training.rewards import build_rewards, check_reward
+from rltune.training.rewards import build_rewards, check_reward, compares_images
 from rltune.training.streams import Stream
 from rltune.training.workers import Workers
 
@@ -225,6 +225,8 @@ def base_key(config: RunConfig) -> str:
     parts = config.model_dump(mode="json", include={"prompts": True, "sampler": True, "evaluate": True})
     del parts["evaluate"]["every"]
     parts["model"] = [config.model.base, config.model.revision]
+    if not any(compares_images(name, section) for name, section in config.rewards.items()):
+        del parts["prompts"]["images_per_prompt"]  # nor is the calibration drawn by it
     defining = {"reward", "options", "negate", "relative"}
     parts["rewards"] = {
         name: section.model_dump(mode="json", include=defining) for name, section in config.rewards.items()

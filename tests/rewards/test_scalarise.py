@@ -1,0 +1,154 @@
+"""From several rewards to one number: values by hand, gradients by the formula."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from rltune.pareto import front
+from rltune.rewards.scalarise import (
+    SCALARISATIONS,
+    Chebyshev,
+    GradientBalance,
+    NonDominated,
+    WeightedSum,
+    WinRate,
+    non_dominated,
+)
+
+WEIGHTS = {"a": 0.75, "b": 0.25}
+NONE = torch.zeros(1)  # images that the method does not look at
+
+
+def scores(a: list[float], b: list[float]) -> dict[str, Tensor]:
+    return {
+        name: torch.tensor(values, dtype=torch.float32, requires_grad=True) for name, values in (("a", a), ("b", b))
+    }
+
+
+def test_a_weighted_sum() -> None:
+    assert WeightedSum()(scores([1, 2], [-4, 8]), WEIGHTS, NONE, {}).tolist() == [-0.25, 3.5]
+
+
+def test_chebyshev_follows_what_lags_behind() -> None:
+    both = scores([1, 2], [-5, 2.5])
+    total = Chebyshev(ideal=3.0, rho=0.1)(both, WEIGHTS, NONE, {})
+    # image 0: lags .75 * -2 = -1.5 and .25 * -8 = -2; image 1: -.75 and -.125
+    assert total.tolist() == pytest.approx([-2 - 0.35, -0.75 - 0.0875])
+    total.sum().backward()
+    assert both["a"].grad is not None
+    assert both["b"].grad is not None
+    assert both["a"].grad.tolist() == pytest.approx([0.1 * 0.75, 1.1 * 0.75])
+    assert both["b"].grad.tolist() == pytest.approx([1.1 * 0.25, 0.1 * 0.25])
+
+
+def test_chebyshev_reaches_the_middle_of_a_front_that_bends_inwards() -> None:
+    # On the arc a^2 + b^2 = 1 seen from below, a sum has its best at an end and Chebyshev where the lags are equal.
+    angle = torch.linspace(0, torch.pi / 2, 1001)
+    arc = {"a": 1 - angle.sin(), "b": 1 - angle.cos()}
+    even = {"a": 0.5, "b": 0.5}
+    assert WeightedSum()(arc, even, NONE, {}).argmax().item() in (0, 1000)
+    assert Chebyshev(ideal=1.0, rho=0.0)(arc, even, NONE, {}).argmax().item() == 500
+
+
+def test_a_win_rate_is_the_chance_against_the_base_models_images() -> None:
+    base = {"a": torch.tensor([0.0, np.log(3)]), "b": torch.tensor([0.0])}
+    total = WinRate()(scores([np.log(3), 1e4], [0, 1e4]), WEIGHTS, NONE, base)
+    # sigmoid(log 3) = 3/4 and sigmoid(0) = 1/2
+    assert total.tolist() == pytest.approx([0.75 * (0.75 + 0.5) / 2 + 0.25 * 0.5, 1.0])
+
+
+def test_the_non_dominated_are_those_of_the_definition() -> None:
+    values = torch.randint(0, 4, (40, 3), generator=torch.Generator().manual_seed(0)).double()
+    kept = set(np.flatnonzero(non_dominated(values).numpy()).tolist())
+    assert 0 < len(kept) < 40
+    expected = {
+        i
+        for i in range(40)
+        if not any((values[j] >= values[i]).all() and (values[j] > values[i]).any() for j in range(40))
+    }
+    assert kept == expected
+    assert kept == set(np.flatnonzero(front.non_dominated(values.numpy())).tolist())
+
+
+def test_only_the_non_dominated_count_and_their_mean_is_the_batchs() -> None:
+    both = scores([1, 2, 0], [1, 0, 0.5])  # the last is beaten by the first
+    total = NonDominated()(both, WEIGHTS, NONE, {})
+    assert total.tolist() == pytest.approx([1.0 * 3 / 2, 1.5 * 3 / 2, 0])
+    assert total.mean().item() == pytest.approx((1.0 + 1.5) / 2)
+    total.sum().backward()
+    assert both["a"].grad is not None
+    assert both["a"].grad.tolist() == pytest.approx([1.125, 1.125, 0])
+
+
+def make_images() -> Tensor:
+    return torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+
+
+def test_balanced_gradients_have_the_length_of_their_weights() -> None:
+    images = make_images()
+    directions = torch.randn(2, *images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    steepness = torch.tensor([[1.0, 100.0], [5.0, 0.01]], dtype=torch.float64)
+    values = {name: steepness[k] * (images * directions[k]).sum(dim=(1, 2, 3)) for k, name in enumerate(WEIGHTS)}
+    total = GradientBalance()(values, WEIGHTS, images, {})
+    torch.testing.assert_close(total, WeightedSum()(values, WEIGHTS, images, {}), rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(total.sum(), images)
+    for i in range(2):
+        slopes = [steepness[k, i] * directions[k, i] for k in range(2)]
+        lengths = [slope.norm() for slope in slopes]
+        mixed = sum(w * slope / n for w, slope, n in zip(WEIGHTS.values(), slopes, lengths, strict=True))
+        length = sum(w * n for w, n in zip(WEIGHTS.values(), lengths, strict=True))
+        torch.testing.assert_close(gradient[i], mixed * length, rtol=1e-12, atol=0)
+
+
+def test_one_reward_alone_keeps_its_own_gradient() -> None:
+    images = make_images()
+    value = {"a": images.square().sum(dim=(1, 2, 3))}
+    (gradient,) = torch.autograd.grad(GradientBalance()(value, {"a": 1.0}, images, {}).sum(), images)
+    torch.testing.assert_close(gradient, 2 * images.detach(), rtol=1e-12, atol=0)
+
+
+def test_a_reward_that_is_flat_at_an_image_does_not_spoil_the_balance() -> None:
+    images = make_images()
+    flat = {"a": images.sum(dim=(1, 2, 3)), "b": (0 * images).sum(dim=(1, 2, 3))}
+    (gradient,) = torch.autograd.grad(GradientBalance()(flat, WEIGHTS, images, {}).sum(), images)
+    torch.testing.assert_close(gradient, torch.full_like(images, 0.75 * 0.75), rtol=1e-12, atol=0)
+
+
+def test_without_gradient_a_balance_is_a_sum() -> None:
+    images = make_images().detach()
+    values = {name: images.sum(dim=(1, 2, 3)) for name in WEIGHTS}
+    assert torch.equal(GradientBalance()(values, WEIGHTS, images, {}), WeightedSum()(values, WEIGHTS, images, {}))
+
+
+@pytest.mark.parametrize("method", SCALARISATIONS)
+def test_an_image_counts_by_itself_unless_the_method_says_otherwise(method: str) -> None:
+    images = torch.rand(4, 3, 2, 2, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    base = {"a": torch.randn(5, generator=torch.Generator().manual_seed(3)), "b": torch.zeros(3)}
+    combine = SCALARISATIONS[method]()
+
+    def total_and_slope(chosen: list[int]) -> tuple[Tensor, Tensor]:
+        part = images.detach()[chosen].requires_grad_()
+        values = {"a": part.square().sum(dim=(1, 2, 3)), "b": part.amax(dim=(1, 2, 3))}
+        total = combine(values, WEIGHTS, part, base)
+        return total.detach(), torch.autograd.grad(total.sum(), part)[0]
+
+    whole, slope = total_and_slope([0, 1, 2, 3])
+    alone = [total_and_slope([i]) for i in range(4)]
+    is_same = torch.allclose(whole, torch.cat([total for total, _ in alone])) and torch.allclose(
+        slope, torch.cat([each for _, each in alone])
+    )
+    assert is_same != combine.sees_batch
+
+
+@pytest.mark.parametrize("method", SCALARISATIONS)
+def test_more_of_everything_is_never_worth_less(method: str) -> None:
+    steps = torch.linspace(-2, 2, 5)
+    combine = SCALARISATIONS[method]()
+    if combine.sees_batch:
+        pytest.skip("an image's number depends on the others")
+    for a, b in itertools.product(steps.tolist(), repeat=2):
+        low, high = (combine(scores([a + d], [b + d]), WEIGHTS, NONE, {"a": steps, "b": steps}) for d in (0.0, 0.5))
+        assert high.item() > low.item()
