@@ -1,5 +1,6 @@
 """Networks that transformers loads: from a folder, or under their id on the Hugging Face hub from the local cache."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,8 @@ from rltune.rewards.weights import WeightsFile, format_size, is_offline
 Loaded = TypeVar("Loaded")
 CONFIG = "config.json"
 NETWORK = "model.safetensors"
+TOKENIZERS = (("vocab.json", "merges.txt"), ("tokenizer.json",))
+"""A tokenizer of CLIP's is in these files, as published and as transformers 5 saves it."""
 NAMED_KEYS = 3
 """How many offending keys a message names."""
 
@@ -80,6 +83,10 @@ def load_network(reward: str, kind: Any, folder: Path) -> Any:
     Raises:
         UserError: The files are not such a model, or not whole.
     """
+    expected = kind.config_class.model_type
+    found = _loading(reward, folder, lambda: json.loads((folder / CONFIG).read_text())["model_type"])
+    if found != expected:  # transformers would build one of its own, full size, with random weights
+        raise UserError(f"reward {reward!r}: model must be of type {expected!r}, and that of {folder} is {found!r}")
     # transformers fills missing weights with random ones, and leaves those of another shape out, with a warning alone.
     network, info = _loading(
         reward,
@@ -109,6 +116,8 @@ def load_tokenizer(reward: str, kind: Any, folder: Path) -> Any:
     Raises:
         UserError: There is none, or it is not whole.
     """
+    if not any(all((folder / name).is_file() for name in names) for names in TOKENIZERS):  # else it has no words at all
+        raise UserError(f"reward {reward!r}: {folder} has no tokenizer; it must hold vocab.json and merges.txt")
     return _loading(reward, folder, lambda: kind.from_pretrained(folder, local_files_only=True))
 
 
