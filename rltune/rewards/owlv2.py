@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Identity
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 from torchvision.ops import box_convert
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import gaussian_blur, resize
@@ -134,8 +134,7 @@ def embed_phrases(reward: str, network: Any, tokenizer: Any, phrases: Sequence[s
                     f"{len(ids)}; name the object in fewer words"
                 )
             rows.append(network.owlv2.get_text_features(torch.tensor([ids])).pooler_output[0])
-    query_QD: Tensor = torch.stack(rows)
-    return query_QD / query_QD.norm(dim=1, keepdim=True)
+    return normalize(torch.stack(rows), dim=1)
 
 
 def query_text(phrase: str) -> str:
