@@ -11,7 +11,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+)
 
 from rltune.builtin.counter import Counter
 from rltune.builtin.judge import Judge
@@ -162,6 +170,39 @@ def imagereward_options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 
 
 @pytest.fixture(scope="session")
+def owlv2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An OWLv2 of two layers that looks at 8 x 8 patches of 64 px, with a tokenizer."""
+    folder = tmp_path_factory.mktemp("owlv2")
+    vocab_size = save_tokenizer(folder)
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"pad_token_id": vocab_size - 1, "bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1}
+    config = Owlv2Config(
+        text_config={**layers, **ends, "vocab_size": vocab_size, "max_position_embeddings": 40},  # letters are tokens
+        vision_config={**layers, "image_size": 64, "patch_size": 8},
+        projection_dim=32,
+    )
+    torch.manual_seed(4)
+    network = Owlv2ForObjectDetection(config)
+    # As in the published one, most boxes of any picture show nothing, and logits are a few at most.
+    with torch.no_grad():
+        network.class_head.logit_shift.weight.mul_(0.1)
+        network.class_head.logit_scale.weight.mul_(0.1)
+        network.class_head.logit_shift.bias.fill_(-2.0)
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A DINOv2 of two layers; its positions are interpolated, as the published one's are."""
+    folder = tmp_path_factory.mktemp("dino")
+    torch.manual_seed(5)
+    layers = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 2}
+    Dinov2Model(Dinov2Config(**layers, image_size=112, patch_size=28)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def reward_options(
     clip_folder: Path,
     clip_l_folder: Path,
@@ -172,6 +213,8 @@ def reward_options(
     counter_file: Path,
     judge_file: Path,
     imagereward_options: dict[str, str],
+    owlv2_folder: Path,
+    dino_folder: Path,
 ) -> Mapping[str, Mapping[str, Any]]:
     """Name -> options with which the suite builds a reward; one that needs weights has an entry here."""
     return {
@@ -187,4 +230,7 @@ def reward_options(
         "faithful": {"weights": str(judge_file)},
         "faithful_exact": {"weights": str(judge_file)},
         "imagereward": imagereward_options,
+        "object_count": {"of": "red apple", "target": 2, "model": str(owlv2_folder)},
+        "object_presence": {"of": ["red apple", "cat"], "model": str(owlv2_folder)},
+        "diversity_dino": {"model": str(dino_folder)},
     }

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from rltune.errors import UnknownNameError, UserError
-from rltune.rewards.base import REWARDS, Reward
+from rltune.rewards.base import REWARDS, Reward, sees_group
 
 PROMPTS = ("a red circle", "two blue stars and an orange ring", "a green cross on a white background")
 """Captions of the built-in world, since some rewards read no others."""
+GROUPED = (PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[1])
+"""Two prompts of two images each, not in order."""
 Options = Mapping[str, Mapping[str, Any]]
 
 
@@ -33,14 +35,20 @@ def make_images(num_images: int = 3, height: int = 48, width: int = 48, dtype: t
     return (0.1 + 0.8 * smooth + 0.05 * torch.rand(smooth.shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
+def prompts_for(reward: Reward, num_images: int) -> tuple[str, ...]:
+    """One prompt an image; the same one where images of a prompt are compared, for one alone has nothing to gain."""
+    return (PROMPTS[0],) * num_images if sees_group(reward) else PROMPTS[:num_images]
+
+
 def test_a_score_is_a_finite_float32_number_an_image_within_the_stated_range(reward: Reward) -> None:
-    for values in (reward(make_images(), PROMPTS), reward.metric(make_images(), PROMPTS)):
+    images, prompts = make_images(), prompts_for(reward, 3)
+    for values in (reward(images, prompts), reward.metric(images, prompts)):
         assert values.shape == (3,)
         assert values.dtype == torch.float32
         assert values.isfinite().all()
     low, high = reward.value_range
     assert low < high
-    assert ((low <= reward(make_images(), PROMPTS)) & (reward(make_images(), PROMPTS) <= high)).all()
+    assert ((low <= reward(images, prompts)) & (reward(images, prompts) <= high)).all()
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
@@ -54,7 +62,8 @@ def test_a_flat_image_is_scored_within_the_stated_range(reward: Reward, level: f
 
 @pytest.mark.parametrize("size", [(65, 49), (33, 64), (17, 16), (96, 160)])
 def test_any_image_size_is_scored(reward: Reward, size: tuple[int, int]) -> None:
-    for values in (reward(make_images(2, *size), PROMPTS[:2]), reward.metric(make_images(2, *size), PROMPTS[:2])):
+    images, prompts = make_images(2, *size), prompts_for(reward, 2)
+    for values in (reward(images, prompts), reward.metric(images, prompts)):
         assert values.shape == (2,)
         assert values.isfinite().all()
 
@@ -63,7 +72,7 @@ def test_the_image_gradient_is_finite_and_reaches_every_image(reward: Reward) ->
     if not reward.is_differentiable:
         pytest.skip("says that it is not differentiable")
     images = make_images(3, 65, 49).requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
+    (gradient,) = torch.autograd.grad(reward(images, prompts_for(reward, 3)).sum(), images)
     assert gradient.isfinite().all()
     assert (gradient.flatten(1).abs().amax(dim=1) > 0).all()
 
@@ -76,19 +85,22 @@ def test_the_image_gradient_is_the_slope(name: str, reward_options: Options, mon
     if not reward.is_differentiable:
         pytest.skip("says that it is not differentiable")
     images = make_images(2, 33, 41, dtype=torch.float64).requires_grad_()
-    values = reward(images, PROMPTS[:2])
+    prompts = prompts_for(reward, 2)
+    values = reward(images, prompts)
     assert values.dtype == torch.float64
     (gradient,) = torch.autograd.grad(values.sum(), images)
     generator = torch.Generator().manual_seed(1)
     for _ in range(4):
         direction = torch.randn(images.shape, generator=generator, dtype=torch.float64)
         step = 1e-6 * direction
-        rise = (reward(images + step, PROMPTS[:2]) - reward(images - step, PROMPTS[:2])).sum() / 2e-6
+        rise = (reward(images + step, prompts) - reward(images - step, prompts)).sum() / 2e-6
         # Rounding: 1e-16 * 10 / 1e-6 = 1e-9, against slopes of 1e-3 and more; truncation: (1e-6)^2, far less.
         assert rise.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-5, abs=1e-8)
 
 
 def test_an_image_moves_no_other_score(reward: Reward) -> None:
+    if sees_group(reward):
+        pytest.skip("says that it compares the images of a prompt")
     images = make_images()
     changed = torch.cat([1 - images[:1], images[1:]])
     before, after = reward(images, PROMPTS), reward(changed, PROMPTS)
@@ -101,7 +113,30 @@ def test_an_image_moves_no_other_score(reward: Reward) -> None:
         assert gradient[2].abs().max() == 0
 
 
+def test_an_image_moves_no_score_of_another_prompt(reward: Reward) -> None:
+    images = make_images(4)
+    changed = torch.cat([1 - images[:1], images[1:]])
+    before, after = reward(images, GROUPED), reward(changed, GROUPED)
+    assert torch.equal(before[1::2], after[1::2])
+    if reward.is_differentiable:
+        assert before[0] != after[0]
+        assert (before[2] != after[2]) == sees_group(reward)
+        images.requires_grad_()
+        (gradient,) = torch.autograd.grad(reward(images, GROUPED)[1::2].sum(), images)
+        assert gradient[0::2].abs().max() == 0
+
+
+def test_a_prompt_alone_scores_as_in_a_batch(reward: Reward) -> None:
+    images, scores = make_images(4), torch.zeros(4)
+    for i in range(2):
+        scores[i::2] = reward(images[i::2], GROUPED[i::2])
+    # Matrix products of other sizes sum in another order: float32 rounding.
+    torch.testing.assert_close(scores, reward(images, GROUPED), rtol=1e-5, atol=1e-5)
+
+
 def test_a_batch_of_one_scores_as_in_a_batch(reward: Reward) -> None:
+    if sees_group(reward):
+        pytest.skip("says that it compares the images of a prompt")
     images = make_images()
     alone = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
     # Matrix products of other sizes sum in another order: float32 rounding.
@@ -132,12 +167,14 @@ def test_a_malformed_batch_is_the_callers_fault(reward: Reward) -> None:
 
 def test_low_precision_images_are_scored_in_float32(reward: Reward) -> None:
     images = make_images().bfloat16()
-    torch.testing.assert_close(reward(images, PROMPTS), reward(images.float(), PROMPTS), rtol=0, atol=0)
+    prompts = prompts_for(reward, 3)
+    torch.testing.assert_close(reward(images, prompts), reward(images.float(), prompts), rtol=0, atol=0)
 
 
 def test_a_reward_moves_and_keeps_its_score(reward: Reward) -> None:
-    before = reward(make_images(), PROMPTS)
-    assert torch.equal(reward.to(torch.device("cpu"))(make_images(), PROMPTS), before)
+    images, prompts = make_images(), prompts_for(reward, 3)
+    before = reward(images, prompts)
+    assert torch.equal(reward.to(torch.device("cpu"))(images, prompts), before)
 
 
 def test_an_unknown_option_lists_the_known_ones(name: str) -> None:
