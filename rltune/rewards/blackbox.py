@@ -40,7 +40,7 @@ class FunctionReward:
 
     Args:
         function: Called with a list of RGB ``PIL.Image`` and the list of their prompts; returns a list, tuple, array or
-            tensor of one number an image, larger is better. NaN is let through: whoever asked names it.
+            tensor of one number an image, larger is better, that depends on no other image. NaN is let through.
         path: What messages call the function.
     """
 
@@ -109,8 +109,9 @@ class HttpReward:
     2. The body is ``{"images": [...], "prompts": [...]}``, two lists of one length, 1 to ``batch``.
     3. An image is a string, the base64 (RFC 4648, no line breaks) of an RGB file of 8 bits a channel: PNG, or JPEG of
        quality 95. Sizes may differ between requests. A prompt is a string.
-    4. The answer is status 200 and JSON ``{"scores": [...]}``: a number an image, in their order, larger is better.
-       ``NaN``, as Python's ``json`` writes it, says that an image could not be scored. Further keys are ignored.
+    4. The answer is status 200 and JSON ``{"scores": [...]}``: a number an image, in their order, larger is better,
+       that depends on no other image of the request. ``NaN``, as Python's ``json`` writes it, says that an image could
+       not be scored. Further keys are ignored.
     5. A lost connection, silence for ``timeout_s`` and the statuses 429, 502, 503 and 504 make the same request come
        again, ``retries`` times at most: at once, then after 1, 2, 4 ... s, or after what the header ``Retry-After``
        says. So a request must be harmless to repeat.
