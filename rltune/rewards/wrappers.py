@@ -180,5 +180,5 @@ def features_of(reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> 
         UserError: It does not say.
     """
     if not isinstance(reward, HasFeatures):
-        raise UserError(f"reward {type(reward).__name__}: has no features to measure trust by; leave `trust` out")
+        raise UserError("the reward has no features to measure trust by; leave `trust` out")
     return reward.features(images_B3HW, prompts)

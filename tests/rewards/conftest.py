@@ -1,14 +1,20 @@
 """Networks of the shipped layout with random weights, small where size is free: what the reward suite scores with."""
 
+import base64
+import io
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -203,6 +209,47 @@ def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def scoring_function(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A user's function that is the mean level of a picture, as ``module:name``."""
+    folder = tmp_path_factory.mktemp("scoring")
+    (folder / "scores_of_a_user.py").write_text(
+        "import numpy as np\n\ndef brightness(images, prompts):\n    return [np.asarray(i).mean() for i in images]\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield "scores_of_a_user:brightness"
+
+
+class _Brightness(BaseHTTPRequestHandler):
+    """A server that keeps the protocol of the reward ``http`` and answers with the mean level of a picture."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        pictures = [Image.open(io.BytesIO(base64.b64decode(text))) for text in asked["images"]]
+        scores = [float(np.asarray(picture).mean()) for picture in pictures]
+        body = json.dumps({"scores": scores}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="session")
+def scoring_server() -> Iterator[str]:
+    """Address of a server that scores pictures."""
+    with pytest.MonkeyPatch.context() as patch, ThreadingHTTPServer(("127.0.0.1", 0), _Brightness) as server:
+        patch.setenv("no_proxy", "127.0.0.1")  # whatever the machine's way to the network is
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/score"
+        server.shutdown()
+
+
+@pytest.fixture(scope="session")
 def reward_options(
     clip_folder: Path,
     clip_l_folder: Path,
@@ -215,6 +262,8 @@ def reward_options(
     imagereward_options: dict[str, str],
     owlv2_folder: Path,
     dino_folder: Path,
+    scoring_function: str,
+    scoring_server: str,
 ) -> Mapping[str, Mapping[str, Any]]:
     """Name -> options with which the suite builds a reward; one that needs weights has an entry here."""
     return {
@@ -233,4 +282,6 @@ def reward_options(
         "object_count": {"of": "red apple", "target": 2, "model": str(owlv2_folder)},
         "object_presence": {"of": ["red apple", "cat"], "model": str(owlv2_folder)},
         "diversity_dino": {"model": str(dino_folder)},
+        "callable": {"function": scoring_function},
+        "http": {"url": scoring_server},
     }

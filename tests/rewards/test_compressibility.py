@@ -1,6 +1,9 @@
-"""The estimate of JPEG bits against what libjpeg decodes, and against real file sizes."""
+"""The estimate of JPEG bits, and the distance that DRaFT trains on, against real file sizes."""
 
 import io
+import math
+import sys
+from typing import Any
 
 import kornia.enhance
 import numpy as np
@@ -12,8 +15,7 @@ from torch import Tensor
 from rltune.builtin.render import render
 from rltune.builtin.scenes import make_scene
 from rltune.errors import UserError
-from rltune.rewards.base import REWARDS
-from rltune.rewards.compressibility import dct_basis, encode_jpeg, jpeg_coefficients, quantisation_tables
+from rltune.rewards.base import REWARDS, has_gradient
 
 
 @pytest.fixture(scope="module")
@@ -23,59 +25,6 @@ def scenes() -> Tensor:
 
 def correlation(a: Tensor, b: Tensor) -> float:
     return float(np.corrcoef(a.numpy(), b.numpy())[0, 1])
-
-
-def test_the_basis_is_orthonormal_and_starts_with_the_mean() -> None:
-    basis_88 = dct_basis()
-    torch.testing.assert_close(basis_88 @ basis_88.T, torch.eye(8), rtol=0, atol=1e-6)
-    torch.testing.assert_close(basis_88[0], torch.full((8,), 8**-0.5))
-
-
-def test_tables_are_those_of_the_standard() -> None:
-    luma_88, chroma_88 = quantisation_tables(50)  # quality 50 is Annex K of ITU-T T.81 itself
-    assert luma_88[0].tolist() == [16, 11, 10, 16, 24, 40, 51, 61]
-    assert luma_88[:, 0].tolist() == [16, 12, 14, 14, 18, 24, 49, 72]
-    assert chroma_88[0].tolist() == [17, 18, 24, 47, 99, 99, 99, 99]
-
-
-def decode(steps_BN88: Tensor, table_88: Tensor, rows: int, columns: int) -> Tensor:
-    """Undo prediction, quantisation and DCT of one plane: ``(B, 8 * rows, 8 * columns)`` in [0, 255]."""
-    steps_BN88 = steps_BN88.clone()
-    steps_BN88[:, :, 0, 0] = steps_BN88[:, :, 0, 0].cumsum(dim=1)  # before rounding, which would pile up
-    blocks = dct_basis().T @ (steps_BN88.round() * table_88) @ dct_basis() + 128
-    return blocks.unflatten(1, (rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
-
-def decode_file(image_3HW: Tensor, quality: int) -> Tensor:
-    """What libjpeg decodes from its own file, before colour conversion: Y, Cb and Cr in [0, 255]."""
-    with Image.open(io.BytesIO(encode_jpeg(image_3HW, quality=quality))) as image:
-        image.draft("YCbCr", image.size)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
-
-
-@pytest.mark.parametrize("size", [(32, 48), (37, 21)])
-@pytest.mark.parametrize("quality", [50, 95])
-def test_luma_decodes_to_what_libjpeg_decodes(size: tuple[int, int], quality: int) -> None:
-    # A gray picture of whole levels: its luma is whole too, so that libjpeg's 8 bits lose nothing.
-    levels = torch.randint(60, 200, (1, 1, *size), generator=torch.Generator().manual_seed(0))
-    images = (levels / 255).expand(1, 3, *size)
-    rows, columns = -(-size[0] // 16) * 2, -(-size[1] // 16) * 2
-    steps = jpeg_coefficients(images, quality=quality)[0]
-    ours = decode(steps, quantisation_tables(quality)[0], rows, columns)[0, : size[0], : size[1]]
-    # libjpeg rounds decoded levels (0.25 on average), and its integer DCT tips coefficients near a half (0.3 more, seen
-    # at steps of 1); a transposed table, or luma coded as chroma, is off by 9 levels and more.
-    assert (ours - decode_file(images[0], quality)[0]).abs().mean() < 0.75
-
-
-def test_chroma_decodes_to_what_libjpeg_decodes() -> None:
-    # One colour a square of 16: chroma blocks are flat, so that halving and libjpeg's smooth doubling lose nothing.
-    colors = torch.rand(1, 3, 3, 4, generator=torch.Generator().manual_seed(0))
-    images = colors.repeat_interleave(16, dim=2).repeat_interleave(16, dim=3)
-    theirs = decode_file(images[0], 95)[1:, 8::16, 8::16]
-    for plane, steps in enumerate(jpeg_coefficients(images, quality=95)[1:]):
-        ours = decode(steps, quantisation_tables(95)[1], 3, 4)[0, 4::8, 4::8]
-        # A DC step of 2 is a quarter of a level; 8-bit pixels and chroma are half a level each.
-        assert (ours - theirs[plane]).abs().max() < 1.3
 
 
 def test_the_estimate_follows_the_bytes_and_the_distance_of_draft_does_not(scenes: Tensor) -> None:
@@ -89,36 +38,114 @@ def test_the_estimate_follows_the_bytes_and_the_distance_of_draft_does_not(scene
     assert distant < estimated - 0.2
 
 
-def test_ascent_on_the_estimate_saves_bytes(scenes: Tensor) -> None:
-    reward = REWARDS.build("compressibility", {})
-    images = scenes[:8].clone().requires_grad_()
-    optimizer = torch.optim.Adam([images], lr=0.01)
-    for _ in range(20):
-        optimizer.zero_grad()
-        (-reward(images, [""] * 8).sum()).backward()
-        optimizer.step()
-    saved = reward.metric(images.detach(), [""] * 8) - reward.metric(scenes[:8], [""] * 8)
-    assert (saved > 0).all()
-    assert saved.mean() > 0.1  # kB, of 2.4
+@pytest.mark.parametrize("chroma", ["4:2:0", "4:4:4"])
+def test_the_estimate_follows_the_bytes_of_its_own_chroma(scenes: Tensor, chroma: str) -> None:
+    reward = REWARDS.build("compressibility", {"chroma": chroma})
+    prompts = [""] * len(scenes)
+    sizes_kb, num_pixels = [], scenes.shape[2] * scenes.shape[3]
+    for scene in scenes:
+        buffer = io.BytesIO()
+        pixels = (scene * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=95, subsampling={"4:2:0": 2, "4:4:4": 0}[chroma])
+        sizes_kb.append(buffer.tell() / 1000)
+    assert (-reward.metric(scenes, prompts)).tolist() == pytest.approx(sizes_kb)
+    bits_B = -reward(scenes, prompts) * num_pixels
+    assert correlation(bits_B, torch.tensor(sizes_kb)) > 0.97
 
 
-def test_the_metric_is_the_file_size(scenes: Tensor) -> None:
+def test_whole_chroma_costs_more() -> None:
+    # Colours that differ from pixel to pixel, at one luma: four times the chroma that is kept when it is not halved.
+    generator = torch.Generator().manual_seed(0)
+    tint = torch.rand(4, 1, 64, 64, generator=generator) - 0.5
+    images = 0.5 + torch.cat([0.587 * tint, -0.299 * tint, torch.zeros_like(tint)], dim=1)
+    halved, whole = (REWARDS.build("compressibility", {"chroma": chroma}) for chroma in ("4:2:0", "4:4:4"))
+    assert (whole(images, [""] * 4) < 2 * halved(images, [""] * 4)).all()
+    assert (whole.metric(images, [""] * 4) < 2 * halved.metric(images, [""] * 4)).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"chroma": "4:4:4"}, {"quality": 50}, {"signal": "distance"}])
+def test_incompressibility_has_the_sign_turned(scenes: Tensor, options: dict[str, Any]) -> None:
+    few, many = (REWARDS.build(name, options) for name in ("compressibility", "incompressibility"))
+    assert torch.equal(many(scenes[:4], [""] * 4), -few(scenes[:4], [""] * 4))
+    assert torch.equal(many.metric(scenes[:4], [""] * 4), -few.metric(scenes[:4], [""] * 4))
+    assert (many(scenes[:4], [""] * 4) > 0).all()
+    assert (many.metric(scenes[:4], [""] * 4) > 0).all()
+    assert many.value_range == (0, math.inf)
+    assert few.value_range == (-math.inf, 0)
+
+
+def test_the_distance_is_that_to_the_round_trip_at_its_quality(scenes: Tensor) -> None:
+    decoded = kornia.enhance.jpeg_codec_differentiable(scenes[:4], torch.tensor([25.0]))
+    distance = REWARDS.build("compressibility", {"signal": "distance", "quality": 25})(scenes[:4], [""] * 4)
+    torch.testing.assert_close(distance, -(scenes[:4] - decoded).square().mean(dim=(1, 2, 3)))
+    assert REWARDS.build("compressibility", {"signal": "distance"})(scenes[:0], []).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    "options", [{"chroma": "4:4:4"}, {"signal": "distance"}, {"signal": "distance", "quality": 25}]
+)
+@pytest.mark.parametrize("size", [(48, 48), (37, 21)])
+def test_the_gradient_of_each_signal_is_the_slope(
+    size: tuple[int, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # as the suite of every reward does
+    reward = REWARDS.build("compressibility", options)
+    generator = torch.Generator().manual_seed(0)
+    images = 0.2 + 0.6 * torch.rand(2, 3, *size, generator=generator, dtype=torch.float64)
+    images.requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(images, ["", ""]).sum(), images)
+    assert (gradient.flatten(1).abs().amax(dim=1) > 0).all()
+    for _ in range(4):
+        direction = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+        # Small, lest a coefficient of the distance steps over the jump midway between two levels: with 10000 of them,
+        # moved by 1e-7 of a step, one in a thousand directions has one that does.
+        step = 1e-9 * direction
+        rise = (reward(images + step, ["", ""]) - reward(images - step, ["", ""])).sum() / 2e-9
+        # Rounding: 1e-16 * 5 bits / 1e-9 = 5e-7, far less of a distance; against slopes of 1e-4 to 1.
+        assert rise.item() == pytest.approx((gradient * direction).sum().item(), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("quality", [40, 95])
+@pytest.mark.parametrize(("chroma", "subsampling"), [("4:2:0", 2), ("4:4:4", 0)])
+def test_jpeg_bytes_are_those_of_the_file(scenes: Tensor, quality: int, chroma: str, subsampling: int) -> None:
+    reward = REWARDS.build("jpeg_bytes", {"quality": quality, "chroma": chroma})
     buffer = io.BytesIO()
     pixels = (scenes[0] * 255).round().byte().permute(1, 2, 0).numpy()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=95, subsampling=2)
-    metric = REWARDS.build("compressibility", {"quality": 50}).metric(scenes[:1], [""])
-    assert metric.item() == pytest.approx(-buffer.tell() / 1000)
-    with Image.open(io.BytesIO(encode_jpeg(scenes[0], quality=95))) as image:
-        assert image.size == (scenes.shape[3], scenes.shape[2])
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=subsampling)
+    images = scenes[:1].clone().requires_grad_()
+    for values in (reward(images, [""]), reward.metric(images, [""])):
+        assert values.item() == pytest.approx(-buffer.tell() / 1000)
+        assert not values.requires_grad
+    assert not has_gradient("jpeg_bytes")
 
 
-def test_flat_images_cost_next_to_nothing_at_any_level() -> None:
-    flat = torch.stack([torch.full((3, 64, 64), level) for level in (0.0, 0.3, 1.0)])
-    # One DC coefficient of at most 1024 / 2 steps: 10 bits in 4096 pixels, thrice for the planes.
-    assert (REWARDS.build("compressibility", {})(flat, [""] * 3) > -30 / 4096).all()
+NAMES = ("compressibility", "incompressibility", "jpeg_bytes")
 
 
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("quality", [0, 101, 50.0, "high", True])
-def test_a_quality_out_of_range_is_refused(quality: object) -> None:
-    with pytest.raises(UserError, match=r"quality must be a whole number in \[1, 100\]"):
-        REWARDS.build("compressibility", {"quality": quality})
+def test_a_quality_out_of_range_is_refused(name: str, quality: object) -> None:
+    with pytest.raises(UserError, match=rf"reward '{name}': quality must be a whole number in \[1, 100\], got"):
+        REWARDS.build(name, {"quality": quality})
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("chroma", ["4:2:2", 444, None, ["4:4:4"]])
+def test_another_chroma_is_refused(name: str, chroma: object) -> None:
+    with pytest.raises(UserError, match=f"reward '{name}': chroma must be '4:2:0' or '4:4:4', got"):
+        REWARDS.build(name, {"chroma": chroma})
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_another_signal_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"reward '{name}': signal must be 'bits' or 'distance', got 'bytes'"):
+        REWARDS.build(name, {"signal": "bytes"})
+    with pytest.raises(UserError, match=f"reward '{name}': chroma must be '4:2:0' with signal 'distance', .* '4:4:4'"):
+        REWARDS.build(name, {"signal": "distance", "chroma": "4:4:4"})
+
+
+def test_kornia_is_imported_by_the_distance_alone(scenes: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kornia.enhance", None)  # an import from here on fails
+    assert REWARDS.build("compressibility", {})(scenes[:1], [""]).isfinite()
+    with pytest.raises(ImportError):
+        REWARDS.build("compressibility", {"signal": "distance"})(scenes[:1], [""])

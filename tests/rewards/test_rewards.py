@@ -1,6 +1,5 @@
 """The suite that every registered reward passes: the contract of ``rltune.rewards.base.Reward``."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -102,7 +101,7 @@ def test_an_image_moves_no_other_score(reward: Reward) -> None:
     if sees_group(reward):
         pytest.skip("says that it compares the images of a prompt")
     images = make_images()
-    changed = torch.cat([1 - images[:1], images[1:]])
+    changed = torch.cat([images[:1] / 2, images[1:]])  # a contrast is blind to 1 - images
     before, after = reward(images, PROMPTS), reward(changed, PROMPTS)
     assert torch.equal(before[1:], after[1:])
     if reward.is_differentiable:  # one that is not may be right or wrong about both pictures alike
@@ -115,7 +114,7 @@ def test_an_image_moves_no_other_score(reward: Reward) -> None:
 
 def test_an_image_moves_no_score_of_another_prompt(reward: Reward) -> None:
     images = make_images(4)
-    changed = torch.cat([1 - images[:1], images[1:]])
+    changed = torch.cat([images[:1] / 2, images[1:]])
     before, after = reward(images, GROUPED), reward(changed, GROUPED)
     assert torch.equal(before[1::2], after[1::2])
     if reward.is_differentiable:
@@ -185,18 +184,3 @@ def test_an_unknown_option_lists_the_known_ones(name: str) -> None:
 def test_an_unknown_reward_lists_the_known_ones() -> None:
     with pytest.raises(UnknownNameError, match="did you mean 'aesthetic'"):
         REWARDS.build("aestetic", {})
-
-
-def test_smoothness_is_minus_total_variation() -> None:
-    stripes = torch.zeros(1, 3, 4, 4)
-    stripes[..., ::2] = 1.0  # every horizontal step is 1, every vertical one 0
-    assert REWARDS.build("smoothness", {})(stripes, [""]).item() == -1.0
-    checks = (torch.arange(4)[:, None] + torch.arange(4)[None, :]).remainder(2).float().expand(1, 3, 4, 4)
-    assert REWARDS.build("smoothness", {})(checks, [""]).item() == -2.0
-
-
-def test_brightness_is_the_mean() -> None:
-    images = torch.stack([torch.full((3, 5, 7), 0.25), torch.ones(3, 5, 7)])
-    # A mean of 105 equal float32 numbers, rounded.
-    assert REWARDS.build("brightness", {})(images, ["", ""]).tolist() == pytest.approx([0.25, 1.0], rel=1e-6)
-    assert not math.isinf(REWARDS.build("brightness", {}).value_range[1])

