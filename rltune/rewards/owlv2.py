@@ -17,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import gaussian_blur, resize
 
 from rltune.errors import UserError
-from rltune.rewards.frozen import checkpoint_blocks, freeze, is_large
+from rltune.rewards.frozen import checkpoint_blocks, freeze, is_large, share_equal
 from rltune.rewards.preprocess import normalise
 from rltune.rewards.pretrained import find_folder, load_network, load_tokenizer
 from rltune.rewards.weights import WeightsFile
@@ -39,7 +39,7 @@ class Owlv2:
     """
 
     def __init__(self, network: Any, query_QD: Tensor) -> None:
-        self._network: Any = freeze(network)  # Any: transformers is untyped to us
+        self._network: Any = share_equal(freeze(network))  # Any: transformers is untyped to us
         self._query_QD = query_QD
         self.size_px: int = network.config.vision_config.image_size
         if is_large(network):
@@ -79,7 +79,7 @@ class Owlv2:
 
     def to(self, device: torch.device) -> "Owlv2":
         """Move network and queries to ``device`` and return the detector."""
-        self._network.to(device)
+        share_equal(self._network.to(device))
         self._query_QD = self._query_QD.to(device)
         return self
 
