@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 builtin = typer.Typer(help="The built-in text-to-image model: its scenes and its recipe.", no_args_is_help=True)
 app.add_typer(builtin, name="builtin")
+rewards = typer.Typer(help="List the rewards that an experiment can name; check one.")
+app.add_typer(rewards, name="rewards")
 
 ExperimentArgument = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder, such as runs/mix.", show_default=False)]
@@ -161,12 +163,29 @@ def doctor(address: AddressOption = None) -> None:
     diagnose(address)
 
 
-@app.command()
-def rewards() -> None:
-    """List the rewards that an experiment can name."""
-    from rltune.cli.inspecting import show_rewards
+@rewards.callback(invoke_without_command=True)
+def rewards_list(context: typer.Context) -> None:
+    """List the rewards that an experiment can name; ``check`` proves one."""
+    if context.invoked_subcommand is None:
+        from rltune.cli.rewarding import show_rewards
 
-    show_rewards()
+        show_rewards()
+
+
+@rewards.command("check")
+def rewards_check(
+    name: Annotated[str, typer.Argument(help="A reward, or module:name of your own.", show_default=False)],
+    images: Annotated[list[Path] | None, typer.Option("--image", help="Image to score; repeatable.")] = None,
+    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Its prompt; one for all, or one each.")] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--option", help="Option of the reward: --option target=3. Repeatable.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda if there is one.")] = None,
+) -> None:
+    """Score images, or four built-in scenes, and prove shape, range, gradient and independence."""
+    from rltune.cli.rewarding import check_reward
+
+    check_reward(name, images=images or [], prompts=prompts or [], options=options or [], device=device)
 
 
 @app.command()

@@ -72,9 +72,16 @@ class Card:
     scale: str = ""
     """What its raw scores are like: ``about 1 to 10``."""
     licence: str = "Apache-2.0"
-    """Of the weights; of rltune where there are none, or they ship with it."""
+    """Of the weights."""
     weights: tuple[WeightsFile, ...] = ()
     """Published files that it needs; none if it needs no weights, or they ship with rltune."""
+    is_shipped: bool = False
+    """Whether it has weights that ship with rltune."""
+
+    @property
+    def has_licence(self) -> bool:
+        """Whether there are weights that a licence is of."""
+        return self.is_shipped or bool(self.weights)
 
     @property
     def size_mb(self) -> float:

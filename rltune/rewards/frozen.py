@@ -46,6 +46,8 @@ def share_equal(network: Network) -> Network:
     """
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:  # has no values to compare
+                continue
             key = (parameter.device, parameter.dtype, parameter.shape, _sample(parameter))
             held = _held.get(key)
             if held is None or held.device != parameter.device:  # a holder may have moved since
