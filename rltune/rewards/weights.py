@@ -266,7 +266,7 @@ def explain(error: Exception) -> str:
         if isinstance(error, requests.Timeout):
             return f"{where} took too long to answer"
         if system is None or isinstance(system, requests.RequestException):
-            return f"the connection to {where} broke off"
+            return "the connection broke off"
         return f"no way to {where}: {system.strerror or system}"
     if isinstance(system, TimeoutError):
         return "the hub took too long to answer"
