@@ -258,7 +258,7 @@ class FileTable:
         yield wide if width <= options.max_width else self._narrow()
 
     def _wide(self) -> Table:
-        table = _table("file", "size", "licence", "here", "from", "used by")
+        table = _table("file", "size", "licence", "here", "from", "rewards")
         for file in self.files:
             weights = file.weights
             table.add_row(
@@ -267,7 +267,7 @@ class FileTable:
         return table
 
     def _narrow(self) -> Table:
-        table = _table("file, from", "size, licence", "here", "used by")
+        table = _table("file, from", "size, licence", "here", "rewards")
         for file in self.files:
             weights = file.weights
             table.add_row(
