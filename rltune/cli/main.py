@@ -24,6 +24,8 @@ builtin = typer.Typer(help="The built-in text-to-image model: its scenes and its
 app.add_typer(builtin, name="builtin")
 rewards = typer.Typer(help="List the rewards that an experiment can name; check one.")
 app.add_typer(rewards, name="rewards")
+models = typer.Typer(help="Weights: which there are, which are on this machine, and fetching the others.")
+app.add_typer(models, name="models")
 
 ExperimentArgument = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder, such as runs/mix.", show_default=False)]
@@ -204,6 +206,28 @@ def schema() -> None:
     from rltune.config.schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@models.callback(invoke_without_command=True)
+def list_models(context: typer.Context) -> None:
+    """List the published weights that rewards need, and the base models on this machine."""
+    if context.invoked_subcommand is None:
+        from rltune.cli.models import show_models
+
+        show_models()
+
+
+@models.command("fetch")
+def fetch(
+    names: Annotated[
+        list[str],
+        typer.Argument(help="Rewards, or base models as OWNER/NAME of the Hugging Face hub.", metavar="NAME"),
+    ],
+) -> None:
+    """Fetch what rewards or base models need and is not on this machine yet."""
+    from rltune.cli.models import fetch_models
+
+    fetch_models(names)
 
 
 @builtin.command("train")

@@ -109,10 +109,18 @@ class RewardRegistry(Registry[Reward]):
         """Return a decorator that files a builder and its card under ``name``.
 
         Raises:
-            ValueError: The name is taken by another builder.
+            ValueError: The name is taken by another builder, or a function does not say what it returns.
         """
-        self._cards.setdefault(name, card or Card())
-        return super().register(name)
+        decorate = super().register(name)
+
+        def decorate_with_card(builder: Builder) -> Builder:
+            if not isinstance(builder, type) and "return" not in getattr(builder, "__annotations__", {}):
+                raise ValueError(f"reward {name!r}: its builder must be annotated with the class that it returns")
+            decorate(builder)
+            self._cards[name] = card or Card()
+            return builder
+
+        return decorate_with_card
 
     def card(self, name: str) -> Card:
         """Return the card of ``name``.
