@@ -15,9 +15,7 @@ from rltune.rewards.base import REWARDS, Card
 from rltune.rewards.clip_loading import load_clip_h
 from rltune.rewards.weights import WeightsFile, locate
 
-PICKSCORE = WeightsFile(
-    repo="yuvalkirstain/PickScore_v1", file="model.safetensors", licence="MIT (of its code)", size_mb=3945
-)
+PICKSCORE = WeightsFile(repo="yuvalkirstain/PickScore_v1", file="model.safetensors", licence="MIT", size_mb=3945)
 
 RENAMED = (
     (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
@@ -79,7 +77,7 @@ def load_pickscore(path: Path) -> Alignment:
     return Alignment(load_clip_h(path, state, reward="pickscore"), factor=factor)
 
 
-@REWARDS.register("pickscore", Card(scale="about 16 to 26", licence="MIT (of its code)", weights=(PICKSCORE,)))
+@REWARDS.register("pickscore", Card(scale="about 16 to 26", licence="MIT", weights=(PICKSCORE,)))
 def build_pickscore(*, weights: str | None = None) -> Alignment:
     """PickScore v1, CLIP-H fine-tuned on what users picked.
 
