@@ -197,6 +197,18 @@ def _missing_weights(config: RunConfig) -> str:
     return f"not on this machine: {'; '.join(shown)}; fetch them with: rltune models fetch {names}"
 
 
+def _rewards(experiment: Experiment) -> str:
+    config, space = experiment.shared, experiment.space
+    parts = []
+    for name, section in config.rewards.items():
+        weight = "searched" if f"rewards.{name}.weight" in space else f"{section.weight:g}"
+        what = "" if section.reward is None else f" ({section.reward})"
+        parts.append(f"{name}{what} {weight}")
+    method = "searched" if "mixture.method" in space else config.mixture.method
+    how = "" if method == "sum" else f"; mixture {method}"
+    return f"{', '.join(parts)}{how}"
+
+
 def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> None:
     """Print a plan, one fact a line."""
     config = experiment.shared
@@ -205,6 +217,7 @@ def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> N
     lines = {
         "experiment": config.name,
         "method": _method(experiment),
+        "rewards": _rewards(experiment),
         "searched": ", ".join(experiment.space) or "nothing",
         "trials": f"the base model and {plan.num_trials} trained, {plan.num_concurrent} at a time",
         "a trial": f"{plan.num_steps} steps of {plan.images_per_step} images, {plan.num_evaluations} evaluations of "

@@ -55,6 +55,7 @@ def test_the_plan_says_what_will_be_done(tmp_path: Path, capsys: pytest.CaptureF
     dry_run(ROOT / "experiments" / "mix.yaml", tmp_path, *overrides, is_sweep=True)
     plan = plan_of(capsys.readouterr().err)
     assert plan["method"] == "alignprop on the builtin model, 12 sampling steps, K searched"
+    assert plan["rewards"] == "aesthetic searched, alignment searched, compressibility searched"
     assert plan["searched"].split(", ")[:2] == ["model.lora.rank", "estimator.k"]
     assert plan["trials"] == "the base model and 5 trained, 4 at a time"
     assert plan["a trial"] == "10 steps of 4 images, 3 evaluations of 6; 1 worker(s) with 1 GPU each"
@@ -67,10 +68,12 @@ def test_a_fixed_k_and_no_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    (tmp_path / "x.yaml").write_text("rewards: {brightness: {}}\nestimator: {k: 3}\n")
+    text = "rewards: {light: {reward: brightness, weight: 0.5}}\nestimator: {k: 3}\nmixture: {method: win_rate}\n"
+    (tmp_path / "x.yaml").write_text(text)
     dry_run(tmp_path / "x.yaml", tmp_path / "runs", is_sweep=False)
     plan = plan_of(capsys.readouterr().err)
     assert plan["method"] == "alignprop on the builtin model, 20 sampling steps, K 3"
+    assert plan["rewards"] == "light (brightness) 0.5; mixture win_rate"
     assert plan["searched"] == "nothing"
     assert plan["trials"] == "the base model and 1 trained, 1 at a time"
     assert plan["a trial"].endswith("1 worker(s) with 1 CPU each")
