@@ -49,7 +49,7 @@ class Clash:
 def find_clashes(config: "RunConfig", known: Known, *, must_find_files: bool) -> list[Clash]:
     """Return everything that does not go together in an experiment whose values are each right by themselves."""
     clashes = [*_clashes(config), *_unknown_names(config, known), *_not_built(config)]
-    clashes += [*_estimator_clashes(config, known), *_group_clashes(config, known)]
+    clashes += [*_estimator_clashes(config, known), *group_clashes(config, known), *_taken_names(config, known)]
     if must_find_files:
         clashes += _missing_files(config)
     return clashes
@@ -155,17 +155,21 @@ def _splitting_clashes(config: "RunConfig", where: str, what: str, group: int) -
     """Batches that are split where images must stay together: all of a batch, or groups of some."""
     share = config.optim.batch // config.resources.workers
     micro_batch = min(config.optim.micro_batch or share, share)
+    batch, paths = config.optim.batch, ("optim.batch", "optim.micro_batch", "resources.workers")
+    if group and (batch % config.resources.workers or batch % group):
+        return  # a fault by itself
     if group and micro_batch % group:
-        remedy = f"write a multiple of {group} (prompts.images_per_prompt)"
-        whose = f"{what}, got a share of {micro_batch} images"
-        yield Clash("optim.micro_batch", whose, remedy, ("optim.batch", "resources.workers", where))
-    elif not group and micro_batch < config.optim.batch:
-        paths = ("optim.micro_batch", "optim.batch", "resources.workers")
+        remedy = f"let it be a multiple of {group} (prompts.images_per_prompt)"
+        at = "optim.micro_batch" if share % group == 0 else "optim.batch"
+        others = ("prompts.images_per_prompt", where, *paths)
+        yield Clash(at, f"{what}, got {micro_batch} images a worker at a time", remedy, others)
+    elif not group and micro_batch < batch:
         remedy = "leave optim.micro_batch out and resources.workers at 1, or take another method"
-        yield Clash(where, f"{what}, got {config.optim.batch} in parts of {micro_batch}", remedy, paths)
+        yield Clash(where, f"{what}, got {batch} in parts of {micro_batch}", remedy, paths)
 
 
-def _group_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
+def group_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
+    """Yield what does not suit rewards that compare the images of a prompt."""
     each = config.prompts.images_per_prompt
     for name, reward in config.rewards.items():
         kind, where = config.kind_of(name), f"rewards.{name}"
@@ -174,6 +178,9 @@ def _group_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
         if reward.weight > 0 and each < 2:
             what = f"{kind} compares the images of a prompt with one another, got {each} of each"
             yield Clash("prompts.images_per_prompt", what, "write 2 or more", (f"{where}.weight", where))
+        if reward.weight > 0 and config.evaluate.images_per_prompt < 2:
+            what = f"{kind} compares the images of a prompt with one another, got 1 of each"
+            yield Clash("evaluate.images_per_prompt", what, "write 2 or more", (f"{where}.weight", where))
         if reward.weight > 0:
             what = f"{kind} needs the images of a prompt together"
             yield from _splitting_clashes(config, f"{where}.weight", what, each)
@@ -195,6 +202,17 @@ def _name_clashes(config: "RunConfig") -> Iterator[Clash]:
         for i, name in enumerate(names):
             if name in names[:i]:
                 yield Clash(f"{where}.{i}", f"stands here twice, got {name!r}", "delete one")
+
+
+def _taken_names(config: "RunConfig", known: Known) -> Iterator[Clash]:
+    """Names of rewards under which something else is reported."""
+    for name in config.rewards:
+        other, _, ending = name.rpartition("_")
+        is_derived = ending in ("z", "se") and (other in config.rewards or other in known.judges)
+        if name == "reward" or name in known.judges or is_derived:
+            remedy = f"call it something else, as in my_{name}: {{reward: {config.kind_of(name)}}}"
+            what = f"something else is reported under this name, got {name!r}"
+            yield Clash(f"rewards.{name}", what, remedy, ("rewards",))
 
 
 def _constraint_clashes(config: "RunConfig") -> Iterator[Clash]:
@@ -237,3 +255,9 @@ def _missing_files(config: "RunConfig") -> Iterator[Clash]:
                 f"give a text file with one prompt a line, a list, or a set by name; {suggest(value, BUILTIN_PROMPTS)}"
             )
             yield Clash(f"prompts.{key}", f"no such file, got {value!r}", remedy)
+    for name, reward in config.rewards.items():
+        reference = reward.trust.reference
+        if reference not in (None, "builtin") and not Path(reference).expanduser().exists():
+            what = f"no such file or folder, got {reference!r}"
+            remedy = "give a folder of images, a safetensors file, or builtin"
+            yield Clash(f"rewards.{name}.trust.reference", what, remedy)

@@ -6,7 +6,7 @@ B: images in the batch. N: base-model images. H, W: image rows and columns.
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -101,7 +101,7 @@ class Mixture:
 
     Raises:
         ValueError: The names differ, or the weights are negative, not finite or all zero.
-        RunError: A reward that is scored gives the same score to every base image.
+        RunError: A reward that carries weight gives the same score to every base image.
     """
 
     def __init__(
@@ -129,11 +129,14 @@ class Mixture:
             raise ValueError(f"calibration must name the rewards that are scored, {missing} are missing")
         self.calibration = {name: calibration[name] for name in self.rewards}
         for name, unit in self.calibration.items():
-            if not unit.std > 0:
+            if unit.std > 0:
+                continue
+            if weights[name] > 0:
                 raise RunError(
                     f"reward {name!r}: it gives the same score to every base image (mean {unit.mean:g}, std "
                     f"{unit.std:g}), so it has no scale to be weighed on; leave it out, or calibrate on more prompts"
                 )
+            self.calibration[name] = replace(unit, std=1.0)  # nothing is weighed: it is watched in its own unit
         units = {name: self.calibration[name] for name, weight in self.weights.items() if weight > 0}
         self._base_scores = {
             name: (self.shapes[name](torch.tensor(unit.values)) - unit.mean) / unit.std for name, unit in units.items()

@@ -68,6 +68,11 @@ def check_reward(name: str, section: RewardConfig, *, needs_gradient: bool) -> N
         )
 
 
+def is_own(name: str, section: RewardConfig) -> bool:
+    """Return whether a reward is the user's own, ``module:name``."""
+    return ":" in (section.reward or name)
+
+
 def compares_images(name: str, section: RewardConfig) -> bool:
     """Return whether a reward compares the images of a prompt with one another; loads no weights.
 
@@ -118,6 +123,6 @@ def _scalarisation(config: RunConfig) -> Scalarisation:
 def _trust(name: str, trust: TrustConfig, reference: str, reward: Reward, device: torch.device) -> Trust:
     try:
         features_ND = reference_features(reward, reference, device)
-    except UserError as error:
+        return fit_trust(features_ND.cpu(), slope=trust.slope, offset=trust.offset, ceiling=trust.ceiling)
+    except (UserError, ValueError) as error:
         raise UserError(f"rewards.{name}.trust: {error}") from error
-    return fit_trust(features_ND.cpu(), slope=trust.slope, offset=trust.offset, ceiling=trust.ceiling)

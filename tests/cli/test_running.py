@@ -110,4 +110,5 @@ def test_what_names_need_is_read_without_building_them() -> None:
     known = known_names()
     assert known.policy_estimators == ("dag", "ddpo", "dpok")
     assert known.serial_estimators == ("draft_lv", "drtune", "refl")
-    assert known.rewards_without_gradient == ("faithful", "faithful_exact")
+    assert set(known.rewards_without_gradient) >= {"faithful", "faithful_exact", "callable", "http", "jpeg_bytes"}
+    assert known.group_rewards == ("diversity_dino", "diversity_pixels")
