@@ -3,7 +3,7 @@
 N: images, prompt-major. P: prompts. I: images per prompt. H, W: image rows and columns.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,15 +15,14 @@ from torch import Tensor
 
 from rltune.diffusion.chain import NO_GRADIENT
 from rltune.diffusion.sampling import Sampler
-from rltune.rewards.base import Reward, sees_group
+from rltune.rewards.base import Reward
 from rltune.rewards.clip import embeddings_kept
-from rltune.rewards.mixture import measure
+from rltune.rewards.mixture import Reading, in_groups, measure
 from rltune.training.streams import Stream, noise
 from rltune.training.workers import Workers
 
 Values = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
-Reading = Callable[[str, Reward, Tensor, Sequence[str]], Tensor]
 
 EVAL_SEED = 0
 """Held-out noise does not follow the experiment's seed: runs that differ in it are compared on the same noise."""
@@ -86,7 +85,7 @@ def sample_and_score(
         pixels_B3HW = draw_images(sampler, images, numbers, workers.device).float()
         with embeddings_kept():
             values = {
-                name: _read(name, reward, pixels_B3HW, prompts, each if sees_group(reward) else len(prompts), read)
+                name: in_groups(read, name, reward, pixels_B3HW, prompts, each).tolist()
                 for name, reward in rewards.items()
             }
         pixels_BHW3 = to_uint8(pixels_B3HW)
@@ -99,19 +98,6 @@ def sample_and_score(
         pixels_NHW3=np.stack([row[1] for row in rows]),
         values={name: np.array([row[2][name] for row in rows]) for name in rewards},
     )
-
-
-def _read(
-    name: str, reward: Reward, pixels_B3HW: Tensor, prompts: Sequence[str], size: int, read: Reading
-) -> list[float]:
-    """Return a reward's values, ``size`` images at a time: of images that it compares, those of one prompt.
-
-    A prompt may stand in a set twice. Whether both are drawn in one batch depends on the workers; its value must not.
-    """
-    if size == len(prompts):  # not a slice: rewards share what they see in one tensor of images
-        return read(name, reward, pixels_B3HW, prompts).tolist()
-    parts = [slice(start, start + size) for start in range(0, len(prompts), size)]
-    return torch.cat([read(name, reward, pixels_B3HW[part], prompts[part]) for part in parts]).tolist()
 
 
 @torch.no_grad()

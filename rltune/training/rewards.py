@@ -111,6 +111,7 @@ def build_mixture(
             if section.trust.reference is not None and section.weight > 0
         },
         scalarise=_scalarisation(config),
+        images_per_prompt=config.prompts.images_per_prompt,
     )
 
 
