@@ -415,9 +415,7 @@ WHOLE: list[tuple[str, list[str]]] = [
     ),
     (
         "rewards: {variety: }\nprompts: {images_per_prompt: 2}\nevaluate: {images_per_prompt: 1}",
-        [
-            "x.yaml:3 evaluate.images_per_prompt: variety compares the images of a prompt with one another, got 1 of each"
-        ],
+        ["x.yaml:3 evaluate.images_per_prompt: variety compares the images of a prompt with one another, got 1"],
     ),
     (
         "rewards: {variety: }\nprompts: {images_per_prompt: 4}\noptim: {micro_batch: 2}",
@@ -443,9 +441,7 @@ WHOLE: list[tuple[str, list[str]]] = [
     ),
     (
         "rewards: {variety: , aesthetic: }\nprompts: {images_per_prompt: {choice: [1, 2]}}",
-        [
-            "prompts.images_per_prompt.choice[0]: variety compares the images of a prompt with one another, got 1 of each"
-        ],
+        ["prompts.images_per_prompt.choice[0]: variety compares the images of a prompt with one another, got 1"],
     ),
     (
         "rewards:\n  aesthetic:\n  faithful:\nestimator: {name: refl}",
