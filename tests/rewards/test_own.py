@@ -20,6 +20,9 @@ import torch
 def redness(images, prompts, *, blue=0.0):
     return images[:, 0].mean(dim=(1, 2)) - blue * images[:, 2].mean(dim=(1, 2))
 
+def contrast(images, prompts):
+    return images.square().sin().mean(dim=(1, 2, 3)) * 2
+
 def lengths(images, prompts):
     assert not torch.is_grad_enabled()
     return torch.tensor([len(prompt) for prompt in prompts])
@@ -58,6 +61,10 @@ class Redness:
 
     def to(self, device):
         self.device = device
+
+class Contrast(Redness):
+    def __call__(self, images, prompts):
+        return contrast(images, prompts)
 
 class Wrong(Redness):
     def __call__(self, images, prompts):
@@ -163,7 +170,7 @@ def test_what_has_no_features_says_so(name: str) -> None:
         features(build_own("mine", f"own_scores:{name}", {}), IMAGES, PROMPTS)
 
 
-@pytest.mark.parametrize("name", ["redness", "Redness"])
+@pytest.mark.parametrize("name", ["contrast", "Contrast"])
 def test_parts_of_a_users_reward_have_the_gradient_of_the_whole(name: str) -> None:
     # each part is computed a second time, which PyTorch cuts short by an exception of its own unless told otherwise
     slopes = []

@@ -550,13 +550,13 @@ def test_the_images_of_a_prompt_matter_to_rewards_of_groups_alone(
     assert (one == two) == is_shared
 
 
-def test_a_run_is_named_where_the_users_code_is_not(
-    make_config: Make, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_named_where_the_users_code_is_not(make_config: Make, folder: Path) -> None:
     config = short(make_config, {"mine": {"reward": "my_rewards:redness"}})
-    here = base_key(config)
     (folder / "my_rewards.py").unlink()
-    assert base_key(config) == here
+    there = base_key(config)
+    (folder / "my_rewards.py").write_text(SOURCE)
+    train(config, folder, base_dir=folder / "base")
+    assert [path.name for path in (folder / "base").iterdir()] == [there]
 
 
 # ---- resuming
