@@ -21,7 +21,7 @@ from rltune.training.base import load_base
 from rltune.training.evaluation import ImageSet, sample_and_score
 from rltune.training.rewards import build_mixture, build_rewards
 from rltune.training.setup import base_key, build_run, calibration_size, check_options
-from tests.training.runs import Make, adapted_run, adapters, metrics, train
+from tests.training.runs import Make, adapted_run, adapters, metrics, train, train_in_processes
 
 CPU = torch.device("cpu")
 DDPO = {"name": "ddpo", "k": None, "draw": None, "options": {"min_count": 2}}
@@ -578,3 +578,32 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     checkpoint = folder / "whole" / "checkpoints" / "step-000001"
     train(config, folder / "half", base_dir=folder / "base", resume_from=checkpoint)
     assert is_equal(folder / "whole", folder / "half")
+
+
+# ---- workers
+
+
+@pytest.mark.slow
+def test_two_workers_take_the_steps_of_one(make_config: Make, folder: Path) -> None:
+    rewards: dict[str, dict[str, Any]] = {
+        "groups": {**GROUP, "mine": {"reward": "my_rewards:spread"}},
+        "trust": {"alignment": {"trust": {"reference": "builtin"}, "micro_batch": 1}, "brightness": {"negate": True}},
+    }
+    method = {"groups": "win_rate", "trust": "gradient_balance"}
+    # two of the four prompts are one, so that a batch holds its images twice
+    prompts = {"train": ["a cat", "a dog", "a cat", "a fox"], "images_per_prompt": 2}
+    configs = {
+        name: short(
+            make_config, section, prompts=prompts, optim={**SMOOTH, "batch": 8}, mixture={"method": method[name]}
+        )
+        for name, section in rewards.items()
+    }
+    train_in_processes(configs, folder / "two", 2)
+    for name, config in configs.items():
+        train(config, folder / "one" / name, base_dir=folder / "base")
+        one, two = folder / "one" / name, folder / "two" / name
+        assert difference(one, two) < 2e-4  # float32, another order of additions
+        for first, second in zip(metrics(one), metrics(two), strict=True):
+            for key in first:
+                if key.startswith(("train/", "eval/")) and not key.endswith("_se"):
+                    assert second[key] == pytest.approx(first[key], rel=1e-3, abs=1e-5), key
