@@ -122,6 +122,10 @@ def _reward_clashes(config: "RunConfig") -> Iterator[Clash]:
             where = f"rewards.{name}.relative"
             what = f"needs {missing} words beside it, got {given[other]!r} alone"
             yield Clash(f"{where}.{other}", what, "give both or neither", (f"{where}.{missing}",))
+        elif not any(given.values()) and reward.relative.k > 0:
+            where = f"rewards.{name}.relative"
+            what = f"needs positive and negative words, without which it plays no part, got {reward.relative.k}"
+            yield Clash(f"{where}.k", what, "give both, or delete it", (f"{where}.positive", f"{where}.negative"))
 
 
 def _estimator_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:

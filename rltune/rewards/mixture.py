@@ -15,7 +15,7 @@ from torch import Tensor
 from rltune.errors import NonFiniteError, RunError
 from rltune.rewards.base import Reward, check_batch, sees_group
 from rltune.rewards.clip import embeddings_kept
-from rltune.rewards.scalarise import Scalarisation, WeightedSum
+from rltune.rewards.scalarise import Chebyshev, Scalarisation, WeightedSum
 from rltune.rewards.trust import Trust
 from rltune.rewards.wrappers import features_of
 
@@ -151,7 +151,10 @@ class Mixture:
     @property
     def may_saturate(self) -> bool:
         """Whether a gradient of exactly zero may be what was asked for: every image at its cap."""
-        return all(self.shapes[name].loss == "hinge" for name, weight in self.weights.items() if weight > 0)
+        caps = [self.shapes[name].loss == "hinge" for name, weight in self.weights.items() if weight > 0]
+        # where the worst reward counts alone, it may be a capped one for every image
+        is_worst_alone = isinstance(self.scalarise, Chebyshev) and self.scalarise.rho == 0
+        return any(caps) if is_worst_alone else all(caps)
 
     @property
     def is_differentiable(self) -> bool:

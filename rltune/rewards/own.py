@@ -3,6 +3,7 @@
 B: images in the batch. H, W: image rows and columns.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -140,6 +141,25 @@ def load_own(name: str, path: str) -> Any:
         UserError: It cannot be imported, or is neither.
     """
     return load_object(name, path, option="reward")
+
+
+def check_own(name: str, path: str, options: Mapping[str, Any]) -> None:
+    """Check that a user's function or class can be called with ``options``; calls nothing.
+
+    Raises:
+        UserError: It cannot be imported, or does not take the options.
+    """
+    found = load_own(name, path)
+    batch = () if isinstance(found, type) else (None, None)
+    try:
+        takes = inspect.signature(found)
+    except ValueError:  # a few functions that are not written in Python have none
+        return
+    try:
+        takes.bind(*batch, **options)
+    except TypeError as error:
+        what = f"{path}{takes} cannot be called with the options {dict(options)}: {error}"
+        raise UserError(f"reward {name!r}: {what}") from error
 
 
 def build_own(name: str, path: str, options: Mapping[str, Any]) -> Reward:

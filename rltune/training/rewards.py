@@ -9,7 +9,7 @@ from rltune.config.sections import RewardConfig, TrustConfig
 from rltune.errors import UserError
 from rltune.rewards.base import REWARDS, Reward, compares_group, sees_group
 from rltune.rewards.mixture import RAW, Calibration, Mixture, Shape
-from rltune.rewards.own import build_own, has_own_gradient, load_own
+from rltune.rewards.own import build_own, check_own, has_own_gradient, load_own
 from rltune.rewards.references import reference_features
 from rltune.rewards.scalarise import SCALARISATIONS, Scalarisation
 from rltune.rewards.trust import Trust, fit_trust
@@ -40,7 +40,7 @@ def build_reward(name: str, section: RewardConfig) -> Reward:
         RunError: Weights are not on this machine.
     """
     kind = section.reward or name
-    reward = build_own(name, kind, section.options) if ":" in kind else REWARDS.build(kind, section.options)
+    reward = build_own(name, kind, section.options) if is_own(name, section) else REWARDS.build(kind, section.options)
     words = section.relative
     if words.positive is not None and words.negative is not None:
         reward = Relative(reward, positive=words.positive, negative=words.negative, k=words.k)
@@ -59,9 +59,11 @@ def check_reward(name: str, section: RewardConfig, *, needs_gradient: bool) -> N
             it carries weight and the estimator needs one.
     """
     kind = section.reward or name
-    if ":" not in kind:
+    if not is_own(name, section):
         REWARDS.check(kind, section.options)
-    elif not has_own_gradient(load_own(name, kind)) and needs_gradient and section.weight > 0:
+        return
+    check_own(name, kind, section.options)
+    if not has_own_gradient(load_own(name, kind)) and needs_gradient and section.weight > 0:
         raise UserError(
             f"rewards.{name}: {kind} says that it has no gradient, and the estimator backpropagates rewards; give it "
             "weight 0 to watch it only, or take an estimator that needs none: see 'rltune estimators'"
@@ -80,7 +82,7 @@ def compares_images(name: str, section: RewardConfig) -> bool:
         UserError: Its name is unknown, or it is the user's own and does not import.
     """
     kind = section.reward or name
-    return sees_group(load_own(name, kind)) if ":" in kind else compares_group(kind)
+    return sees_group(load_own(name, kind)) if is_own(name, section) else compares_group(kind)
 
 
 def build_mixture(

@@ -150,6 +150,10 @@ def test_a_users_reward_can_be_planned(tmp_path: Path, own: str, capsys: pytest.
             r"^reward 'mine': reward 'OTHER:green': there is no module 'OTHER'",
         ),
         ("rewards: {mine: {reward: 'OWN.py'}}", r"rewards\.mine\.reward: unknown reward, got 'OWN\.py'"),
+        (
+            "rewards: {mine: {reward: 'OWN:redness', options: {green: 1}}}",
+            r"^reward 'mine': OWN:redness\(.*\) cannot be called with the options \{'green': 1\}",
+        ),
         # what the first of several values would let pass
         (
             "rewards: {mine: {reward: {choice: ['OWN:redness', 'OWN:lengths']}}}",

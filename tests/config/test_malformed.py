@@ -346,6 +346,15 @@ WHOLE: list[tuple[str, list[str]]] = [
         ],
     ),
     (
+        "rewards: {aesthetic: {relative: {k: 0.5}}}",
+        ["rewards.aesthetic.relative.k: needs positive and negative words, without which it plays no part, got 0.5"],
+    ),
+    (
+        "rewards: {aesthetic: {relative: {k: {float: [0, 1]}}}}",
+        ["rewards.aesthetic.relative.k.float[1]: needs positive"],
+    ),
+    ("rewards: {aesthetic: {relative: {k: 1, positive: 3}}}", ["relative.positive: must be text, got 3"]),
+    (
         "rewards: {aesthetic: {trust: {reference: nowhere, ceiling: 0.5}}}",
         [
             "rewards.aesthetic.trust.ceiling: must be a number, at least 1, got 0.5",

@@ -9,7 +9,7 @@ import torch
 
 from rltune.errors import RunError, UserError
 from rltune.rewards.mixture import features, measure, score
-from rltune.rewards.own import build_own
+from rltune.rewards.own import build_own, check_own
 from rltune.rewards.wrappers import Frugal
 
 PROMPTS = ("a cat", "two dogs", "a fox")
@@ -103,6 +103,28 @@ def test_a_function_is_given_its_options_by_keyword() -> None:
     torch.testing.assert_close(reward.metric(IMAGES, PROMPTS), red(0.5))
     assert reward.is_differentiable
     assert reward.to(torch.device("cpu")) is reward
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "redness",
+            {"green": 1},
+            r"own_scores:redness\(images, prompts, \*, blue=0\.0\) .* \{'green': 1\}: got an unexp",
+        ),
+        ("redness", {"images": 1}, r"own_scores:redness.*multiple values for argument 'images'"),
+        ("Redness", {"colour": 1}, r"own_scores:Redness\(factor=1\.0\) .*'colour'"),
+    ],
+)
+def test_options_are_checked_before_anything_is_called(name: str, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=f"^reward 'mine': {message}"):
+        check_own("mine", f"own_scores:{name}", options)
+    check_own("mine", f"own_scores:{name}", {})
+
+
+def test_what_does_not_say_what_it_takes_is_not_checked() -> None:
+    check_own("mine", "builtins:max", {"anything": 1})
 
 
 def test_an_unknown_option_of_a_function_is_told_by_its_name() -> None:

@@ -372,6 +372,14 @@ def test_micro_batches_of_a_mixture_add_up_to_the_whole_batch(
     assert difference(folder / "whole", folder / "split") < 1e-4  # float32, convolutions over another number of images
 
 
+def test_a_cap_that_is_the_worst_of_every_image_is_no_fault(make_config: Make, folder: Path, base_dir: Path) -> None:
+    rewards = {"brightness": {"loss": "hinge", "target": -9.0}, "smoothness": {}}
+    config = short(make_config, rewards, mixture={"method": "chebyshev", "rho": 0.0})
+    assert train(config, folder / "alone", base_dir=base_dir).reports[-1]["eval/drift"] == 0
+    config = short(make_config, rewards, mixture={"method": "chebyshev", "rho": 0.1})
+    assert train(config, folder / "both", base_dir=base_dir).reports[-1]["eval/drift"] > 0
+
+
 def test_chebyshevs_options_reach_it(make_config: Make) -> None:
     units = {name: Calibration(0.0, 1.0) for name in TWO}
     config = short(make_config, TWO, mixture={"method": "chebyshev", "ideal": 1.5, "rho": 0.25})
