@@ -1,16 +1,23 @@
-"""Name -> builder. A module of the registry's package registers itself; looking a name up imports them all once."""
+"""Name -> builder. A module of the registry's package registers itself; looking a name up imports them all once.
+
+An installed package registers builders of its own by an entry point that names a module, in the group that is called
+as the registry's package: ``[project.entry-points."rltune.rewards"]`` with ``sharpness = "my_package.sharpness"``.
+"""
 
 import difflib
 import importlib
 import inspect
+import logging
 import pkgutil
 from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from rltune.errors import UnknownNameError, UserError
 
 T = TypeVar("T")
 Builder = TypeVar("Builder", bound=Callable[..., Any])
+logger = logging.getLogger(__name__)
 
 
 class Registry(Generic[T]):
@@ -30,13 +37,21 @@ class Registry(Generic[T]):
     def register(self, name: str) -> Callable[[Builder], Builder]:
         """Return a decorator that files a builder under ``name``.
 
+        A builder of the registry's own package takes the place of one from elsewhere, with a warning: a module from
+        elsewhere may have been imported first.
+
         Raises:
             ValueError: The name is taken by another builder.
         """
 
         def decorate(builder: Builder) -> Builder:
-            if name in self._builders:
+            taken = self._builders.get(name)
+            if taken is not None and (self._is_own(taken) or not self._is_own(builder)):
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
+            if taken is not None:
+                logger.warning(
+                    "%s %r of %s is not used: rltune has one of that name", self.kind, name, taken.__module__
+                )
             self._builders[name] = builder
             return builder
 
@@ -86,6 +101,22 @@ class Registry(Generic[T]):
         package = importlib.import_module(self._package)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{self._package}.{module.name}")
+        for point in entry_points(group=self._package):
+            try:
+                point.load()
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever another package does when imported
+                logger.warning(
+                    "the %s plug-in %r of %s (%s) is left out: %s: %s",
+                    self.kind,
+                    point.name,
+                    point.dist.name if point.dist is not None else "an unknown package",
+                    point.value,
+                    type(error).__name__,
+                    error,
+                )
+
+    def _is_own(self, builder: Callable[..., T]) -> bool:
+        return builder.__module__.startswith(f"{self._package}.")
 
 
 def suggest(name: str, known: tuple[str, ...]) -> str:

@@ -1,9 +1,14 @@
+import logging
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from rltune.errors import UnknownNameError, UserError
 from rltune.registry import Registry, suggest
+from rltune.rewards.base import REWARDS, Card, RewardRegistry, has_gradient
 
 
 @dataclass
@@ -50,11 +55,134 @@ def test_an_unknown_option_is_refused_before_anything_is_built(things: Registry[
 
 
 def test_looking_a_name_up_imports_the_modules_of_the_package() -> None:
-    from rltune.rewards.base import REWARDS
-
     assert {"aesthetic", "alignment", "brightness", "compressibility", "smoothness"} <= set(REWARDS.names())
 
 
 def test_advice_names_only_what_is_near() -> None:
     assert suggest("brigthness", ("brightness", "drift")) == "did you mean 'brightness'? known: brightness, drift"
     assert suggest("q", ("brightness", "drift")) == "known: brightness, drift"
+
+
+# ---- entry points: a package that is installed registers builders of its own
+
+REWARD = """
+from rltune.rewards.base import Card
+from tests.test_registry import current
+
+@current().register({name!r}, Card(scale="theirs"))
+class Theirs:
+    is_differentiable = True
+"""
+_current: list[RewardRegistry] = []
+
+
+def current() -> RewardRegistry:
+    """The registry under test: a fresh one, since that of the process has been loaded."""
+    return _current[-1]
+
+
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Put a distribution on ``sys.path``: modules, and the lines of its entry points."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def put(*points: str, group: str = "rltune.rewards", **modules: str) -> None:
+        info = tmp_path / "their_package-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n" + "\n".join(points) + "\n")
+        for name, text in modules.items():
+            (tmp_path / f"{name}.py").write_text(text)
+            monkeypatch.delitem(sys.modules, name, raising=False)
+
+    return put
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> RewardRegistry:
+    """A registry of rewards into which the built-in ones have gone and which has not looked for entry points."""
+    registry = RewardRegistry()
+    registry._builders = {name: REWARDS.get(name) for name in REWARDS.names()}
+    registry._cards = {name: REWARDS.card(name) for name in REWARDS.names()}
+    monkeypatch.setattr(sys.modules[__name__], "_current", [registry])
+    monkeypatch.setitem(sys.modules, "tests.test_registry", sys.modules[__name__])
+    return registry
+
+
+def test_a_module_that_an_entry_point_names_registers_its_own(install: Install, fresh: RewardRegistry) -> None:
+    install("sharpness = their_sharpness", their_sharpness=REWARD.format(name="their_sharpness"))
+    assert set(fresh.names()) == {*REWARDS.names(), "their_sharpness"}
+    assert fresh.card("their_sharpness") == Card(scale="theirs")
+    assert fresh.build("their_sharpness", {}).is_differentiable
+
+
+def test_entry_points_of_other_groups_are_left(install: Install, fresh: RewardRegistry) -> None:
+    install("a = their_estimator", group="rltune.estimators", their_estimator="raise RuntimeError('imported')")
+    assert fresh.names() == REWARDS.names()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import no_such_library", "ModuleNotFoundError: No module named 'no_such_library'"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("def broken(:", "SyntaxError: "),
+        ("raise SystemExit('no licence')", "SystemExit: no licence"),
+        (
+            "from tests.test_registry import current\n@current().register('x')\ndef build(): ...\n",
+            "ValueError: reward 'x': its builder must be annotated with the class that it returns",
+        ),
+    ],
+)
+def test_one_that_fails_is_named_once_and_the_others_are_loaded(
+    install: Install, fresh: RewardRegistry, caplog: pytest.LogCaptureFixture, text: str, reason: str
+) -> None:
+    install("bad = their_bad", "good = their_good", their_bad=text, their_good=REWARD.format(name="their_good"))
+    assert set(fresh.names()) == {*REWARDS.names(), "their_good"}
+    assert fresh.get("brightness") is REWARDS.get("brightness")
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    start = "the reward plug-in 'bad' of their-package (their_bad) is left out: "
+    assert record.getMessage().startswith(start + reason)
+
+
+def test_a_module_that_is_not_there_is_named(
+    install: Install, fresh: RewardRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    install("gone = their_gone")
+    assert fresh.names() == REWARDS.names()
+    assert "'gone' of their-package (their_gone) is left out: ModuleNotFoundError" in caplog.text
+
+
+def test_a_built_in_name_cannot_be_taken(
+    install: Install, fresh: RewardRegistry, caplog: pytest.LogCaptureFixture
+) -> None:
+    install("mine = their_brightness", their_brightness=REWARD.format(name="brightness"))
+    assert fresh.get("brightness") is REWARDS.get("brightness")
+    assert fresh.card("brightness") == REWARDS.card("brightness")
+    (record,) = caplog.records
+    assert record.getMessage().endswith("ValueError: reward 'brightness' is registered twice")
+
+
+def test_a_built_in_takes_its_name_back_from_a_module_that_was_imported_first(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    registry = RewardRegistry()
+
+    class Theirs:
+        is_differentiable = True
+
+    registry.register("brightness", Card(scale="theirs"))(Theirs)
+    own = REWARDS.get("brightness")
+    registry.register("brightness", REWARDS.card("brightness"))(own)
+    assert registry.get("brightness") is own
+    assert registry.card("brightness") == REWARDS.card("brightness")
+    (record,) = caplog.records
+    assert "reward 'brightness' of" in record.getMessage()
+    assert "is not used: rltune has one of that name" in record.getMessage()
+    with pytest.raises(ValueError, match="registered twice"):
+        registry.register("brightness")(Theirs)
+    assert has_gradient("brightness")

@@ -96,7 +96,18 @@ def _weights() -> Iterator[Finding]:
     for repo in repos:
         yield Finding(OK, f"Hugging Face cache: {repo.repo_id}, {repo.size_on_disk_str}")
     if not repos:
-        yield Finding(NOTE, "the Hugging Face cache is empty; other base models are fetched with: hf download ID")
+        yield Finding(NOTE, "the Hugging Face cache is empty; base models are fetched with: rltune models fetch ID")
+    yield from _reward_weights()
+
+
+def _reward_weights() -> Iterator[Finding]:
+    from rltune.rewards.base import REWARDS
+
+    names = REWARDS.names()
+    waiting = [name for name in names if REWARDS.card(name).missing]
+    ready = [name for name in names if name not in waiting]
+    more = f"; {len(waiting)} more need published weights that are not: see 'rltune models'" if waiting else ""
+    yield Finding(NOTE if waiting else OK, f"rewards that are ready to use here: {', '.join(ready)}{more}")
 
 
 def _cluster(address: str | None) -> Iterator[Finding]:

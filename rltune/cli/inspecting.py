@@ -1,4 +1,4 @@
-"""Commands that only read: ``status``, ``front``, ``rewards``, ``estimators``."""
+"""Commands that only read: ``status``, ``front``, ``estimators``."""
 
 import inspect
 import re
@@ -36,18 +36,6 @@ def show_front(run: Path) -> None:
     console.print(front_view(front))
 
 
-def show_rewards() -> None:
-    """Print every reward with what it is."""
-    from rltune.rewards.base import REWARDS, has_gradient
-
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for title in ("reward", "gradient", "what it says"):
-        table.add_column(title)
-    for name in REWARDS.names():
-        table.add_row(name, "yes" if has_gradient(name) else "no", _first_line(REWARDS.get(name).__doc__))
-    console.print(table)
-
-
 def show_estimators() -> None:
     """Print every estimator with its paper, what it needs of a reward, and its options with their defaults."""
     from rltune.estimators.base import ESTIMATORS
@@ -61,7 +49,7 @@ def show_estimators() -> None:
         needs = "have a gradient" if getattr(kind, "needs_gradient", True) else "be a number"
         paper = re.search(r"arXiv:([0-9.]+)", sys.modules[kind.__module__].__doc__ or "")
         shown = ", ".join(f"{option.name}: {'-' if option.default is None else option.default}" for option in options)
-        table.add_row(name, paper[1] if paper else "", needs, _first_line(kind.__doc__), shown)
+        table.add_row(name, paper[1] if paper else "", needs, first_line(kind.__doc__), shown)
     console.print(table)
     console.print(
         "\nk, draw and std stand in the estimator section itself, the others in its options. Estimators whose reward "
@@ -70,5 +58,6 @@ def show_estimators() -> None:
     )
 
 
-def _first_line(text: str | None) -> str:
+def first_line(text: str | None) -> str:
+    """Return the first line of a docstring, as plain words."""
     return ((text or "").replace("``", "").strip().splitlines() or [""])[0]

@@ -22,6 +22,10 @@ app = typer.Typer(
 )
 builtin = typer.Typer(help="The built-in text-to-image model: its scenes and its recipe.", no_args_is_help=True)
 app.add_typer(builtin, name="builtin")
+rewards = typer.Typer(help="List the rewards that an experiment can name; check one.")
+app.add_typer(rewards, name="rewards")
+models = typer.Typer(help="Weights: which there are, which are on this machine, and fetching the others.")
+app.add_typer(models, name="models")
 
 ExperimentArgument = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder, such as runs/mix.", show_default=False)]
@@ -161,12 +165,29 @@ def doctor(address: AddressOption = None) -> None:
     diagnose(address)
 
 
-@app.command()
-def rewards() -> None:
-    """List the rewards that an experiment can name."""
-    from rltune.cli.inspecting import show_rewards
+@rewards.callback(invoke_without_command=True)
+def rewards_list(context: typer.Context) -> None:
+    """List the rewards that an experiment can name; ``check`` proves one."""
+    if context.invoked_subcommand is None:
+        from rltune.cli.rewarding import show_rewards
 
-    show_rewards()
+        show_rewards()
+
+
+@rewards.command("check")
+def rewards_check(
+    name: Annotated[str, typer.Argument(help="A reward, or module:name of your own.", show_default=False)],
+    images: Annotated[list[Path] | None, typer.Option("--image", help="Image to score; repeatable.")] = None,
+    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Its prompt; one for all, or one each.")] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--option", help="Option of the reward: --option target=3. Repeatable.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda if there is one.")] = None,
+) -> None:
+    """Score images, or four built-in scenes, and prove shape, range, gradient and independence."""
+    from rltune.cli.rewarding import check_reward
+
+    check_reward(name, images=images or [], prompts=prompts or [], options=options or [], device=device)
 
 
 @app.command()
@@ -185,6 +206,28 @@ def schema() -> None:
     from rltune.config.schema import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@models.callback(invoke_without_command=True)
+def list_models(context: typer.Context) -> None:
+    """List the published weights that rewards need, and the base models on this machine."""
+    if context.invoked_subcommand is None:
+        from rltune.cli.models import show_models
+
+        show_models()
+
+
+@models.command("fetch")
+def fetch(
+    names: Annotated[
+        list[str],
+        typer.Argument(help="Rewards, or base models as OWNER/NAME of the Hugging Face hub.", metavar="NAME"),
+    ],
+) -> None:
+    """Fetch what rewards or base models need and is not on this machine yet."""
+    from rltune.cli.models import fetch_models
+
+    fetch_models(names)
 
 
 @builtin.command("train")

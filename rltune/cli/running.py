@@ -9,13 +9,18 @@ from rltune.cli.tables import front_view, gain_view, status_view
 from rltune.cli.terminal import console, errors
 from rltune.config.clashes import Known
 from rltune.config.distributions import Choice, IntRange
+from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import RunError, UserError
 from rltune.orchestration.cluster import Cluster, connect, find_address
 from rltune.orchestration.job import quiet_libraries
 from rltune.orchestration.plan import Plan, make_plan
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
+from rltune.rewards.weights import format_size
 from rltune.training.setup import check_options
+
+OWN_WEIGHTS = frozenset({"weights", "head", "model", "clip", "vocab"})
+"""Options that name weights other than the published ones."""
 
 
 def run_experiment(
@@ -165,6 +170,35 @@ def _method(experiment: Experiment) -> str:
     return f"{name} on the {config.model.base} model, {config.sampler.steps} sampling steps{depth}"
 
 
+def _missing_weights(config: RunConfig) -> str:
+    """Say which published files the rewards of an experiment need and this machine has not; empty if it has all.
+
+    A reward that is given a path or a model of the user's own is left out, and so is a function of theirs.
+    """
+    from rltune.rewards.base import REWARDS
+    from rltune.training.evaluation import JUDGES
+
+    own = [
+        name
+        for name, section in config.rewards.items()
+        if any(section.options.get(option) is not None for option in OWN_WEIGHTS)
+    ]
+    kinds = [config.kind_of(name) for name in config.rewards if name not in own]
+    kinds += [judge for judge in config.evaluate.judges if judge not in JUDGES and judge not in config.rewards]
+    missing = {kind: REWARDS.card(kind).missing for kind in dict.fromkeys(kinds) if kind in REWARDS.names()}
+    origins: dict[str, dict[str, float]] = {}
+    for files in missing.values():
+        for file in files:
+            origins.setdefault(file.origin, {})[file.file] = file.size_mb
+    if not origins:
+        return ""
+    shown = [
+        f"{', '.join(sizes)} of {origin} ({format_size(sum(sizes.values()))})" for origin, sizes in origins.items()
+    ]
+    names = " ".join(kind for kind, files in missing.items() if files)
+    return f"not on this machine: {'; '.join(shown)}; fetch them with: rltune models fetch {names}"
+
+
 def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> None:
     """Print a plan, one fact a line."""
     config = experiment.shared
@@ -181,6 +215,9 @@ def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> N
         "objectives": ", ".join(config.objective_names),
         "runs on": where,
     }
+    missing = _missing_weights(config)
+    if missing:
+        lines["weights"] = missing
     if cluster is not None and cluster.dashboard_url:
         lines["dashboard"] = cluster.dashboard_url
     for label, text in lines.items():

@@ -69,4 +69,4 @@ def _pipeline_class_name(base: str, source: str, revision: str | None) -> str:
 
 
 def _how_to_fetch(base: str) -> str:
-    return f"download it once with 'hf download {base}', or name a local folder or 'builtin'"
+    return f"download it once with 'rltune models fetch {base}', or name a local folder or 'builtin'"

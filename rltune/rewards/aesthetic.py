@@ -80,7 +80,7 @@ LAION_HEAD = WeightsFile(
 )
 
 
-@REWARDS.register("aesthetic", Card(scale="about 1 to 10"))
+@REWARDS.register("aesthetic", Card(scale="about 1 to 10", is_shipped=True))
 def build_aesthetic(*, head: str | None = None, clip: str = "builtin") -> Aesthetic:
     """How pleasing an image looks: a head on the built-in CLIP.
 

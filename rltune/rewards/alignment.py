@@ -66,7 +66,7 @@ OPENAI_CLIP_L = WeightsFile(
 """What open_clip loads as ``ViT-L-14/openai``."""
 
 
-@REWARDS.register("alignment", Card(scale="-1 to 1, cosine"))
+@REWARDS.register("alignment", Card(scale="-1 to 1, cosine", is_shipped=True))
 def build_alignment(*, model: str = "builtin") -> Alignment:
     """Cosine of the built-in CLIP's embeddings of image and prompt.
 

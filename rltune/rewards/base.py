@@ -72,9 +72,16 @@ class Card:
     scale: str = ""
     """What its raw scores are like: ``about 1 to 10``."""
     licence: str = "Apache-2.0"
-    """Of the weights; of rltune where there are none, or they ship with it."""
+    """Of the weights."""
     weights: tuple[WeightsFile, ...] = ()
     """Published files that it needs; none if it needs no weights, or they ship with rltune."""
+    is_shipped: bool = False
+    """Whether it has weights that ship with rltune."""
+
+    @property
+    def has_licence(self) -> bool:
+        """Whether there are weights that a licence is of."""
+        return self.is_shipped or bool(self.weights)
 
     @property
     def size_mb(self) -> float:
@@ -102,10 +109,18 @@ class RewardRegistry(Registry[Reward]):
         """Return a decorator that files a builder and its card under ``name``.
 
         Raises:
-            ValueError: The name is taken by another builder.
+            ValueError: The name is taken by another builder, or a function does not say what it returns.
         """
-        self._cards.setdefault(name, card or Card())
-        return super().register(name)
+        decorate = super().register(name)
+
+        def decorate_with_card(builder: Builder) -> Builder:
+            if not isinstance(builder, type) and "return" not in getattr(builder, "__annotations__", {}):
+                raise ValueError(f"reward {name!r}: its builder must be annotated with the class that it returns")
+            decorate(builder)
+            self._cards[name] = card or Card()
+            return builder
+
+        return decorate_with_card
 
     def card(self, name: str) -> Card:
         """Return the card of ``name``.

@@ -80,7 +80,7 @@ class FunctionReward:
         return self
 
 
-@REWARDS.register("callable", Card(scale="the function's", licence="-"))
+@REWARDS.register("callable", Card(scale="the function's"))
 def build_callable(*, function: str | None = None) -> FunctionReward:
     """What a Python function of your own says of pictures and prompts, without gradient.
 
@@ -98,7 +98,7 @@ def build_callable(*, function: str | None = None) -> FunctionReward:
     return FunctionReward(load_object("callable", function), path=function)
 
 
-@REWARDS.register("http", Card(scale="the server's", licence="-"))
+@REWARDS.register("http", Card(scale="the server's"))
 @dataclass(frozen=True)
 class HttpReward:
     """What a server of your own says of pictures and prompts, without gradient.

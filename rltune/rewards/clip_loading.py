@@ -7,6 +7,7 @@ from weakref import WeakValueDictionary
 
 import open_clip
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 
 from rltune.assets import BUILTIN_CLIP_DIR
@@ -14,7 +15,10 @@ from rltune.errors import RunError, UserError
 from rltune.registry import suggest
 from rltune.rewards.clip import ClipTower
 from rltune.rewards.preprocess import CLIP_MEAN, CLIP_STD, ResizeMode
+from rltune.rewards.weights import check_hub
 
+OPEN_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+"""What weights are called in a repository that open_clip names without a file."""
 _towers: WeakValueDictionary[tuple[str, ...], ClipTower] = WeakValueDictionary()
 """Towers that are in use in this process, by what they were loaded from: rewards on equal towers share one."""
 
@@ -76,19 +80,31 @@ def _load_folder(folder: Path, *, name: str) -> ClipTower:
 def _load_published(model: str, tag: str, *, name: str) -> ClipTower:
     published = open_clip.get_pretrained_cfg(model, tag)
     try:
+        _check_reach(published)
         # open_clip 3.3 only warns where weights were trained with QuickGELU and the model is built without: the
         # embeddings would be off. OpenAI's weights are such.
         network = open_clip.create_model(
             model, tag, require_pretrained=True, force_quick_gelu=published.get("quick_gelu", False)
         )
         tokenizer = open_clip.get_tokenizer(model)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, RunError) as error:
         raise RunError(
             f"CLIP model {name!r}: its weights are not on this machine and could not be fetched ({error}); "
             f"{_how_to_fetch(model, published)}, and give the folder that holds them and open_clip_config.json in "
             "place of the name"
         ) from error
     return ClipTower(network, tokenizer, name=name)
+
+
+def _check_reach(published: Mapping[str, Any]) -> None:
+    """Refuse weights that are not here and cannot come: open_clip would try for long (see ``check_hub``)."""
+    repo, _, file = published.get("hf_hub", "").rpartition("/")
+    if not repo:
+        return
+    # As open_clip looks for them: the safetensors beside a .bin or .pth first.
+    names = (str(Path(file).with_suffix(".safetensors")), file) if file else OPEN_CLIP_FILES
+    if not any(isinstance(try_to_load_from_cache(repo, name), str) for name in names):
+        check_hub(repo, names[-1])
 
 
 def _how_to_fetch(model: str, published: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from rltune.assets import BUILTIN_JUDGE
 from rltune.builtin.grammar import Content, parse
 from rltune.builtin.judge import Judge, Verdict, compare, load_judge
 from rltune.errors import UserError
-from rltune.rewards.base import REWARDS, check_batch, weights_file
+from rltune.rewards.base import REWARDS, Card, check_batch, weights_file
 from rltune.rewards.objects import to_network
 
 
@@ -73,7 +73,7 @@ class Faithful:
         return self
 
 
-@REWARDS.register("faithful")
+@REWARDS.register("faithful", Card("0 to 1", is_shipped=True))
 def build_faithful(*, weights: str | None = None) -> Faithful:
     """Share of the prompt's ground, colours, count and shapes that an independent judge reads.
 
@@ -86,7 +86,7 @@ def build_faithful(*, weights: str | None = None) -> Faithful:
     return Faithful(load_judge(weights_file("faithful", weights, BUILTIN_JUDGE)))
 
 
-@REWARDS.register("faithful_exact")
+@REWARDS.register("faithful_exact", Card("0 or 1", is_shipped=True))
 def build_faithful_exact(*, weights: str | None = None) -> Faithful:
     """1 where that judge reads exactly what the prompt asks for, else 0.
 

@@ -40,12 +40,15 @@ def checkpoint_blocks(blocks: Iterable[nn.Module]) -> None:
 def share_equal(network: Network) -> Network:
     """Return the network with every parameter replaced by an equal one that another frozen network holds already.
 
-    Fine-tuned models often leave part of the network as it was: HPSv2 trains the last 20 of CLIP-H's 32 vision blocks
-    and the last 11 of 24 text blocks (arXiv:2306.09341, section 4), so that two versions of it have the rest in common.
-    Parameters are compared value by value, so nothing is shared that differs.
+    Fine-tuned models often leave part of the network as it was: HPSv2's training locks all but the last 20 groups of
+    CLIP-H's image tower and the last 11 of its text tower (github.com/tgxs002/HPSv2, ``hpsv2/configs/HPSv2.sh``), so
+    that versions trained like this have the rest in common. Parameters are compared value by value, so nothing is
+    shared that differs.
     """
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:  # has no values to compare
+                continue
             key = (parameter.device, parameter.dtype, parameter.shape, _sample(parameter))
             held = _held.get(key)
             if held is None or held.device != parameter.device:  # a holder may have moved since

@@ -15,7 +15,7 @@ from rltune.builtin.counter import Counter, load_counter, log_chances
 from rltune.builtin.grammar import parse
 from rltune.builtin.scenes import OBJECT_COLORS, SHAPES, SIZE_PX
 from rltune.errors import UserError
-from rltune.rewards.base import REWARDS, check_batch, weights_file
+from rltune.rewards.base import REWARDS, Card, check_batch, weights_file
 
 COLORS = tuple(OBJECT_COLORS)
 FROM_PROMPT = "prompt"
@@ -169,7 +169,7 @@ def _read_name(reward: str, of: str) -> Tensor:
     return chosen
 
 
-@REWARDS.register("count")
+@REWARDS.register("count", Card("minus objects, 0 at best", is_shipped=True))
 def build_count(*, of: str = FROM_PROMPT, target: int | None = None, weights: str | None = None) -> Count:
     """Minus the objects missing or too many, softly counted (built-in world).
 
@@ -185,7 +185,7 @@ def build_count(*, of: str = FROM_PROMPT, target: int | None = None, weights: st
     return Count(load_counter(weights_file("count", weights, BUILTIN_COUNTER)), of=of, target=target)
 
 
-@REWARDS.register("presence")
+@REWARDS.register("presence", Card("log of a chance, 0 at best", is_shipped=True))
 def build_presence(*, of: str = FROM_PROMPT, weights: str | None = None) -> Presence:
     """Log chance that each kind of object asked for is there (built-in world); the metric is the chance.
 

@@ -18,7 +18,7 @@ from rltune.rewards.loading import load_object
 from rltune.rewards.wrappers import features_of
 
 
-class FunctionReward:
+class OwnReward:
     """A function ``(images_B3HW, prompts) -> (B,)`` of RGB in [0, 1] as a reward.
 
     It counts as differentiable unless it says otherwise with an attribute ``is_differentiable = False``, and then is
@@ -50,7 +50,7 @@ class FunctionReward:
         """Return the score itself."""
         return self(images_B3HW, prompts)
 
-    def to(self, device: torch.device) -> "FunctionReward":
+    def to(self, device: torch.device) -> "OwnReward":
         """Return self; the function finds the images on the device that they are on."""
         return self
 
@@ -170,7 +170,7 @@ def build_own(name: str, path: str, options: Mapping[str, Any]) -> Reward:
     """
     found = load_own(name, path)
     if not isinstance(found, type):
-        return FunctionReward(name, found, options)
+        return OwnReward(name, found, options)
     try:
         built = found(**options)
     except Exception as error:

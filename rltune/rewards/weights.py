@@ -2,14 +2,21 @@
 
 import hashlib
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from uuid import uuid4
 
-from rltune.errors import RunError, UserError
+from rltune.errors import RltuneError, RunError, UserError
 
 CACHE_VARIABLE = "RLTUNE_CACHE"
 """Folder of the files that are not on the Hugging Face hub; ``~/.cache/rltune`` if not set."""
+TIMEOUT_S = 10
+"""For a connection, and for the hub to answer what it has of a file; the hub's own library waits as long."""
+RETRY_S = 1.0
+"""After which a hub that could not be reached is asked once more: name servers fail now and then."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,11 @@ class WeightsFile:
         return f"https://huggingface.co/{self.repo}/blob/main/{self.file}" if self.repo else self.url
 
     @property
+    def origin(self) -> str:
+        """Its repository on the hub, or the host that has it: ``source`` for tables."""
+        return self.repo or urlsplit(self.url).hostname or self.url
+
+    @property
     def size(self) -> str:
         """The size for people: ``3.9 GB``."""
         return format_size(self.size_mb)
@@ -51,17 +63,17 @@ class WeightsFile:
         """Download the file unless it is here, and return where it is.
 
         Raises:
-            RunError: It cannot be fetched.
-            UserError: What was fetched is not the published file.
+            RunError: It cannot be fetched, or what came is not the published file; nothing is left of it.
+            UserError: The file that is here is not the published one.
         """
         path = self.find()
-        if path is None:
-            try:
-                path = self._download()
-            except Exception as error:  # the hub, its transport and the disk raise their own kinds
-                raise RunError(f"{self.file} could not be fetched: {_first_line(error)}") from error
-        self.check(path)
-        return path
+        if path is not None:
+            self.check(path)
+            return path
+        try:
+            return self._download()
+        except Exception as error:  # the hub, its transport and the disk raise their own kinds
+            raise RunError(f"{self.file} could not be fetched: {explain(error)}") from error
 
     def check(self, path: Path) -> None:
         """Compare the file at ``path`` with the pinned digest, if there is one.
@@ -69,36 +81,58 @@ class WeightsFile:
         Raises:
             UserError: It has other contents than the published file.
         """
-        if not self.sha256:
-            return
-        with path.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        if digest != self.sha256:
+        digest = self._wrong_digest(path)
+        if digest:
             raise UserError(
                 f"{path} is not the published {self.file}, its sha256 is {digest} and should be {self.sha256}; "
-                f"fetch it again from {self.source}"
+                f"delete it, and fetch it again from {self.source}"
             )
+
+    def _wrong_digest(self, path: Path) -> str:
+        if not self.sha256:
+            return ""
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        return "" if digest == self.sha256 else digest
+
+    def _accept(self, path: Path) -> None:
+        """Refuse a download with other contents than the published file, before anyone finds it."""
+        digest = self._wrong_digest(path)
+        if digest:
+            raise RunError(f"what {self.source} gives has the sha256 {digest}, the published file {self.sha256}")
 
     def _download(self) -> Path:
         if self.repo:
-            from huggingface_hub import hf_hub_download
-
-            return Path(hf_hub_download(self.repo, self.file))
+            return self._download_from_hub()
         import requests
 
         folder = cache_dir()
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{self.file}.{os.getpid()}.part"  # moved into place whole: a reader never sees half a file
+        part = folder / f"{self.file}.{uuid4().hex}.part"  # moved into place whole: a reader never sees half a file
         try:
-            with requests.get(self.url, stream=True, timeout=30) as answer, part.open("wb") as stream:
+            with requests.get(self.url, stream=True, timeout=(TIMEOUT_S, 30)) as answer, part.open("wb") as stream:
                 answer.raise_for_status()
                 for chunk in answer.iter_content(1 << 20):
                     stream.write(chunk)
-            self.check(part)
+            self._accept(part)
             part.replace(folder / self.file)
         finally:
             part.unlink(missing_ok=True)
         return folder / self.file
+
+    def _download_from_hub(self) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        check_hub(self.repo, self.file)
+        path = Path(hf_hub_download(self.repo, self.file))
+        try:
+            self._accept(path)
+        except RunError:
+            blob = path.resolve()  # the cache's snapshots are links to where the bytes are
+            path.unlink()
+            blob.unlink(missing_ok=True)
+            raise
+        return path
 
 
 def locate(reward: str, weights: WeightsFile, given: Any = None, *, option: str = "weights") -> Path:
@@ -135,14 +169,45 @@ def locate(reward: str, weights: WeightsFile, given: Any = None, *, option: str 
         ) from error
 
 
+def check_hub(repo: str, file: str) -> None:
+    """Ask the hub for a file's metadata, so that a machine without a network need not wait for retries.
+
+    ``hf_hub_download`` retries a failed connection five times: on a machine without a network it gave up after 23 s,
+    and open_clip, which asks for two file names in turn, after 46 s. This gives up after 1 s if there is no way to the
+    hub: its name is unknown, or the connection is refused or has no route. A connection that is only slow (a timeout)
+    or a hub that answers anything at all, an error too, is left to ``hf_hub_download`` and its patience.
+
+    Raises:
+        RunError: There is no way to the hub, or the user has said so.
+    """
+    if is_offline():
+        raise RunError("HF_HUB_OFFLINE is set")
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(repo, file)
+    for is_last in (False, True):
+        try:
+            get_hf_file_metadata(url, timeout=TIMEOUT_S)
+        except Exception as error:
+            reason = _unreachable(error)
+            if reason is None:
+                return
+            if is_last:
+                raise RunError(f"no way to {urlsplit(url).hostname}: {reason}") from error
+            time.sleep(RETRY_S)
+        else:
+            return
+
+
 def is_offline() -> bool:
-    """Return whether the user has said that the Hugging Face hub is out of reach."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    """Return whether the user has said that the Hugging Face hub is out of reach, with either variable it knows."""
+    variables = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON") for name in variables)
 
 
 def cache_dir() -> Path:
     """Return the folder of the files that are not on the hub."""
-    return Path(os.environ.get(CACHE_VARIABLE, Path.home() / ".cache" / "rltune")).expanduser()
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "rltune").expanduser()
 
 
 def format_size(size_mb: float) -> str:
@@ -154,5 +219,57 @@ def _described(weights: WeightsFile) -> str:
     return f"{weights.file} ({weights.size}, {weights.licence}) of {weights.source}"
 
 
-def _first_line(error: Exception) -> str:
+def _unreachable(error: Exception) -> str | None:
+    """Return why there was no connection, None if there was one or if it only took too long.
+
+    The transport under the hub's library has its own exceptions, which changed with the transport; what the operating
+    system said is beneath them.
+    """
+    from huggingface_hub.errors import HfHubHTTPError
+
+    system = _system_error(error)
+    if system is None or isinstance(system, HfHubHTTPError | TimeoutError):
+        return None
+    return system.strerror or str(system)
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    found = None
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError):
+            found = seen
+        seen = seen.__cause__ or seen.__context__
+    return found
+
+
+def explain(error: Exception) -> str:
+    """Return what went wrong in one line; libraries say it in several."""
+    import requests
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    if isinstance(error, RltuneError):
+        return str(error)
+    if isinstance(error, GatedRepoError):
+        return "its owner gives access on request; ask for it on its page, then run 'hf auth login'"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository on the hub, or it is private: then run 'hf auth login'"
+    if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):
+        return "the repository has no such file"
+    system = _system_error(error)
+    if isinstance(system, HfHubHTTPError):
+        return f"{system.response.url.host} answers {system.response.status_code}"
+    if isinstance(error, requests.RequestException):
+        where = urlsplit(str(error.request.url)).hostname if error.request is not None else "the server"
+        if isinstance(error, requests.HTTPError) and error.response is not None:
+            return f"{where} answers {error.response.status_code}"
+        if isinstance(error, requests.Timeout):
+            return f"{where} took too long to answer"
+        if system is None or isinstance(system, requests.RequestException):
+            return "the connection broke off"
+        return f"no way to {where}: {system.strerror or system}"
+    if isinstance(system, TimeoutError):
+        return "the hub took too long to answer"
+    if system is not None and system.strerror:
+        return system.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

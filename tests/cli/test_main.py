@@ -75,7 +75,7 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
         "estimators",
         "schema",
     } <= helped
-    assert {"builtin train", "builtin scenes"} <= helped
+    assert {"builtin train", "builtin scenes", "models", "models fetch"} <= helped
     assert "imported: []" in lines
 
 

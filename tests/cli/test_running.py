@@ -8,6 +8,7 @@ from rltune.cli import running
 from rltune.cli.running import known_names, run_experiment
 from rltune.config.load import load_experiment
 from rltune.errors import UserError
+from rltune.rewards.weights import WeightsFile
 from rltune.training.setup import NUM_CALIBRATION_IMAGES
 from tests.config.test_schema import EXPERIMENTS
 
@@ -188,6 +189,84 @@ def test_the_plan_counts_the_images_that_groups_are_calibrated_on(
     assert plan_of(capsys.readouterr().err)["images"] == f"{5 * 6 + 8 + 8 + calibration} in all"
 
 
+@pytest.fixture
+def missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> set[str]:
+    """Names of published files that are not on this machine; the others are. No weights may be read or fetched."""
+    names: set[str] = set()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("weights were wanted")
+
+    monkeypatch.setattr(WeightsFile, "find", lambda file: None if file.file in names else tmp_path / file.file)
+    monkeypatch.setattr(WeightsFile, "fetch", refuse)
+    monkeypatch.setattr(WeightsFile, "check", refuse)
+    return names
+
+
+def plan_with(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> dict[str, str]:
+    (tmp_path / "x.yaml").write_text(text)
+    dry_run(tmp_path / "x.yaml", tmp_path / "runs", is_sweep=False)
+    return plan_of(capsys.readouterr().err)
+
+
+PUBLISHED = """
+rewards:
+  taste: {reward: laion_aesthetic}
+  clip_score: {}
+  imagereward: {}
+evaluate: {judges: [diversity, hpsv2]}
+"""
+
+
+def test_the_plan_names_published_weights_that_are_not_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: set[str]
+) -> None:
+    assert "weights" not in plan_with(tmp_path, capsys, PUBLISHED)
+    missing |= {"open_clip_model.safetensors", "ImageReward.pt", "vocab.txt", "HPS_v2_compressed.pt", "other.bin"}
+    plan = plan_with(tmp_path, capsys, PUBLISHED)
+    assert plan["weights"] == (
+        "not on this machine: open_clip_model.safetensors of timm/vit_large_patch14_clip_224.openai (1.7 GB); "
+        "ImageReward.pt of THUDM/ImageReward (1.8 GB); vocab.txt of google-bert/bert-base-uncased (< 1 MB); "
+        "HPS_v2_compressed.pt of xswu/HPSv2 (2.0 GB); fetch them with: "
+        "rltune models fetch laion_aesthetic clip_score imagereward hpsv2"
+    )
+
+
+def test_files_of_one_repository_are_counted_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: set[str]
+) -> None:
+    missing |= {"model.safetensors", "config.json", "vocab.json"}
+    text = "rewards: {object_count: {options: {of: cat, target: 2}}}\nevaluate: {judges: [diversity_dino]}\n"
+    assert plan_with(tmp_path, capsys, text)["weights"] == (
+        "not on this machine: model.safetensors, config.json, vocab.json of google/owlv2-base-patch16-ensemble "
+        "(621 MB); model.safetensors, config.json of facebook/dinov2-base (346 MB); fetch them with: "
+        "rltune models fetch object_count diversity_dino"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rewards", "is_told"),
+    [
+        ("imagereward: {}", True),
+        ("imagereward: {options: {weights: mine.pt}}", False),
+        ("imagereward: {options: {vocab: mine.txt}}", False),
+        ("imagereward: {options: {weights: null}}", True),
+        ("laion_aesthetic: {options: {head: mine.pth}}", False),
+        ("laion_aesthetic: {options: {clip: builtin}}", False),
+        ("clip_score: {options: {model: builtin}}", False),
+        ("mine: {reward: imagereward, options: {weights: mine.pt}}, theirs: {reward: imagereward}", True),
+        ("brightness: {}", False),
+        ("mine: {reward: 'tests.toys:toy_reward', weight: 0}, brightness: {}", False),
+    ],
+)
+def test_a_reward_with_weights_of_the_users_own_is_not_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: set[str], rewards: str, is_told: bool
+) -> None:
+    missing |= {"ImageReward.pt", "open_clip_model.safetensors", "sac+logos+ava1-l14-linearMSE.pth"}
+    plan = plan_with(tmp_path, capsys, f"rewards: {{{rewards}}}\n")
+    assert ("weights" in plan) == is_told
+
+
 def test_a_plan_that_cannot_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a trial needs 8 CPUs and 8 GPUs, the cluster has 64 and 4"):
         dry_run(ROOT / "experiments" / "mix.yaml", tmp_path, "resources.workers=8", is_sweep=True)
@@ -207,3 +286,5 @@ def test_what_names_need_is_read_without_building_them() -> None:
     assert known.serial_estimators == ("draft_lv", "drtune", "refl")
     assert set(known.rewards_without_gradient) >= {"faithful", "faithful_exact", "callable", "http", "jpeg_bytes"}
     assert known.group_rewards == ("diversity_dino", "diversity_pixels")
+
+    assert known.rewards_without_gradient == ("callable", "faithful", "faithful_exact", "http", "jpeg_bytes")

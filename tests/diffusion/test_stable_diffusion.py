@@ -83,6 +83,6 @@ def test_an_unknown_pipeline_class_lists_the_known(tmp_path: Path) -> None:
 def test_weights_that_are_not_here_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        UserError, match=r"'someone/some-model' is neither a folder here .*hf download someone/some-model"
+        UserError, match=r"'someone/some-model' is neither a folder here .*rltune models fetch someone/some-model"
     ):
         load_model("someone/some-model")

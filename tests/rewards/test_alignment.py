@@ -25,6 +25,14 @@ def test_alignment_is_the_cosine_of_image_and_prompt(clip_folder: Path) -> None:
     assert not torch.allclose(reward(images, ["two birds", "a cat"]), expected, atol=1e-3)
 
 
+def test_clip_score_is_a_hundred_times_the_cosine(clip_folder: Path) -> None:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    cosine = REWARDS.build("alignment", {"model": str(clip_folder)})(images, ["a cat", "two birds"])
+    reward = REWARDS.build("clip_score", {"model": str(clip_folder)})
+    torch.testing.assert_close(reward(images, ["a cat", "two birds"]), 100 * cosine)
+    assert reward.value_range == (-100.0, 100.0)
+
+
 def test_the_shipped_model_prefers_a_scenes_own_caption() -> None:
     scenes = [make_scene(0, i) for i in range(16)]
     images, captions = render(scenes), [scene.canonical_caption() for scene in scenes]

@@ -181,6 +181,17 @@ def test_rewards_on_one_tower_embed_an_image_once(
     assert len(calls) == 5  # after the end nothing is kept
 
 
+def test_an_image_that_was_only_watched_first_still_gets_its_gradient(clip_folder: Path) -> None:
+    reward = REWARDS.build("clip_score", {"model": str(clip_folder)})
+    images = make_images().requires_grad_()
+    (expected,) = torch.autograd.grad(reward(images, PROMPTS).sum(), images)
+    with embeddings_kept():
+        with torch.no_grad():
+            reward(images, PROMPTS)
+        total = reward(images, PROMPTS).sum()
+    assert torch.equal(torch.autograd.grad(total, images)[0], expected)
+
+
 def test_a_large_network_recomputes_its_blocks_and_has_the_same_gradient(
     reward_options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rltune.errors import NonFiniteError, RunError
+from rltune.errors import NonFiniteError, RunError, UserError
 from rltune.rewards.base import REWARDS
 from rltune.rewards.mixture import Calibration, Mixture, Shape, calibrate, measure, score
+from rltune.rewards.scalarise import Chebyshev, WinRate
+from rltune.rewards.trust import fit_trust
 
 PROMPTS = ("a cat", "a dog")
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -282,3 +284,58 @@ def test_a_calibration_of_equal_scores_has_deviation_0(value: float) -> None:
 def test_a_calibration_needs_finite_values(values: list[float]) -> None:
     with pytest.raises(ValueError, match="at least one finite value"):
         calibrate(torch.tensor(values))
+
+
+def test_trust_weighs_what_is_trained_on_and_leaves_what_is_reported() -> None:
+    @dataclass
+    class Seeing(Fake):
+        def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+            return images_B3HW.mean(dim=(2, 3))
+
+    rewards = {"bright": REWARDS.build("brightness", {}), "square": Seeing(lambda x: mean_of(x) ** 2)}
+    trust = fit_trust(torch.rand(50, 3, generator=torch.Generator().manual_seed(1)), slope=1.0, offset=1.5, ceiling=9.0)
+    plain = make_mixture(rewards=rewards)(IMAGES, PROMPTS)
+    images = IMAGES.clone().requires_grad_()
+    trusted = make_mixture(rewards=rewards, trusts={"square": trust})(images, PROMPTS)
+    weight = trust(IMAGES.mean(dim=(2, 3)))
+    assert 1 < weight.min() < weight.max() < 9  # neither end, or the test would not see the weights
+    expected = 0.75 * plain.standardised["bright"] + 0.25 * weight * plain.standardised["square"]
+    torch.testing.assert_close(trusted.total_B, expected)
+    assert torch.equal(trusted.standardised["square"], plain.standardised["square"])
+    (slope,) = torch.autograd.grad(trusted.total_B.sum(), images)
+    size = 3 * 8 * 8
+    by_hand = 0.75 / 0.1 / size + 0.25 * weight * 2 * mean_of(IMAGES) / 0.05 / size  # the weight is a constant
+    torch.testing.assert_close(slope, by_hand[:, None, None, None].expand_as(slope), rtol=1e-4, atol=0)
+
+
+def test_trust_in_a_reward_that_says_nothing_of_what_it_sees_is_refused() -> None:
+    trust = fit_trust(torch.rand(50, 3))
+    with pytest.raises(UserError, match="has no features to measure trust by"):
+        make_mixture(trusts={"bright": trust})(IMAGES, PROMPTS)
+
+
+def test_a_mixture_is_made_as_it_is_told() -> None:
+    mixture = make_mixture(scalarise=Chebyshev(ideal=1.0, rho=0.0))
+    result = mixture(IMAGES, PROMPTS)
+    lags = [0.75 * (result.standardised["bright"] - 1), 0.25 * (result.standardised["square"] - 1)]
+    torch.testing.assert_close(result.total_B, torch.minimum(*lags))
+
+
+def test_a_win_rate_is_against_the_calibration_images() -> None:
+    values = {"bright": (0.3, 0.5, 0.7), "square": (0.2, 0.25)}
+    units = {"bright": Calibration(0.5, 0.1, values["bright"]), "square": Calibration(0.2, 0.05, values["square"])}
+    result = make_mixture(calibration=units, scalarise=WinRate())(IMAGES, PROMPTS)
+    rates = {
+        name: torch.sigmoid((result.raw[name][:, None] - torch.tensor(values[name])) / units[name].std).mean(dim=1)
+        for name in units
+    }
+    torch.testing.assert_close(result.total_B, 0.75 * rates["bright"] + 0.25 * rates["square"])
+
+
+def test_every_reward_is_given_the_same_tensor() -> None:
+    seen: list[Tensor] = []
+    watch = Fake(lambda x: (seen.append(x), mean_of(x))[1])  # type: ignore[func-returns-value]
+    mixture = make_mixture(rewards={"bright": watch, "square": watch})
+    mixture(IMAGES.bfloat16(), PROMPTS)
+    assert seen[0] is seen[1]  # by which rewards on one tower share the embedding of an image
+    assert seen[0].dtype == torch.float32

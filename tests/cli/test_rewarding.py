@@ -1,0 +1,85 @@
+"""``rltune rewards check`` as a user meets it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.cli.test_main import Call, call
+
+__all__ = ["call"]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 53), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "grey.png")  # grey and odd-sized
+    return tmp_path / "grey.png"
+
+
+def test_a_built_in_reward_is_proved_on_built_in_scenes(call: Call) -> None:
+    code, out, _ = call("rewards", "check", "brightness")
+    assert code == 0
+    for part in ("range", "0 to 1", "ms without gradient", "activations", "independence", "ok"):
+        assert part in out
+    code, out, _ = call("rewards", "check", "diversity_pixels")
+    assert code == 0
+    assert "gradient" in out
+
+
+def test_an_image_and_a_prompt_of_ones_own(call: Call, picture: Path) -> None:
+    code, out, _ = call("rewards", "check", "brightness", "--image", picture, "--prompt", "a [fat] cat")
+    mean = np.asarray(Image.open(picture)).mean() / 255
+    assert code == 0
+    assert "a [fat] cat (grey.png)" in out
+    assert f"{mean:.4f}" in out
+    assert "53 x 37" in out
+
+
+def test_options_are_values_as_after_set(call: Call) -> None:
+    options = ("--option", "of=red stars", "--option", "target=2")
+    assert call("rewards", "check", "count", *options)[0] == 0
+    code, _, err = call("rewards", "check", "count", "--option", "of=red stars", "--option", "target=two")
+    assert code == 2
+    assert "target must be a whole number" in err
+    code, _, err = call("rewards", "check", "count", "--option", "target")
+    assert code == 2
+    assert "--option: must be KEY=VALUE, got 'target'" in err
+
+
+def test_a_reward_of_ones_own_that_leaks_is_named(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "leaky_rewards.py").write_text(
+        "def leaky(images, prompts):\n    x = images.mean(dim=(1, 2, 3))\n    return x - x.mean()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("rewards", "check", "leaky_rewards:leaky")
+    assert code == 1
+    assert "depends on the other images of the batch" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("brightnes",), "did you mean 'brightness'"),
+        (("brightness", "--option", "gain=2"), "option 'gain' is unknown; it takes none"),
+        (("brightness", "--image", "no.png", "--prompt", "a"), "no.png: is not an image that can be read"),
+        (("brightness", "--prompt", "a", "--prompt", "b"), "give one prompt or 4, got 2"),
+        (("no_module:f",), "there is no module 'no_module'"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_message(call: Call, arguments: tuple[str, ...], message: str) -> None:
+    code, _, err = call("rewards", "check", *arguments)
+    assert code == 2
+    assert message in err
+
+
+def test_images_need_prompts_and_one_size(call: Call, picture: Path, tmp_path: Path) -> None:
+    code, _, err = call("rewards", "check", "brightness", "--image", picture)
+    assert code == 2
+    assert "--prompt: give one, or one an image (1), got 0" in err
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    both = ("--image", picture, "--image", tmp_path / "small.png", "--prompt", "a")
+    code, _, err = call("rewards", "check", "brightness", *both)
+    assert code == 2
+    assert "images must be of one size, got 53 x 37, 8 x 8" in err
