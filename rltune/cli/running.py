@@ -69,8 +69,10 @@ def check_search(experiment: Experiment) -> None:
             f"search.sampler: a grid needs a list of values, {', '.join(ranges)} are ranges; "
             "write {choice: [..]}, or take tpe"
         )
-    for config in experiment.corners(("estimator", "sampler")):
-        check_options(config)
+    # rewards do not look at each other's values, and all their combinations would be too many
+    for path in [path for path in experiment.space if path.startswith("rewards.")] or ["rewards"]:
+        for config in experiment.corners(("estimator", "sampler", path)):
+            check_options(config)
 
 
 def known_names() -> Known:

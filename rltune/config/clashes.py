@@ -49,7 +49,7 @@ class Clash:
 def find_clashes(config: "RunConfig", known: Known, *, must_find_files: bool) -> list[Clash]:
     """Return everything that does not go together in an experiment whose values are each right by themselves."""
     clashes = [*_clashes(config), *_unknown_names(config, known), *_not_built(config)]
-    clashes += [*_estimator_clashes(config, known), *_group_clashes(config, known)]
+    clashes += [*_estimator_clashes(config, known), *group_clashes(config, known), *_taken_names(config, known)]
     if must_find_files:
         clashes += _missing_files(config)
     return clashes
@@ -77,7 +77,9 @@ def _clashes(config: "RunConfig") -> Iterator[Clash]:
     yield from _batch_clashes(config)
     yield from _reward_clashes(config)
     if config.mixture.method == "non_dominated":
-        yield from _splitting_clashes(config, "mixture.method", "non_dominated compares the images of a whole batch", 0)
+        yield from _splitting_clashes(
+            config, ("mixture.method",), "non_dominated compares the images of a whole batch", 0
+        )
     yield from _name_clashes(config)
     yield from _constraint_clashes(config)
 
@@ -119,7 +121,11 @@ def _reward_clashes(config: "RunConfig") -> Iterator[Clash]:
             missing, other = sorted(given, key=lambda key: given[key] is not None)
             where = f"rewards.{name}.relative"
             what = f"needs {missing} words beside it, got {given[other]!r} alone"
-            yield Clash(f"{where}.{other}", what, "give both or neither", (f"{where}.{missing}", where))
+            yield Clash(f"{where}.{other}", what, "give both or neither", (f"{where}.{missing}",))
+        elif not any(given.values()) and reward.relative.k > 0:
+            where = f"rewards.{name}.relative"
+            what = f"needs positive and negative words, without which it plays no part, got {reward.relative.k}"
+            yield Clash(f"{where}.k", what, "give both, or delete it", (f"{where}.positive", f"{where}.negative"))
 
 
 def _estimator_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
@@ -141,7 +147,8 @@ def _estimator_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
                 what = f"{name} backpropagates rewards, and {kind!r} has no gradient"
                 able = ", ".join(known.policy_estimators)
                 remedy = f"give it weight 0 to watch it only, or take an estimator that needs none: {able}"
-                yield Clash(f"rewards.{reward}.weight", what, remedy, ("estimator.name", f"rewards.{reward}"))
+                others = ("estimator.name", f"rewards.{reward}", f"rewards.{reward}.reward")
+                yield Clash(f"rewards.{reward}.weight", what, remedy, others)
     if name in known.policy_estimators and config.mixture.method in ("non_dominated", "gradient_balance"):
         what = f"weighs gradients of rewards, of which {name} uses none, got {config.mixture.method!r}"
         yield Clash("mixture.method", what, "take sum, chebyshev or win_rate", ("estimator.name",))
@@ -151,35 +158,43 @@ def _estimator_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
         yield Clash("estimator.checkpoint", what, f"take auto or always, or one of {able}", ("estimator.name",))
 
 
-def _splitting_clashes(config: "RunConfig", where: str, what: str, group: int) -> Iterator[Clash]:
+def _splitting_clashes(config: "RunConfig", deciding: tuple[str, ...], what: str, group: int) -> Iterator[Clash]:
     """Batches that are split where images must stay together: all of a batch, or groups of some."""
     share = config.optim.batch // config.resources.workers
     micro_batch = min(config.optim.micro_batch or share, share)
+    batch, paths = config.optim.batch, ("optim.batch", "optim.micro_batch", "resources.workers")
+    if group and (batch % config.resources.workers or batch % group):
+        return  # a fault by itself
     if group and micro_batch % group:
-        remedy = f"write a multiple of {group} (prompts.images_per_prompt)"
-        whose = f"{what}, got a share of {micro_batch} images"
-        yield Clash("optim.micro_batch", whose, remedy, ("optim.batch", "resources.workers", where))
-    elif not group and micro_batch < config.optim.batch:
-        paths = ("optim.micro_batch", "optim.batch", "resources.workers")
+        at, whose = ("optim.batch", "each worker's share") if share % group else ("optim.micro_batch", "it")
+        remedy = f"let {whose} be a multiple of {group} (prompts.images_per_prompt)"
+        others = ("prompts.images_per_prompt", *deciding, *paths)
+        yield Clash(at, f"{what}, got {micro_batch} images a worker at a time", remedy, others)
+    elif not group and micro_batch < batch:
         remedy = "leave optim.micro_batch out and resources.workers at 1, or take another method"
-        yield Clash(where, f"{what}, got {config.optim.batch} in parts of {micro_batch}", remedy, paths)
+        yield Clash(deciding[0], f"{what}, got {batch} in parts of {micro_batch}", remedy, paths)
 
 
-def _group_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
+def group_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
+    """Yield what does not suit rewards that compare the images of a prompt."""
     each = config.prompts.images_per_prompt
     for name, reward in config.rewards.items():
         kind, where = config.kind_of(name), f"rewards.{name}"
         if kind not in known.group_rewards:
             continue
+        deciding = (f"{where}.weight", f"{where}.reward", where)
         if reward.weight > 0 and each < 2:
             what = f"{kind} compares the images of a prompt with one another, got {each} of each"
-            yield Clash("prompts.images_per_prompt", what, "write 2 or more", (f"{where}.weight", where))
+            yield Clash("prompts.images_per_prompt", what, "write 2 or more", deciding)
+        if reward.weight > 0 and config.evaluate.images_per_prompt < 2:
+            what = f"{kind} compares the images of a prompt with one another, got 1 of each"
+            yield Clash("evaluate.images_per_prompt", what, "write 2 or more", deciding)
         if reward.weight > 0:
             what = f"{kind} needs the images of a prompt together"
-            yield from _splitting_clashes(config, f"{where}.weight", what, each)
+            yield from _splitting_clashes(config, deciding, what, each)
         if reward.micro_batch is not None:
             what = f"{kind} compares images with one another, which cannot be split, got {reward.micro_batch}"
-            yield Clash(f"{where}.micro_batch", what, "leave it out", (where,))
+            yield Clash(f"{where}.micro_batch", what, "leave it out", (f"{where}.reward", where))
 
 
 def _name_clashes(config: "RunConfig") -> Iterator[Clash]:
@@ -197,6 +212,17 @@ def _name_clashes(config: "RunConfig") -> Iterator[Clash]:
                 yield Clash(f"{where}.{i}", f"stands here twice, got {name!r}", "delete one")
 
 
+def _taken_names(config: "RunConfig", known: Known) -> Iterator[Clash]:
+    """Names of rewards under which something else is reported."""
+    for name in config.rewards:
+        other, _, ending = name.rpartition("_")
+        is_derived = ending in ("z", "se") and (other in config.rewards or other in known.judges)
+        if name == "reward" or name in known.judges or is_derived:
+            remedy = f"call it something else, as in my_{name}: {{reward: {config.kind_of(name)}}}"
+            what = f"something else is reported under this name, got {name!r}"
+            yield Clash(f"rewards.{name}", what, remedy)
+
+
 def _constraint_clashes(config: "RunConfig") -> Iterator[Clash]:
     for name, bound in config.constraints.items():
         where = f"constraints.{name}"
@@ -208,18 +234,18 @@ def _constraint_clashes(config: "RunConfig") -> Iterator[Clash]:
 
 
 def _unknown_names(config: "RunConfig", known: Known) -> Iterator[Clash]:
-    checks = []
+    checks: list[tuple[str, str, str, tuple[str, ...], tuple[str, ...]]] = []
     for name, reward in config.rewards.items():
         where = f"rewards.{name}.reward" if reward.reward else f"rewards.{name}"
         if ":" not in (reward.reward or ""):
-            checks.append(("reward", where, config.kind_of(name), known.rewards))
-    checks.append(("estimator", "estimator.name", config.estimator.name, known.estimators))
-    checks.append(("search sampler", "search.sampler", config.search.sampler, known.samplers))
+            checks.append(("reward", where, config.kind_of(name), known.rewards, (f"rewards.{name}.reward",)))
+    checks.append(("estimator", "estimator.name", config.estimator.name, known.estimators, ()))
+    checks.append(("search sampler", "search.sampler", config.search.sampler, known.samplers, ()))
     judges = (*known.judges, *known.rewards) if known.judges else ()
-    checks += [("judge", f"evaluate.judges.{i}", name, judges) for i, name in enumerate(config.evaluate.judges)]
-    for kind, where, name, names in checks:
+    checks += [("judge", f"evaluate.judges.{i}", name, judges, ()) for i, name in enumerate(config.evaluate.judges)]
+    for kind, where, name, names, others in checks:
         if names and name not in names:
-            yield Clash(where, f"unknown {kind}, got {name!r}", suggest(name, names))
+            yield Clash(where, f"unknown {kind}, got {name!r}", suggest(name, names), others)
 
 
 def _not_built(config: "RunConfig") -> Iterator[Clash]:
@@ -237,3 +263,9 @@ def _missing_files(config: "RunConfig") -> Iterator[Clash]:
                 f"give a text file with one prompt a line, a list, or a set by name; {suggest(value, BUILTIN_PROMPTS)}"
             )
             yield Clash(f"prompts.{key}", f"no such file, got {value!r}", remedy)
+    for name, reward in config.rewards.items():
+        reference = reward.trust.reference
+        if reference not in (None, "builtin") and not Path(reference).expanduser().exists():
+            what = f"no such file or folder, got {reference!r}"
+            remedy = "give a folder of images, a safetensors file, or builtin"
+            yield Clash(f"rewards.{name}.trust.reference", what, remedy)

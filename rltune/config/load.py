@@ -67,15 +67,16 @@ class Experiment:
         return self.concrete(_dotted(first_values(_split(self.space))))
 
     def corners(self, sections: Sequence[str]) -> Iterator[RunConfig]:
-        """Yield the run at every combination of ends and options of what is searched in ``sections``.
+        """Yield the run at every combination of ends and options of what is searched in ``sections``, dotted paths.
 
         Other distributions are at their first values.
         """
+        prefixes = tuple(f"{section}." for section in sections)
         first = _dotted(first_values(_split(self.space)))
         ends = {
             path: [value for _, value in kind.corners()]
             for path, kind in self.space.items()
-            if path.split(".")[0] in sections and not isinstance(kind, Simplex)
+            if f"{path}.".startswith(prefixes) and not isinstance(kind, Simplex)
         }
         for values in itertools.product(*ends.values()):
             yield self.concrete(first | dict(zip(ends, values, strict=True)))

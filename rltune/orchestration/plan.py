@@ -1,11 +1,12 @@
 """What a sweep will do, worked out before anything starts: fit, concurrency, images, a rough time."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rltune.config.load import Experiment
 from rltune.errors import UserError
-from rltune.training.setup import NUM_CALIBRATION_IMAGES
+from rltune.training.setup import NUM_CALIBRATION_IMAGES, calibration_size
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,13 @@ class Plan:
     num_evaluations: int
     """Per trial."""
     images_per_evaluation: int
+    num_calibration_images: int = NUM_CALIBRATION_IMAGES
 
     @property
     def num_images(self) -> int:
         """Images that the whole sweep draws, the base model's evaluation and calibration included."""
         per_trial = self.num_steps * self.images_per_step + self.num_evaluations * self.images_per_evaluation
-        return self.num_trials * per_trial + self.images_per_evaluation + NUM_CALIBRATION_IMAGES
+        return self.num_trials * per_trial + self.images_per_evaluation + self.num_calibration_images
 
 
 def make_plan(experiment: Experiment, resources: Mapping[str, float]) -> Plan:
@@ -73,6 +75,7 @@ def make_plan(experiment: Experiment, resources: Mapping[str, float]) -> Plan:
         images_per_step=config.optim.batch,
         num_evaluations=-(-config.num_rounds // config.evaluate.every),
         images_per_evaluation=config.evaluate.prompts * config.evaluate.images_per_prompt,
+        num_calibration_images=math.prod(calibration_size(config)),
     )
 
 

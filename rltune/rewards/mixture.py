@@ -4,18 +4,18 @@ B: images in the batch. N: base-model images. H, W: image rows and columns.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rltune.errors import NonFiniteError, RunError
-from rltune.rewards.base import Reward, check_batch
+from rltune.rewards.base import Reward, check_batch, sees_group
 from rltune.rewards.clip import embeddings_kept
-from rltune.rewards.scalarise import Scalarisation, WeightedSum
+from rltune.rewards.scalarise import Chebyshev, Scalarisation, WeightedSum
 from rltune.rewards.trust import Trust
 from rltune.rewards.wrappers import features_of
 
@@ -30,6 +30,8 @@ class Calibration:
     """The raw scores of those images."""
 
 
+Reading = Callable[[str, Reward, Tensor, Sequence[str]], Tensor]
+"""``score`` or ``measure``."""
 RAW = Calibration(mean=0.0, std=1.0)
 """Leaves scores in their own unit."""
 
@@ -97,11 +99,13 @@ class Mixture:
         shapes: Name -> shape of the rewards that are not linear.
         trusts: Name -> trust in the rewards that are to count more where they know what they see.
         scalarise: Makes one number of the standardised scores of the rewards that carry weight.
+        images_per_prompt: Images of a prompt that follow each other in a batch; if given, those alone are compared by
+            the rewards that compare images, and not all that happen to have the same prompt.
         score_all: Score rewards of weight 0 too, without gradient, so that they can be reported.
 
     Raises:
         ValueError: The names differ, or the weights are negative, not finite or all zero.
-        RunError: A reward that is scored gives the same score to every base image.
+        RunError: A reward that carries weight gives the same score to every base image.
     """
 
     def __init__(
@@ -113,6 +117,7 @@ class Mixture:
         shapes: Mapping[str, Shape] | None = None,
         trusts: Mapping[str, Trust] | None = None,
         scalarise: Scalarisation | None = None,
+        images_per_prompt: int | None = None,
         score_all: bool = True,
     ) -> None:
         if set(weights) != set(rewards):
@@ -124,16 +129,20 @@ class Mixture:
         self.weights = {name: weights[name] / total for name in rewards}
         self.trusts = dict(trusts or {})
         self.scalarise = scalarise or WeightedSum()
+        self._images_per_prompt = images_per_prompt
         self.rewards = {name: rewards[name] for name in rewards if score_all or weights[name] > 0}
         if missing := sorted(set(self.rewards) - set(calibration)):
             raise ValueError(f"calibration must name the rewards that are scored, {missing} are missing")
         self.calibration = {name: calibration[name] for name in self.rewards}
         for name, unit in self.calibration.items():
-            if not unit.std > 0:
+            if unit.std > 0:
+                continue
+            if weights[name] > 0:
                 raise RunError(
                     f"reward {name!r}: it gives the same score to every base image (mean {unit.mean:g}, std "
                     f"{unit.std:g}), so it has no scale to be weighed on; leave it out, or calibrate on more prompts"
                 )
+            self.calibration[name] = replace(unit, std=1.0)  # nothing is weighed: it is watched in its own unit
         units = {name: self.calibration[name] for name, weight in self.weights.items() if weight > 0}
         self._base_scores = {
             name: (self.shapes[name](torch.tensor(unit.values)) - unit.mean) / unit.std for name, unit in units.items()
@@ -142,7 +151,10 @@ class Mixture:
     @property
     def may_saturate(self) -> bool:
         """Whether a gradient of exactly zero may be what was asked for: every image at its cap."""
-        return all(self.shapes[name].loss == "hinge" for name, weight in self.weights.items() if weight > 0)
+        caps = [self.shapes[name].loss == "hinge" for name, weight in self.weights.items() if weight > 0]
+        # where the worst reward counts alone, it may be a capped one for every image
+        is_worst_alone = isinstance(self.scalarise, Chebyshev) and self.scalarise.rho == 0
+        return any(caps) if is_worst_alone else all(caps)
 
     @property
     def is_differentiable(self) -> bool:
@@ -163,7 +175,7 @@ class Mixture:
         with embeddings_kept():
             for name, reward in self.rewards.items():
                 with nullcontext() if self.weights[name] > 0 else torch.no_grad():
-                    raw[name] = score(name, reward, images_B3HW, prompts)
+                    raw[name] = in_groups(score, name, reward, images_B3HW, prompts, self._images_per_prompt)
                     unit = self.calibration[name]
                     standardised[name] = (self.shapes[name](raw[name]) - unit.mean) / unit.std
             # weight 0 adds no 0 * score, which overflow would make nan
@@ -200,6 +212,20 @@ def score(name: str, reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]
     """
     with torch.autocast(images_B3HW.device.type, enabled=False):
         return _checked(f"reward {name!r}", reward(images_B3HW.float(), prompts), prompts)
+
+
+def in_groups(
+    read: Reading, name: str, reward: Reward, images_B3HW: Tensor, prompts: Sequence[str], each: int | None
+) -> Tensor:
+    """Return what ``read`` (``score`` or ``measure``) says of a batch, ``(B,)``, comparing ``each`` images at most.
+
+    A prompt may have its turn twice. Whether both are in one batch depends on workers and micro-batches, on which a
+    score must not; so a reward that compares images is given those of one turn at a time.
+    """
+    if each is None or not sees_group(reward):
+        return read(name, reward, images_B3HW, prompts)
+    parts = [slice(start, start + each) for start in range(0, len(prompts), each)]
+    return torch.cat([read(name, reward, images_B3HW[part], prompts[part]) for part in parts])
 
 
 @torch.no_grad()

@@ -36,10 +36,16 @@ def reference_features(reward: Reward, source: str, device: torch.device) -> Ten
         device: Where the reward is.
 
     Raises:
-        UserError: The reward has no features, or ``source`` cannot be read.
+        UserError: The reward has no features, or others than ``source`` holds, or ``source`` cannot be read.
     """
     if source != BUILTIN and Path(source).expanduser().is_file():
-        return read_features(Path(source).expanduser())
+        features_ND = read_features(Path(source).expanduser())
+        width = features(reward, torch.zeros(1, 3, 64, 64, device=device), [""]).shape[1]
+        if features_ND.shape[1] != width:
+            raise UserError(
+                f"reference: {source!r} holds features {features_ND.shape[1]} wide, the reward's are {width}"
+            )
+        return features_ND
     parts = _scenes() if source == BUILTIN else _pictures(Path(source).expanduser())
     return torch.cat([features(reward, images_B3HW.to(device), prompts) for images_B3HW, prompts in parts])
 

@@ -57,11 +57,11 @@ def fit_trust(features_ND: Tensor, *, slope: float = 0.7, offset: float = 1.4, c
     """Return the trust in a reward that was trained on images with these features.
 
     Raises:
-        ValueError: There are no features, or they are not finite.
+        ValueError: There are no features, or they are not finite, or all zero.
     """
     z_ND = features_ND.double()
-    if z_ND.ndim != 2 or z_ND.shape[0] == 0 or not bool(z_ND.isfinite().all()):
-        raise ValueError(f"features must be (N, D), N >= 1 and finite, got {tuple(features_ND.shape)}")
+    if z_ND.ndim != 2 or z_ND.shape[0] == 0 or not bool(z_ND.isfinite().all()) or not bool(z_ND.any()):
+        raise ValueError(f"features must be (N, D), N >= 1, finite and not all zero, got {tuple(features_ND.shape)}")
     moment_DD = z_ND.T @ z_ND / z_ND.shape[0]
     width = moment_DD.shape[0]
     moment_DD = moment_DD + RIDGE * moment_DD.trace() / width * torch.eye(width, dtype=moment_DD.dtype)

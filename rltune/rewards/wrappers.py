@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from rltune.errors import UserError
 from rltune.rewards.base import HasFeatures, Reward, check_batch, sees_group
+from rltune.rewards.clip import embeddings_kept
 
 logger = logging.getLogger(__name__)
 
@@ -163,13 +164,20 @@ def _parts(
     check_batch(images_B3HW, prompts)
     if len(prompts) <= size:
         return read(images_B3HW, prompts)
+
+    def read_part(part_B3HW: Tensor, part: Sequence[str]) -> Tensor:
+        with embeddings_kept():  # of this part alone: computed again, it must find and keep what it did at first
+            return read(part_B3HW, part)
+
     parts: list[Tensor] = []
     for start in range(0, len(prompts), size):
         part_B3HW, part = images_B3HW[start : start + size], prompts[start : start + size]
         if part_B3HW.requires_grad and torch.is_grad_enabled():
-            parts.append(checkpoint(read, part_B3HW, part, use_reentrant=False, preserve_rng_state=False))
+            # PyTorch stops a second pass early by an exception, which a user's reward may catch
+            with set_checkpoint_early_stop(False):
+                parts.append(checkpoint(read_part, part_B3HW, part, use_reentrant=False, preserve_rng_state=False))
         else:
-            parts.append(read(part_B3HW, part))
+            parts.append(read_part(part_B3HW, part))
     return torch.cat(parts)
 
 

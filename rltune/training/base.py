@@ -81,7 +81,10 @@ def load_base(folder: Path) -> BaseReference | None:
         return None
     numbers = json.loads((folder / "base.json").read_text())
     return BaseReference(
-        calibration={name: Calibration(**unit) for name, unit in numbers["calibration"].items()},
+        calibration={
+            name: Calibration(unit["mean"], unit["std"], tuple(unit["values"]))
+            for name, unit in numbers["calibration"].items()
+        },
         values={name: np.array(values_P) for name, values_P in numbers["values"].items()},
         pixels_NHW3=np.load(folder / "pixels.npy", allow_pickle=False),
     )

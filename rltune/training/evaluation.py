@@ -3,7 +3,7 @@
 N: images, prompt-major. P: prompts. I: images per prompt. H, W: image rows and columns.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,12 @@ from rltune.diffusion.chain import NO_GRADIENT
 from rltune.diffusion.sampling import Sampler
 from rltune.rewards.base import Reward
 from rltune.rewards.clip import embeddings_kept
-from rltune.rewards.mixture import measure
+from rltune.rewards.mixture import Reading, in_groups, measure
 from rltune.training.streams import Stream, noise
 from rltune.training.workers import Workers
 
 Values = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
-Reading = Callable[[str, Reward, Tensor, Sequence[str]], Tensor]
 
 EVAL_SEED = 0
 """Held-out noise does not follow the experiment's seed: runs that differ in it are compared on the same noise."""
@@ -85,7 +84,10 @@ def sample_and_score(
         prompts = [images.prompt_of(number) for number in numbers]
         pixels_B3HW = draw_images(sampler, images, numbers, workers.device).float()
         with embeddings_kept():
-            values = {name: read(name, reward, pixels_B3HW, prompts).tolist() for name, reward in rewards.items()}
+            values = {
+                name: in_groups(read, name, reward, pixels_B3HW, prompts, each).tolist()
+                for name, reward in rewards.items()
+            }
         pixels_BHW3 = to_uint8(pixels_B3HW)
         rows += [
             (number, pixels_BHW3[i], {name: values_B[i] for name, values_B in values.items()})

@@ -9,7 +9,7 @@ from rltune.config.sections import RewardConfig, TrustConfig
 from rltune.errors import UserError
 from rltune.rewards.base import REWARDS, Reward, compares_group, sees_group
 from rltune.rewards.mixture import RAW, Calibration, Mixture, Shape
-from rltune.rewards.own import build_own, has_own_gradient, load_own
+from rltune.rewards.own import build_own, check_own, has_own_gradient, load_own
 from rltune.rewards.references import reference_features
 from rltune.rewards.scalarise import SCALARISATIONS, Scalarisation
 from rltune.rewards.trust import Trust, fit_trust
@@ -40,7 +40,7 @@ def build_reward(name: str, section: RewardConfig) -> Reward:
         RunError: Weights are not on this machine.
     """
     kind = section.reward or name
-    reward = build_own(name, kind, section.options) if ":" in kind else REWARDS.build(kind, section.options)
+    reward = build_own(name, kind, section.options) if is_own(name, section) else REWARDS.build(kind, section.options)
     words = section.relative
     if words.positive is not None and words.negative is not None:
         reward = Relative(reward, positive=words.positive, negative=words.negative, k=words.k)
@@ -59,13 +59,20 @@ def check_reward(name: str, section: RewardConfig, *, needs_gradient: bool) -> N
             it carries weight and the estimator needs one.
     """
     kind = section.reward or name
-    if ":" not in kind:
+    if not is_own(name, section):
         REWARDS.check(kind, section.options)
-    elif not has_own_gradient(load_own(name, kind)) and needs_gradient and section.weight > 0:
+        return
+    check_own(name, kind, section.options)
+    if not has_own_gradient(load_own(name, kind)) and needs_gradient and section.weight > 0:
         raise UserError(
             f"rewards.{name}: {kind} says that it has no gradient, and the estimator backpropagates rewards; give it "
             "weight 0 to watch it only, or take an estimator that needs none: see 'rltune estimators'"
         )
+
+
+def is_own(name: str, section: RewardConfig) -> bool:
+    """Return whether a reward is the user's own, ``module:name``."""
+    return ":" in (section.reward or name)
 
 
 def compares_images(name: str, section: RewardConfig) -> bool:
@@ -75,7 +82,7 @@ def compares_images(name: str, section: RewardConfig) -> bool:
         UserError: Its name is unknown, or it is the user's own and does not import.
     """
     kind = section.reward or name
-    return sees_group(load_own(name, kind)) if ":" in kind else compares_group(kind)
+    return sees_group(load_own(name, kind)) if is_own(name, section) else compares_group(kind)
 
 
 def build_mixture(
@@ -106,6 +113,7 @@ def build_mixture(
             if section.trust.reference is not None and section.weight > 0
         },
         scalarise=_scalarisation(config),
+        images_per_prompt=config.prompts.images_per_prompt,
     )
 
 
@@ -118,6 +126,6 @@ def _scalarisation(config: RunConfig) -> Scalarisation:
 def _trust(name: str, trust: TrustConfig, reference: str, reward: Reward, device: torch.device) -> Trust:
     try:
         features_ND = reference_features(reward, reference, device)
-    except UserError as error:
+        return fit_trust(features_ND.cpu(), slope=trust.slope, offset=trust.offset, ceiling=trust.ceiling)
+    except (UserError, ValueError) as error:
         raise UserError(f"rewards.{name}.trust: {error}") from error
-    return fit_trust(features_ND.cpu(), slope=trust.slope, offset=trust.offset, ceiling=trust.ceiling)

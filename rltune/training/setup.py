@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rltune.config.clashes import Known, group_clashes
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.loading import load_model
@@ -15,10 +16,10 @@ from rltune.diffusion.memory import GIB, free_bytes, stored_bytes
 from rltune.diffusion.sampling import PromptEmbeddings, Sampler
 from rltune.errors import UserError
 from rltune.estimators.base import ESTIMATORS, Estimator
-from rltune.rewards.base import Reward, sees_group
+from rltune.rewards.base import Reward
 from rltune.training.evaluation import JUDGES, ImageSet
 from rltune.training.prompts import read_prompts
-from rltune.training.rewards import build_rewards, check_reward, compares_images
+from rltune.training.rewards import build_rewards, check_reward, compares_images, is_own
 from rltune.training.streams import Stream
 from rltune.training.workers import Workers
 
@@ -69,6 +70,7 @@ def build_run(config: RunConfig) -> Run:
     Raises:
         UserError: Weights, prompts or a setting are not usable on this machine.
     """
+    check_options(config)
     if config.resources.threads_per_worker != "auto":  # Ray has set OMP_NUM_THREADS to the worker's share
         torch.set_num_threads(config.resources.threads_per_worker)
     workers = Workers()
@@ -79,9 +81,7 @@ def build_run(config: RunConfig) -> Run:
     sampler.embeddings.add([*train_prompts, *eval_images.prompts, sampler.negative_prompt])
     judges = tuple(judge for judge in config.evaluate.judges if judge not in JUDGES)
     rewards = build_rewards(config, judges, workers.device)
-    # a reward that compares the images of a prompt is calibrated on as many of each as it is trained on
-    each = config.prompts.images_per_prompt if any(map(sees_group, rewards.values())) else 1
-    num_prompts = -(-NUM_CALIBRATION_IMAGES // each)
+    num_prompts, each = calibration_size(config)
     return Run(
         config=config,
         workers=workers,
@@ -101,15 +101,34 @@ def build_run(config: RunConfig) -> Run:
     )
 
 
+def calibration_size(config: RunConfig) -> tuple[int, int]:
+    """Return how many prompts the unit of rewards is measured on, and with how many images of each.
+
+    A reward that compares the images of a prompt is calibrated on as many of each as it is trained on.
+
+    Raises:
+        UserError: A reward's name is unknown, or it is the user's own and does not import.
+    """
+    is_compared = any(compares_images(name, section) for name, section in config.rewards.items())
+    each = config.prompts.images_per_prompt if is_compared else 1
+    return -(-NUM_CALIBRATION_IMAGES // each), each
+
+
 def check_options(config: RunConfig) -> None:
     """Check the options of rewards and estimator against what they take; loads no weights.
 
     Raises:
-        UserError: A name or an option is unknown, or an estimator's setting is out of its range.
+        UserError: A name or an option is unknown, an estimator's setting is out of its range, or a reward of the
+            user's own compares images that are not together.
     """
     estimator = make_estimator(config)
     for name, section in config.rewards.items():
         check_reward(name, section, needs_gradient=estimator.needs_gradient)
+    # what a name says of a registered reward, only its code says of the user's own
+    own = {config.kind_of(name) for name, section in config.rewards.items() if is_own(name, section)}
+    compared = {config.kind_of(name) for name, section in config.rewards.items() if compares_images(name, section)}
+    for clash in group_clashes(config, Known(group_rewards=tuple(own & compared))):
+        raise UserError(f"{clash.where}: {clash.what}; {clash.remedy}")
 
 
 def make_estimator(config: RunConfig) -> Estimator:
@@ -225,7 +244,8 @@ def base_key(config: RunConfig) -> str:
     parts = config.model_dump(mode="json", include={"prompts": True, "sampler": True, "evaluate": True})
     del parts["evaluate"]["every"]
     parts["model"] = [config.model.base, config.model.revision]
-    if not any(compares_images(name, section) for name, section in config.rewards.items()):
+    # the user's own may compare images too; a run is read where their code is not, so nobody asks them
+    if not any(is_own(name, section) or compares_images(name, section) for name, section in config.rewards.items()):
         del parts["prompts"]["images_per_prompt"]  # nor is the calibration drawn by it
     defining = {"reward", "options", "negate", "relative"}
     parts["rewards"] = {

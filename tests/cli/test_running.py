@@ -1,3 +1,5 @@
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,99 @@ def test_the_plan_of_an_estimator_without_k(
     assert plan["a trial"].startswith("3 steps of 4 images, 1 evaluations of 32")  # 100 rounds, were it not for queries
 
 
+OWN = """
+def redness(images, prompts, *, blue=0.0):
+    return images[:, 0].mean(dim=(1, 2)) - blue * images[:, 2].mean(dim=(1, 2))
+
+def lengths(images, prompts):
+    return images.new_tensor([len(prompt) for prompt in prompts])
+lengths.is_differentiable = False
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a user's module in the current folder, forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr("sys.modules", dict(sys.modules))
+    (tmp_path / "rewards_of_a_plan.py").write_text(OWN)
+    importlib.invalidate_caches()
+    return "rewards_of_a_plan"
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / "x.yaml").write_text(text)
+    return folder / "x.yaml"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rewards: {mine: {reward: 'OWN:redness', options: {blue: 0.5}}, watched: {reward: 'OWN:lengths', weight: 0}}",
+        "rewards: {mine: {reward: 'OWN:lengths'}}\nestimator: {name: ddpo}\nsampler: {eta: 1.0}\n"
+        "prompts: {images_per_prompt: 2}\noptim: {batch: 64}",
+        "rewards: {mine: {reward: 'OWN:redness', relative: {positive: a, negative: b, k: {float: [0, 1]}}}}\n"
+        "mixture: {method: {choice: [sum, chebyshev, win_rate]}}",
+    ],
+)
+def test_a_users_reward_can_be_planned(tmp_path: Path, own: str, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    path = write(tmp_path, text.replace("OWN", own))
+    dry_run(path, tmp_path / "runs", is_sweep="choice" in text)
+    assert plan_of(capsys.readouterr().err)["objectives"].startswith("mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rewards: {mine: {reward: 'OWN:lengths'}}", r"^rewards\.mine: OWN:lengths says that it has no gradient"),
+        (
+            "rewards: {mine: {reward: 'OWN:green'}}",
+            r"^reward 'mine': reward 'OWN:green': module 'OWN' .* has no 'green'",
+        ),
+        (
+            "rewards: {mine: {reward: 'OTHER:green'}}",
+            r"^reward 'mine': reward 'OTHER:green': there is no module 'OTHER'",
+        ),
+        ("rewards: {mine: {reward: 'OWN.py'}}", r"rewards\.mine\.reward: unknown reward, got 'OWN\.py'"),
+        (
+            "rewards: {mine: {reward: 'OWN:redness', options: {green: 1}}}",
+            r"^reward 'mine': OWN:redness\(.*\) cannot be called with the options \{'green': 1\}",
+        ),
+        # what the first of several values would let pass
+        (
+            "rewards: {mine: {reward: {choice: ['OWN:redness', 'OWN:lengths']}}}",
+            r"^rewards\.mine: OWN:lengths says that it has no gradient",
+        ),
+        (
+            "rewards: {brightness: , mine: {reward: 'OWN:lengths', weight: {choice: [0, 1]}}}",
+            r"^rewards\.mine: OWN:lengths says that it has no gradient",
+        ),
+        (
+            "rewards: {brightness: {weight: {float: [1, 2]}}, mine: {reward: 'OWN:lengths', weight: {float: [0, 1]}}}\n"
+            "estimator: {name: {choice: [ddpo, alignprop]}, options: {}}\nsampler: {eta: 1.0}\noptim: {batch: 64}",
+            r"^rewards\.mine: OWN:lengths says that it has no gradient",
+        ),
+    ],
+)
+def test_a_users_reward_that_cannot_serve_is_refused_before_anything_starts(
+    tmp_path: Path, own: str, text: str, message: str
+) -> None:
+    path = write(tmp_path, text.replace("OWN", own))
+    with pytest.raises(UserError, match=message.replace("OWN", own)):
+        dry_run(path, tmp_path / "runs", is_sweep="choice" in text)
+
+
+@pytest.mark.parametrize(("each", "calibration"), [(2, 32), (3, 33)])
+def test_the_plan_counts_the_images_that_groups_are_calibrated_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], each: int, calibration: int
+) -> None:
+    text = f"rewards: {{diversity_pixels: }}\nprompts: {{images_per_prompt: {each}}}\n"
+    text += "optim: {batch: 6, steps: 5}\nevaluate: {every: 5, prompts: 4, images_per_prompt: 2}"
+    dry_run(write(tmp_path, text), tmp_path / "runs", is_sweep=False)
+    assert plan_of(capsys.readouterr().err)["images"] == f"{5 * 6 + 8 + 8 + calibration} in all"
+
+
 @pytest.fixture
 def missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> set[str]:
     """Names of published files that are not on this machine; the others are. No weights may be read or fetched."""
@@ -164,7 +259,7 @@ def test_files_of_one_repository_are_counted_together(
         ("clip_score: {options: {model: builtin}}", False),
         ("mine: {reward: imagereward, options: {weights: mine.pt}}, theirs: {reward: imagereward}", True),
         ("brightness: {}", False),
-        ("mine: {reward: 'tests.cli.test_running:plan_of', weight: 0}, brightness: {}", False),
+        ("mine: {reward: 'tests.toys:toy_reward', weight: 0}, brightness: {}", False),
     ],
 )
 def test_a_reward_with_weights_of_the_users_own_is_not_judged(
@@ -192,4 +287,7 @@ def test_what_names_need_is_read_without_building_them() -> None:
     known = known_names()
     assert known.policy_estimators == ("dag", "ddpo", "dpok")
     assert known.serial_estimators == ("draft_lv", "drtune", "refl")
+    assert set(known.rewards_without_gradient) >= {"faithful", "faithful_exact", "callable", "http", "jpeg_bytes"}
+    assert known.group_rewards == ("diversity_dino", "diversity_pixels")
+
     assert known.rewards_without_gradient == ("callable", "faithful", "faithful_exact", "http", "jpeg_bytes")

@@ -74,6 +74,12 @@ def test_what_just_fits_is_valid(sections: dict[str, Any]) -> None:
         ({"rewards": {}}, "rewards: there is nothing to train on"),
         ({"rewards": {"a": {"weight": 0}}}, "rewards.a.weight: no reward has a positive weight"),
         ({"search": {"prune": True}}, "search.prune: pruning is not available yet"),
+        ({"rewards": {"a": {"relative": {"positive": "x"}}}}, "rewards.a.relative.positive: needs negative words"),
+        ({"rewards": {"reward": {"reward": "a"}}}, "rewards.reward: something else is reported under this name"),
+        (
+            {"mixture": {"method": "non_dominated"}, "optim": {"batch": 8, "micro_batch": 2}},
+            "mixture.method: non_dominated compares the images of a whole batch, got 8 in parts of 2",
+        ),
     ],
 )
 def test_a_dictionary_from_ray_meets_the_same_rules(sections: dict[str, Any], message: str) -> None:
@@ -101,6 +107,13 @@ def test_a_worker_does_not_know_which_estimator_needs_what() -> None:
 )
 def test_a_run_has_no_more_rounds_than_its_queries_pay_for(optim: dict[str, int], rounds: int) -> None:
     assert run(optim=optim).num_rounds == rounds
+
+
+def test_a_reward_is_what_its_key_says_unless_it_says_otherwise() -> None:
+    config = run(rewards={"a": {}, "b": {"reward": "c"}, "d": {"reward": "my_rewards:redness", "weight": 0}})
+    assert [config.kind_of(name) for name in config.rewards] == ["a", "c", "my_rewards:redness"]
+    assert config.objective_names == ("a", "b", "d")
+    assert config.weights == {"a": 1, "b": 1, "d": 0}
 
 
 def test_several_clashes_are_raised_together() -> None:

@@ -7,13 +7,14 @@ from rltune.config.load import parse_experiment
 from rltune.errors import ExperimentError
 
 KNOWN = Known(
-    rewards=("aesthetic", "alignment", "compressibility", "faithful"),
+    rewards=("aesthetic", "alignment", "compressibility", "faithful", "variety"),
     estimators=("alignprop", "draft", "refl", "ddpo", "dpok"),
     judges=("diversity", "drift"),
     samplers=("tpe", "random", "nsga2", "gp"),
     rewards_without_gradient=("faithful",),
     policy_estimators=("ddpo", "dpok"),
     serial_estimators=("refl",),
+    group_rewards=("variety",),
 )
 FIRST_LINE = "rewards: {aesthetic: {weight: 1.0}}\n"
 """Stands before every text of VALUES, whose own first line is therefore line 2."""
@@ -308,6 +309,150 @@ WHOLE: list[tuple[str, list[str]]] = [
         ],
     ),
     (
+        "rewards: {mine: {reward: faithful}}",
+        ["x.yaml:1 rewards.mine.weight: alignprop backpropagates rewards, and 'faithful' has no gradient; give it"],
+    ),
+    ("rewards: {mine: {reward: aestetic}}", ["rewards.mine.reward: unknown reward, got 'aestetic'; did you mean 'aes"]),
+    ("rewards: {mine: {reward: ''}}", ["rewards.mine.reward: must be text, got ''"]),
+    (
+        "rewards: {mine: {reward: aesthetic}}\nobjectives: [aesthetic]",
+        ["objectives[0]: nothing measures this, got 'aesthetic'; name a reward or"],
+    ),
+    (
+        "rewards: {mine: {reward: aesthetic}}\nevaluate: {judges: [mine]}",
+        ["evaluate.judges[0]: unknown judge, got 'mine'; known: diversity, drift, aesthetic"],
+    ),
+    (
+        "rewards: {diversity: {reward: aesthetic}}",
+        [
+            "rewards.diversity: something else is reported under this name, got 'diversity'; call it something else, "
+            "as in my_diversity: {reward: aesthetic}"
+        ],
+    ),
+    ("rewards: {reward: {reward: aesthetic}}", ["x.yaml:1 rewards.reward: something else is reported under this name"]),
+    (
+        "rewards: {aesthetic: , aesthetic_z: {reward: aesthetic}, drift_se: {reward: aesthetic}}",
+        ["rewards.aesthetic_z: something else is reported", "rewards.drift_se: something else is reported"],
+    ),
+    (
+        "rewards: {aesthetic: {relative: {positive: good}}}",
+        ["rewards.aesthetic.relative.positive: needs negative words beside it, got 'good' alone; give both or neither"],
+    ),
+    (
+        "rewards: {aesthetic: {relative: {negative: bad, k: -1}}}",
+        [
+            "rewards.aesthetic.relative.k: must be a number, at least 0, got -1",
+            "rewards.aesthetic.relative.negative: needs positive words beside it, got 'bad' alone",
+        ],
+    ),
+    (
+        "rewards: {aesthetic: {relative: {k: 0.5}}}",
+        ["rewards.aesthetic.relative.k: needs positive and negative words, without which it plays no part, got 0.5"],
+    ),
+    (
+        "rewards: {aesthetic: {relative: {k: {float: [0, 1]}}}}",
+        ["rewards.aesthetic.relative.k.float[1]: needs positive"],
+    ),
+    ("rewards: {aesthetic: {relative: {k: 1, positive: 3}}}", ["relative.positive: must be text, got 3"]),
+    (
+        "rewards: {aesthetic: {trust: {reference: nowhere, ceiling: 0.5}}}",
+        [
+            "rewards.aesthetic.trust.ceiling: must be a number, at least 1, got 0.5",
+            "rewards.aesthetic.trust.reference: no such file or folder, got 'nowhere'; give a folder of images",
+        ],
+    ),
+    ("rewards: {aesthetic: {negate: 1}}", ["rewards.aesthetic.negate: must be true or false, got 1"]),
+    ("rewards: {aesthetic: {micro_batch: 0}}", ["aesthetic.micro_batch: must be a whole number, at least 1, got 0"]),
+    (
+        "rewards: {aesthetic: }\nmixture: {method: chebishev, rho: -1}",
+        [
+            "mixture.method: must be 'sum', 'chebyshev', 'win_rate', 'non_dominated' or 'gradient_balance', "
+            "got 'chebishev'; did you mean 'chebyshev'?",
+            "mixture.rho: must be a number, at least 0, got -1",
+        ],
+    ),
+    *(
+        (
+            f"rewards: {{aesthetic: }}\nsampler: {{eta: 1}}\nestimator: {{name: ddpo}}\nmixture: {{method: {method}}}",
+            [
+                f"x.yaml:4 mixture.method: weighs gradients of rewards, of which ddpo uses none, got '{method}'; "
+                "take sum, chebyshev or win_rate"
+            ],
+        )
+        for method in ("non_dominated", "gradient_balance")
+    ),
+    (
+        "rewards: {aesthetic: }\nmixture: {method: non_dominated}\noptim: {batch: 8, micro_batch: 4}",
+        [
+            "x.yaml:2 mixture.method: non_dominated compares the images of a whole batch, got 8 in parts of 4; leave "
+            "optim.micro_batch out and resources.workers at 1, or take another method"
+        ],
+    ),
+    (
+        "rewards: {aesthetic: }\nmixture: {method: non_dominated}\nresources: {workers: 2}",
+        ["x.yaml:2 mixture.method: non_dominated compares the images of a whole batch, got 8 in parts of 4; leave "],
+    ),
+    (
+        "rewards: {aesthetic: }\nmixture: {method: {choice: [sum, non_dominated]}}\nresources: {workers: 2}",
+        ["mixture.method.choice[1]: non_dominated compares the images of a whole batch, got 8 in parts of 4"],
+    ),
+    (
+        "rewards: {aesthetic: }\nmixture: {method: {choice: [sum, non_dominated]}}\n"
+        "optim: {micro_batch: {choice: [8, 4]}}",
+        ["mixture.method.choice[1]: non_dominated compares the images of a whole batch, got 8 in parts of 4"],
+    ),
+    (
+        "rewards: {aesthetic: }\nsampler: {eta: 1}\nmixture: {method: {choice: [sum, gradient_balance]}}\n"
+        "estimator: {name: {choice: [alignprop, ddpo]}}",
+        ["mixture.method.choice[1]: weighs gradients of rewards, of which ddpo uses none, got 'gradient_balance'"],
+    ),
+    (
+        "rewards: {aesthetic: {relative: {positive: good, negative: bad, k: {float: [-1, 1]}}}}",
+        ["rewards.aesthetic.relative.k.float[0]: must be a number, at least 0, got -1"],
+    ),
+    (
+        "rewards: {mine: {reward: {choice: [aesthetic, faithful]}}}",
+        ["rewards.mine.reward.choice[1]: alignprop backpropagates rewards, and 'faithful' has no gradient"],
+    ),
+    # rewards that compare the images of a prompt
+    (
+        "rewards: {mine: {reward: variety}}",
+        [
+            "prompts.images_per_prompt: variety compares the images of a prompt with one another, got 1 of each; "
+            "write 2 or more"
+        ],
+    ),
+    (
+        "rewards: {variety: }\nprompts: {images_per_prompt: 2}\nevaluate: {images_per_prompt: 1}",
+        ["x.yaml:3 evaluate.images_per_prompt: variety compares the images of a prompt with one another, got 1"],
+    ),
+    (
+        "rewards: {variety: }\nprompts: {images_per_prompt: 4}\noptim: {micro_batch: 2}",
+        [
+            "x.yaml:3 optim.micro_batch: variety needs the images of a prompt together, got 2 images a worker at a "
+            "time; let it be a multiple of 4 (prompts.images_per_prompt)"
+        ],
+    ),
+    (
+        "rewards: {variety: }\nprompts: {images_per_prompt: 4}\noptim: {batch: 12}\nresources: {workers: 2}",
+        [
+            "x.yaml:3 optim.batch: variety needs the images of a prompt together, got 6 images a worker at a time; let "
+            "each worker's share be a multiple of 4 (prompts.images_per_prompt)"
+        ],
+    ),
+    (
+        "rewards: {variety: }\nprompts: {images_per_prompt: 3}",
+        ["x.yaml:2 prompts.images_per_prompt: must divide optim.batch, 8 images, got 3"],
+    ),
+    (
+        "rewards: {variety: {micro_batch: 2}}\nprompts: {images_per_prompt: 2}",
+        ["rewards.variety.micro_batch: variety compares images with one another, which cannot be split, got 2; leave"],
+    ),
+    (
+        "rewards: {variety: , aesthetic: }\nprompts: {images_per_prompt: {choice: [1, 2]}}",
+        ["prompts.images_per_prompt.choice[0]: variety compares the images of a prompt with one another, got 1"],
+    ),
+    (
         "rewards:\n  aesthetic:\n  faithful:\nestimator: {name: refl}",
         ["x.yaml:3 rewards.faithful.weight: refl backpropagates rewards, and 'faithful' has no gradient"],
     ),
@@ -361,6 +506,27 @@ def test_each_fault_is_named_with_its_place_value_and_remedy(text: str, expected
 @pytest.mark.parametrize(("text", "expected"), WHOLE, ids=[text for text, _ in WHOLE])
 def test_a_file_without_usable_content_is_answered_in_words(text: str, expected: list[str]) -> None:
     check(faults_in(text), expected)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "rewards: {variety: {weight: 0}, aesthetic: }",
+        "rewards: {variety: {weight: 0}, aesthetic: }\nprompts: {images_per_prompt: 2}\noptim: {micro_batch: 1}",
+        "rewards: {variety: }\nprompts: {images_per_prompt: 2}\noptim: {micro_batch: 4}\nresources: {workers: 2}",
+        "rewards: {mine: {reward: 'my_rewards:redness'}, other: {reward: 'my_rewards:redness', options: {x: 1}}}",
+        "rewards: {a: {reward: aesthetic}, b: {reward: aesthetic, negate: true}}\nobjectives: [a, drift]\n"
+        "constraints: {b: {min: 0}}",
+        "rewards: {aesthetic_z: {reward: aesthetic}}",
+        "rewards: {aesthetic: {trust: {reference: builtin}}}",
+        "rewards: {aesthetic: {relative: {positive: good, negative: bad, k: {float: [0, 1]}}}}\n"
+        "mixture: {method: {choice: [sum, chebyshev, win_rate, non_dominated, gradient_balance]}}",
+        "rewards: {aesthetic: }\nsampler: {eta: 1}\nestimator: {name: ddpo}\n"
+        "mixture: {method: {choice: [sum, chebyshev, win_rate]}, rho: {float: [0, 1]}}",
+    ],
+)
+def test_what_rewards_may_be_is_not_refused(text: str) -> None:
+    parse_experiment(text, "x.yaml", known=KNOWN)
 
 
 @pytest.mark.parametrize(

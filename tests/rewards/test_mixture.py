@@ -100,6 +100,14 @@ def test_a_reward_that_is_the_same_for_every_base_image_is_named() -> None:
         make_mixture(calibration=calibration)
 
 
+def test_a_watched_reward_without_a_scale_is_watched_in_its_own_unit() -> None:
+    calibration = {"bright": Calibration(0.5, 0.1), "square": Calibration(0.2, 0.0)}
+    result = make_mixture(weights={"bright": 1.0, "square": 0.0}, calibration=calibration)(IMAGES, PROMPTS)
+    assert result.standardised["square"].tolist() == pytest.approx(
+        [float(image.mean()) ** 2 - 0.2 for image in IMAGES], abs=1e-6
+    )
+
+
 SCORES = torch.tensor([-1.5, 0.25, 2.0, 2.5, 7.0], dtype=torch.float64)
 
 

@@ -62,8 +62,12 @@ def test_features_that_are_none_are_refused(features: torch.Tensor) -> None:
 
 def test_features_come_from_a_file_a_folder_or_the_built_in_world(clip_folder: Path, tmp_path: Path) -> None:
     reward = REWARDS.build("alignment", {"model": str(clip_folder)})
+    kept = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    save_file({"features": kept}, tmp_path / "kept.safetensors")
+    assert torch.equal(reference_features(reward, str(tmp_path / "kept.safetensors"), CPU), kept)
     save_file({"features": make_features()}, tmp_path / "kept.safetensors")
-    assert torch.equal(reference_features(reward, str(tmp_path / "kept.safetensors"), CPU), make_features())
+    with pytest.raises(UserError, match=r"kept\.safetensors' holds features 6 wide, the reward's are 16"):
+        reference_features(reward, str(tmp_path / "kept.safetensors"), CPU)
 
     folder = tmp_path / "images"
     folder.mkdir()
