@@ -1,5 +1,6 @@
 """``rltune sweep`` and ``rltune train``: print the plan, run it, show it, export what it found."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from rltune.orchestration.job import quiet_libraries
 from rltune.orchestration.plan import Plan, make_plan
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
 from rltune.rewards.weights import format_size
+from rltune.training.rewards import try_reward
 from rltune.training.setup import check_options
 
 OWN_WEIGHTS = frozenset({"weights", "head", "model", "clip", "vocab"})
@@ -69,10 +71,16 @@ def check_search(experiment: Experiment) -> None:
             f"search.sampler: a grid needs a list of values, {', '.join(ranges)} are ranges; "
             "write {choice: [..]}, or take tpe"
         )
+    tried: set[str] = set()
     # rewards do not look at each other's values, and all their combinations would be too many
     for path in [path for path in experiment.space if path.startswith("rewards.")] or ["rewards"]:
         for config in experiment.corners(("estimator", "sampler", path)):
             check_options(config)
+            for name, section in config.rewards.items():
+                key = f"{config.kind_of(name)} {json.dumps(section.options, sort_keys=True, default=str)}"
+                if key not in tried:
+                    tried.add(key)
+                    try_reward(name, section)
 
 
 def known_names() -> Known:

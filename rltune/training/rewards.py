@@ -70,6 +70,21 @@ def check_reward(name: str, section: RewardConfig, *, needs_gradient: bool) -> N
         )
 
 
+def try_reward(name: str, section: RewardConfig) -> None:
+    """Build a reward that needs nothing fetched, so that a wrong value of an option is found before a run starts.
+
+    Raises:
+        UserError: An option has a value that the reward does not take.
+    """
+    kind = section.reward or name
+    if is_own(name, section) or REWARDS.card(kind).weights:
+        return  # loading takes long, or is not possible here
+    try:
+        REWARDS.build(kind, section.options)
+    except UserError as error:
+        raise UserError(f"rewards.{name}.options: {error}") from error
+
+
 def is_own(name: str, section: RewardConfig) -> bool:
     """Return whether a reward is the user's own, ``module:name``."""
     return ":" in (section.reward or name)

@@ -291,3 +291,20 @@ def test_what_names_need_is_read_without_building_them() -> None:
     assert known.group_rewards == ("diversity_dino", "diversity_pixels")
 
     assert known.rewards_without_gradient == ("callable", "faithful", "faithful_exact", "http", "jpeg_bytes")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ("{count: {options: {target: 3}}}", r"rewards\.count\.options: reward 'count': target must be"),
+        ("{a: {reward: compressibility, options: {quality: 0}}}", r"rewards\.a\.options: .* quality must be .* got 0"),
+        ("{compressibility: {options: {quality: {choice: [50, 101]}}}}", r"quality must be .* got 101"),
+        ("{brightness: {}, http: {weight: 0}}", r"rewards\.http\.options: reward 'http': url must be given"),
+    ],
+)
+def test_a_wrong_value_of_a_rewards_option_is_found_before_anything_starts(
+    tmp_path: Path, rewards: str, message: str
+) -> None:
+    (tmp_path / "x.yaml").write_text(f"rewards: {rewards}\n")
+    with pytest.raises(UserError, match=message):
+        dry_run(tmp_path / "x.yaml", tmp_path / "runs", is_sweep="choice" in rewards)
