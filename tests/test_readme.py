@@ -4,8 +4,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from rltune.cli.main import app
+from rltune.cli.rewarding import check_reward
+from rltune.cli.running import known_names
+from rltune.config.load import load_experiment
+from rltune.rewards.base import REWARDS
+from rltune.rewards.scalarise import SCALARISATIONS
+from rltune.training.rewards import build_reward
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "experiments" / "README.md"]
@@ -42,3 +49,29 @@ def test_every_experiment_is_in_the_index() -> None:
 def test_no_figure_is_left_to_fill_in() -> None:
     for page in PAGES:
         assert "@@" not in page.read_text()
+
+
+def test_the_readmes_own_reward_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(# my_rewards\.py.*?)```", text, flags=re.DOTALL)
+    (experiment,) = re.findall(r"```yaml\n(# red\.yaml.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(code)
+    (tmp_path / "red.yaml").write_text(experiment)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check_reward("my_rewards:redness", images=[], prompts=[], options=["strength=2.0"], device="cpu")
+    assert "ok" in capsys.readouterr().out
+    config = load_experiment(tmp_path / "red.yaml", [], known_names()).shared
+    reward = build_reward("red", config.rewards["red"])
+    red = torch.zeros(1, 3, 4, 4)
+    red[:, 0] = 1
+    assert reward(red, [""]).tolist() == [2.0]
+
+
+def test_every_reward_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert [name for name in REWARDS.names() if f"`{name}`" not in text] == []
+    methods = (f"`{method}`" for method in SCALARISATIONS)
+    assert [method for method in methods if method not in text] == []

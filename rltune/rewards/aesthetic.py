@@ -37,6 +37,9 @@ class Aesthetic:
         head: Module from ``(B, D)`` to ``(B, 1)``.
         offset: Added to the scaled output.
         scale: Factor of the head's output.
+
+    Raises:
+        UserError: The head was fitted on a CLIP model of another width.
     """
 
     is_differentiable = True
@@ -46,6 +49,13 @@ class Aesthetic:
     def __init__(self, tower: ClipTower, head: nn.Module, *, offset: float = 0.0, scale: float = 1.0) -> None:
         self._tower = tower
         self._head = freeze(head)
+        num_read = next(layer for layer in head.modules() if isinstance(layer, nn.Linear)).in_features
+        num_given = tower.text_features([""]).shape[1]
+        if num_read != num_given:
+            raise UserError(
+                f"aesthetic head: it reads {num_read} features, and CLIP model {tower.name!r} gives {num_given}; give "
+                "the CLIP model that it was fitted on as `clip`"
+            )
         self._offset = offset
         self._scale = scale
 

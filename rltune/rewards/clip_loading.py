@@ -1,5 +1,6 @@
 """Where a CLIP tower comes from: the built-in one, open_clip's published ones, a folder, or a checkpoint of CLIP-H."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,13 @@ def _how_to_fetch(model: str, published: Mapping[str, Any]) -> str:
 
 def weights_gb(model: str) -> float:
     """Return the size in GB (10^9 bytes) of the float32 weights of an open_clip model, without allocating them."""
-    with torch.device("meta"):
-        network = open_clip.create_model(model, load_weights=False, pretrained_text=False, device="meta")
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # open_clip warns that the model has no weights, as it should not
+    try:
+        with torch.device("meta"):
+            network = open_clip.create_model(model, load_weights=False, pretrained_text=False, device="meta")
+    finally:
+        logging.disable(before)
     num_parameters: int = sum(parameter.numel() for parameter in network.parameters())
     return num_parameters * 4 / 1e9
 

@@ -106,6 +106,11 @@ def test_a_missing_head_says_what_to_fetch_and_where_to_put_it(tmp_path: Path, m
         REWARDS.build("laion_aesthetic", {"head": str(tmp_path / "nothing.pth")})
 
 
+def test_a_head_of_another_clip_models_width_is_refused(clip_folder: Path, laion_head_file: Path) -> None:
+    with pytest.raises(UserError, match=r"it reads 768 features, and CLIP model .* gives 16"):
+        REWARDS.build("laion_aesthetic", {"head": str(laion_head_file), "clip": str(clip_folder)})
+
+
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     torch.save({"layers.0.weight": torch.zeros(2, 2)}, tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("not a state dict")

@@ -200,8 +200,9 @@ def test_weights_out_of_reach_say_what_to_fetch(monkeypatch: pytest.MonkeyPatch)
         assert part in message
 
 
-def test_the_size_of_published_weights_is_known() -> None:
+def test_the_size_of_published_weights_is_known(caplog: pytest.LogCaptureFixture) -> None:
     assert weights_gb("ViT-B-32") == pytest.approx(151_277_313 * 4 / 1e9)  # 151 M parameters: the CLIP paper's
+    assert not caplog.records
 
 
 def test_quick_gelu_is_what_the_weights_were_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
