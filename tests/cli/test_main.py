@@ -3,38 +3,15 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
 import pytest
 
 from rltune import __version__
-from rltune.cli.main import main
 from rltune.errors import RunError
-from rltune.orchestration import cluster
+from tests.cli.conftest import Call
 from tests.config.test_schema import EXPERIMENTS
-
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run a command in this process -> exit code, standard output, standard error."""
-    monkeypatch.setattr(cluster, "prepare", lambda address: None)  # it would set environment variables for good
-    monkeypatch.setattr(cluster, "find_address", lambda address: None)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rltune", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
-
 
 HELP = """
 import sys, typer.main

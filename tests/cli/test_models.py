@@ -2,8 +2,7 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -14,32 +13,21 @@ from huggingface_hub import DryRunFileInfo
 
 from rltune.cli import models
 from rltune.cli.doctoring import NOTE, OK, _reward_weights
-from rltune.cli.main import main
 from rltune.cli.models import FileTable, PublishedFile, cached_base_models, published_files
 from rltune.diffusion.loading import load_model
 from rltune.errors import RunError
 from rltune.rewards.base import REWARDS
 from rltune.rewards.weights import WeightsFile
+from tests.cli.conftest import Call
 from tests.cli.test_tables import render
 
-Call = Callable[..., tuple[int, str, str]]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Run ``rltune models`` in this process -> exit code, standard output, standard error."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["rltune", "models", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return code, *capsys.readouterr()
-
-    return run
+def call(call: Call) -> Call:
+    """Run ``rltune models`` in this process."""
+    return lambda *arguments: call("models", *arguments)
 
 
 @pytest.fixture(autouse=True)

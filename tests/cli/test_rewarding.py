@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cli.test_main import Call, call
-
-__all__ = ["call"]
+from tests.cli.conftest import Call
 
 
 @pytest.fixture
