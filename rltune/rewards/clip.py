@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 
 from rltune.errors import UserError
-from rltune.rewards.frozen import checkpoint_blocks, freeze, is_large, share_equal
+from rltune.rewards.frozen import freeze, is_large, share_equal
 from rltune.rewards.preprocess import ResizeMode, normalise, resize_to
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class ClipTower:
     def __init__(self, model: Any, tokenizer: Callable[..., Tensor], *, name: str) -> None:
         self.name = name
         self.model: Any = share_equal(freeze(model))  # Any: open_clip is untyped
-        if is_large(model):
-            checkpoint_blocks(model.visual.transformer.resblocks)
+        if is_large(model):  # open_clip's own switch knows every kind of image tower, and works in evaluation mode
+            model.visual.set_grad_checkpointing(True)
         self._tokenizer = tokenizer
         self._text_cache: dict[str, Tensor] = {}
         self._has_warned_truncation = False

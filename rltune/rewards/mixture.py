@@ -166,9 +166,10 @@ class Mixture:
 
         Raises:
             ValueError: The batch is malformed, or a reward answers in another shape than ``(B,)``.
-            NonFiniteError: A score is not finite; the message names the reward and the prompts.
+            NonFiniteError: An image or a score is not finite; the message names the prompts, and the reward.
         """
         check_batch(images_B3HW, prompts)
+        check_finite(images_B3HW, prompts)
         images_B3HW = images_B3HW.float()  # once, so that every reward is given the same tensor
         raw: dict[str, Tensor] = {}
         standardised: dict[str, Tensor] = {}
@@ -201,6 +202,22 @@ class Mixture:
         """Move every reward to ``device`` and return the mixture."""
         self.rewards = {name: reward.to(device) for name, reward in self.rewards.items()}
         return self
+
+
+def check_finite(images_B3HW: Tensor, prompts: Sequence[str]) -> None:
+    """Check that images are numbers; rewards that round to 8 bits would make a picture of what is not.
+
+    Raises:
+        NonFiniteError: One is not; the message names its prompt.
+    """
+    is_finite_B = images_B3HW.isfinite().flatten(1).all(dim=1)
+    if not bool(is_finite_B.all()):
+        bad = [repr(prompt) for prompt, is_finite in zip(prompts, is_finite_B.tolist(), strict=True) if not is_finite]
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise NonFiniteError(
+            f"the model drew images that are not finite, for {', '.join(bad[:3])}{more}; lower the learning rate, or "
+            "train in float32 or bfloat16"
+        )
 
 
 def score(name: str, reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -109,29 +109,37 @@ class Count(_ObjectReward):
 
 
 class Presence(_ObjectReward):
-    """Log chance that the named objects are there, at least one of each; the metric is the chance.
+    """Log chance that the named objects are there, at least one of each, or that none is; the metric is the chance.
 
-    The logarithm keeps a gradient where the counter sees nothing at all.
+    The logarithm keeps a gradient where the counter sees nothing at all, and for a removal where it is sure.
 
     Args:
         counter: The network.
         of: ``prompt``, or the objects meant: ``stars``, ``red stars``, ``red objects``, ``objects``.
+        remove: Whether none of them should be there.
 
     Raises:
-        UserError: ``of`` names no objects of the built-in world.
+        UserError: ``of`` names no objects of the built-in world, or ``remove`` does not go with it.
     """
 
     metric_unit = ""
 
-    def __init__(self, counter: Counter, *, of: str = FROM_PROMPT) -> None:
+    def __init__(self, counter: Counter, *, of: str = FROM_PROMPT, remove: bool = False) -> None:
         super().__init__("presence", counter, of)
+        if not isinstance(remove, bool) or (remove and self._named is None):
+            raise UserError(
+                "reward 'presence': remove must be true or false, and true only where `of` names the objects; got "
+                f"of: {of!r}, remove: {remove!r}"
+            )
+        self._remove = remove
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1] -> ``(B,)`` float32, <= 0, differentiable; the mean over the kinds asked for."""
         log_chance_BCSN = self._log_chances(images_B3HW, prompts)
         if self._named is not None:
             is_other_CS1 = self._named.to(log_chance_BCSN.device)[:, :, None] == 0
-            return _log_any(log_chance_BCSN.masked_fill(is_other_CS1, -math.inf).logsumexp(dim=(1, 2)))
+            log_chance_BN = log_chance_BCSN.masked_fill(is_other_CS1, -math.inf).logsumexp(dim=(1, 2))
+            return log_none(log_chance_BN) if self._remove else _log_any(log_chance_BN)
         is_asked_BCS = self._asked(prompts, log_chance_BCSN.device) > 0
         log_any_BCS = _log_any(log_chance_BCSN)
         return (log_any_BCS * is_asked_BCS).sum(dim=(1, 2)) / is_asked_BCS.sum(dim=(1, 2)).clamp(min=1)
@@ -148,6 +156,18 @@ def _log_any(log_chance: Tensor) -> Tensor:
     # to half of e^-12; the clamp keeps the branch that is not taken from giving NaN gradients.
     log_sum = log_chance.logsumexp(dim=-1)
     return torch.where(log_sum < -12, log_sum, torch.log(-torch.expm1(log_none.clamp(max=-math.exp(-13)))))
+
+
+def log_none(log_chance: Tensor) -> Tensor:
+    """Log chance that something is in none of the cells (the last axis), from the log chance of each, independently.
+
+    ``log(1 - exp(x))`` in the two forms that keep its digits near 0 and far below it (Maechler, 2012, the vignette of
+    R's Rmpfr); the clamps keep the branch that is not taken from giving NaN gradients, and stop the sum at a chance of
+    1 - 1e-30, whose gradient is zero.
+    """
+    x = log_chance.clamp(max=-1e-30)
+    near, far = x.clamp(min=-math.log(2)), x.clamp(max=-math.log(2))
+    return torch.where(x > -math.log(2), torch.log(-torch.expm1(near)), torch.log1p(-far.exp())).sum(dim=-1)
 
 
 def _read_name(reward: str, of: str) -> Tensor:
@@ -186,15 +206,16 @@ def build_count(*, of: str = FROM_PROMPT, target: int | None = None, weights: st
 
 
 @REWARDS.register("presence", Card("log of a chance, 0 at best", is_shipped=True))
-def build_presence(*, of: str = FROM_PROMPT, weights: str | None = None) -> Presence:
-    """Log chance that each kind of object asked for is there (built-in world); the metric is the chance.
+def build_presence(*, of: str = FROM_PROMPT, remove: bool = False, weights: str | None = None) -> Presence:
+    """Log chance that each kind of object asked for is there, or none (built-in world); the metric is the chance.
 
     Args:
         of: ``prompt``, or the objects meant: ``stars``, ``red stars``, ``red objects``, ``objects``.
+        remove: Whether none of the objects named should be there.
         weights: Another file of the counter's layout.
 
     Raises:
-        UserError: ``of`` names no objects of the built-in world.
+        UserError: ``of`` names no objects of the built-in world, or ``remove`` does not go with it.
         RunError: The counter's weights are missing.
     """
-    return Presence(load_counter(weights_file("presence", weights, BUILTIN_COUNTER)), of=of)
+    return Presence(load_counter(weights_file("presence", weights, BUILTIN_COUNTER)), of=of, remove=remove)

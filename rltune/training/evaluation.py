@@ -17,7 +17,7 @@ from rltune.diffusion.chain import NO_GRADIENT
 from rltune.diffusion.sampling import Sampler
 from rltune.rewards.base import Reward
 from rltune.rewards.clip import embeddings_kept
-from rltune.rewards.mixture import Reading, in_groups, measure
+from rltune.rewards.mixture import Reading, check_finite, in_groups, measure
 from rltune.training.streams import Stream, noise
 from rltune.training.workers import Workers
 
@@ -73,7 +73,7 @@ def sample_and_score(
     ``read`` is ``rewards.mixture.measure`` for what is reported, ``score`` for the raw training signal.
 
     Raises:
-        NonFiniteError: A reward is not finite.
+        NonFiniteError: An image or a reward is not finite.
     """
     each = images.images_per_prompt  # images of a prompt stay together: some rewards compare them
     mine = [number for number in range(len(images)) if number // each % workers.count == workers.rank]
@@ -83,6 +83,7 @@ def sample_and_score(
         numbers = mine[start : start + batch_size]
         prompts = [images.prompt_of(number) for number in numbers]
         pixels_B3HW = draw_images(sampler, images, numbers, workers.device).float()
+        check_finite(pixels_B3HW, prompts)
         with embeddings_kept():
             values = {
                 name: in_groups(read, name, reward, pixels_B3HW, prompts, each).tolist()

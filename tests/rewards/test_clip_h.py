@@ -1,5 +1,6 @@
 """HPSv2, HPSv2.1 and PickScore against open_clip and transformers on the same random weights, and what they share."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from rltune.errors import RunError, UserError
 from rltune.rewards import frozen
 from rltune.rewards.base import REWARDS
-from rltune.rewards.clip import embeddings_kept
+from rltune.rewards.clip import ClipTower, embeddings_kept
 from rltune.rewards.clip_loading import _sizes
 from rltune.rewards.frozen import checkpoint_blocks, held_bytes, share_equal
 from rltune.rewards.hps import HPS_2
@@ -298,3 +299,19 @@ def transformers_tokenizer() -> CLIPTokenizer:
     marks = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
     vocab = {marks.get(token, token): number for token, number in ours.encoder.items()}
     return CLIPTokenizer(vocab=vocab, merges=list(ours.bpe_ranks))
+
+
+@pytest.mark.parametrize("name", ["RN50", "ViT-B-16-SigLIP"])
+def test_towers_of_other_kinds_are_looked_through_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen, "LARGE", 1)  # as if it were large
+    monkeypatch.setattr(logging.root.manager, "disable", logging.WARNING)  # that it has no weights
+    model = open_clip.create_model(name, load_weights=False).eval()
+    images = torch.rand(1, 3, 70, 60, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    tower = ClipTower(model, open_clip.get_tokenizer(name) if name == "RN50" else lambda texts, **_: texts, name=name)
+    features = tower.image_features(images)
+    with torch.no_grad():
+        expected = model.encode_image(tower.preprocess(images), normalize=True)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+    (slope,) = torch.autograd.grad(features[0, 0], images)
+    assert slope.isfinite().all()
+    assert slope.abs().max() > 0

@@ -332,6 +332,15 @@ def test_a_win_rate_is_against_the_calibration_images() -> None:
     torch.testing.assert_close(result.total_B, 0.75 * rates["bright"] + 0.25 * rates["square"])
 
 
+def test_an_image_that_is_not_finite_is_named_before_any_reward_sees_it() -> None:
+    images = torch.rand(5, 3, 4, 4)
+    images[1, 0, 2, 2], images[3:, 0, 0, 0] = math.nan, math.inf
+    prompts = [f"p{i}" for i in range(5)]
+    mixture = make_mixture(rewards={"bright": Fake(lambda x: x.new_zeros(5)), "square": Fake(lambda x: x.new_zeros(5))})
+    with pytest.raises(NonFiniteError, match="images that are not finite, for 'p1', 'p3', 'p4'; lower"):
+        mixture(images, prompts)
+
+
 def test_every_reward_is_given_the_same_tensor() -> None:
     seen: list[Tensor] = []
     watch = Fake(lambda x: (seen.append(x), mean_of(x))[1])  # type: ignore[func-returns-value]

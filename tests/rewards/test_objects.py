@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rltune.builtin.render import render
-from rltune.builtin.scenes import make_scenes
+from rltune.builtin.scenes import make_scene, make_scenes
 from rltune.errors import RunError, UserError
 from rltune.rewards.base import REWARDS
-from rltune.rewards.objects import COLORS, MAX_CHANCE, SHAPES, Count, Presence
+from rltune.rewards.objects import COLORS, MAX_CHANCE, SHAPES, Count, Presence, log_none
 
 NEVER, SURE = -60.0, 60.0
 """Logits of a chance of 1e-26, and of 1 in float32."""
@@ -126,6 +126,44 @@ def test_presence_is_the_log_chance_of_at_least_one(of: str, chances: tuple[floa
     # Float32; where 1 - prod is near 1, its logarithm is near 0 and known to 1e-7 absolutely.
     assert reward(images(), ["whatever"]).item() == pytest.approx(any_of(*chances), rel=1e-5, abs=1e-6)
     assert reward.metric(images(), ["whatever"]).item() == pytest.approx(math.exp(any_of(*chances)), rel=1e-5)
+
+
+@pytest.mark.parametrize("log_chances", [[-3.0, -0.2], [-1e-7, -5.0], [-60.0, -40.0], [-0.69, -0.70]])
+def test_the_chance_of_none_is_the_product_of_what_is_left(log_chances: list[float]) -> None:
+    x = torch.tensor(log_chances, requires_grad=True)
+    value = log_none(x)
+    numbers = [float(number) for number in x.detach()]
+    assert value.item() == pytest.approx(sum(math.log(-math.expm1(number)) for number in numbers), rel=1e-5)
+    value.backward()
+    assert x.grad is not None
+    # d log(1 - e^x) / dx = -1 / (e^-x - 1)
+    assert x.grad.tolist() == pytest.approx([-1 / math.expm1(-number) for number in numbers], rel=1e-4)
+
+
+def test_a_chance_of_one_is_a_number_and_no_nan() -> None:
+    x = torch.tensor([0.0, -1.0], requires_grad=True)
+    log_none(x).backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
+
+
+def test_a_removal_is_surest_where_the_objects_are_not() -> None:
+    scenes = [make_scene(0, i) for i in range(24)]
+    reward = REWARDS.build("presence", {"of": "stars", "remove": True})
+    has_star = torch.tensor([any(group.shape == "star" for group in scene.groups) for scene in scenes])
+    assert 0 < has_star.sum() < 24
+    pictures = render(scenes).requires_grad_()
+    score = reward(pictures, [""] * 24)
+    assert score[has_star].max() < -1 < score[~has_star].min()
+    (slope,) = torch.autograd.grad(score.sum(), pictures)
+    assert slope.isfinite().all()
+    assert (slope[has_star].flatten(1).abs().amax(dim=1) > 0).all()  # also where the counter is sure of them
+    assert torch.equal(reward.metric(pictures, [""] * 24), score.exp())
+
+
+def test_what_a_prompt_asks_for_cannot_be_removed() -> None:
+    with pytest.raises(UserError, match="true only where `of` names the objects; got of: 'prompt', remove: True"):
+        REWARDS.build("presence", {"remove": True})
 
 
 def test_presence_of_the_prompt_is_the_mean_over_the_kinds_asked_for() -> None:
