@@ -226,7 +226,8 @@ class SearchConfig(StrictModel):
     """How the values that are distributions are searched."""
 
     sampler: Text = "tpe"
-    """``tpe``, ``random``, ``nsga2``, ``gp``; or ``grid``, every combination of choices and whole numbers in turn."""
+    """``tpe``, ``gp`` (a Gaussian process: fewest trials, seconds each), ``nsga2``, ``nsga3``, ``random``,
+    ``quasi_random`` (Sobol); or ``grid``, every combination of choices and whole numbers in turn."""
     trials: Int = Field(16, ge=1)
     """Trials, the base model not counted; a grid ends with its last combination."""
     prune: Bool = False

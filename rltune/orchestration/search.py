@@ -18,27 +18,34 @@ from rltune.orchestration.rundir import TrialSpec
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS = ("tpe", "random", "nsga2", "gp", "grid")
+SAMPLERS = ("tpe", "gp", "nsga2", "nsga3", "random", "quasi_random", "grid")
 SIMPLEX = "simplex"
 """Parameters ``simplex[0]`` .. ``simplex[n-2]`` in [0, 1] stand for n weights."""
 
 
-def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    """Return an Optuna sampler by the name it has in an experiment.
+def make_sampler(name: str, seed: int, num_trials: int) -> optuna.samplers.BaseSampler:
+    """Return an Optuna sampler by the name it has in an experiment, for a search of so many trials.
 
     Raises:
         ValueError: The name is not one of ``SAMPLERS``.
     """
+    # Optuna's population of 50 is drawn at random, which is all that a sweep of up to 50 trials would see of it
+    population = min(50, max(4, num_trials // 5))
     makers: Mapping[str, Any] = {
-        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=5),
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed),
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=population),
+        "nsga3": lambda: optuna.samplers.NSGAIIISampler(seed=seed, population_size=population),
+        # scrambled Sobol points; what they do not cover, such as choices, is drawn at random
+        "quasi_random": lambda: optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False),
         "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=5),
         "grid": lambda: optuna.samplers.RandomSampler(seed=seed),  # never asked: the grid deals every value itself
     }
     if name not in makers:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
-    sampler: optuna.samplers.BaseSampler = makers[name]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # multivariate TPE and Sobol points
+        sampler: optuna.samplers.BaseSampler = makers[name]()
     return sampler
 
 
@@ -114,7 +121,8 @@ class Search:
         search = experiment.shared.search
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # a resumed search goes on with other draws than the first ones, which its trials already have
-        sampler = make_sampler(search.sampler, (search.seed + 1_000_003 * len(ids)) % 2**32)
+        seed = (search.seed + 1_000_003 * len(ids)) % 2**32
+        sampler = make_sampler(search.sampler, seed, search.trials)
         directions = ["maximize" if sign > 0 else "minimize" for sign in objectives.signs_D]
         self.study = optuna.create_study(sampler=sampler, directions=directions)
         for result in results:

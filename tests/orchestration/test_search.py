@@ -147,6 +147,21 @@ def test_every_sampler_asks_for_runs_that_are_valid_and_bears_failures(sampler: 
     assert states.count(TrialState.COMPLETE) == 9
 
 
+@pytest.mark.parametrize("sampler", ["nsga2", "nsga3"])
+def test_a_genetic_search_breeds_within_the_trials_it_has(sampler: str) -> None:
+    def values(name: str, num_trials: int) -> list[Any]:
+        search = Search(asked(name, trials=num_trials), BOTH)
+        specs = []
+        for _ in range(num_trials):
+            specs.append(search.ask())
+            search.tell(toy(specs[-1]))
+        return [spec.values for spec in specs]
+
+    bred, drawn = values(sampler, 20), values("random", 20)
+    assert bred[:4] == drawn[:4]  # the first population, a fifth of the trials, is drawn at random
+    assert bred != drawn
+
+
 def test_several_trials_may_be_out_at_once_and_end_in_any_order() -> None:
     search = Search(asked("tpe"), BOTH)
     specs = [search.ask() for _ in range(8)]
@@ -282,8 +297,10 @@ def test_the_largest_seed_can_be_resumed(first: list[TrialSpec]) -> None:
 
 
 def test_an_unknown_sampler_is_refused() -> None:
-    with pytest.raises(ValueError, match="sampler must be one of tpe, random, nsga2, gp, grid, got 'bayes'"):
-        make_sampler("bayes", 0)
+    with pytest.raises(
+        ValueError, match="sampler must be one of tpe, gp, nsga2, nsga3, random, quasi_random, grid, got 'bayes'"
+    ):
+        make_sampler("bayes", 0, 12)
 
 
 def test_an_objective_that_is_missing_or_not_finite_is_noticed() -> None:
