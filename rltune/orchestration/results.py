@@ -15,7 +15,8 @@ class TrialResult:
     """How a trial ended."""
 
     trial: str
-    state: Literal["ok", "failed"]
+    state: Literal["ok", "stopped", "failed"]
+    """``stopped``: ended before its last step, for ``reason``; what it was by then is a result like any other."""
     values: Mapping[str, Any]
     """Knobs, by dotted path in the experiment."""
     params: Mapping[str, Any]
@@ -25,7 +26,7 @@ class TrialResult:
     constraints: Mapping[str, float] = field(default_factory=dict)
     """Constraint -> by how much it is broken; at most 0 where it holds."""
     reason: str = ""
-    """Why it failed."""
+    """Why it was stopped or failed."""
     checkpoint: str = ""
     """Folder of the last checkpoint, relative to the run folder; empty for the base model."""
     duration_s: float = 0.0
@@ -33,8 +34,8 @@ class TrialResult:
 
     @property
     def is_ok(self) -> bool:
-        """Whether it ended with a result."""
-        return self.state == "ok"
+        """Whether it ended with a result, its own last step or an earlier one."""
+        return self.state != "failed"
 
     @property
     def is_feasible(self) -> bool:
