@@ -51,3 +51,12 @@ class RunError(RltuneError):
 
 class NonFiniteError(RunError):
     """A reward, loss or gradient that is not finite, or a gradient that is exactly zero."""
+
+
+class StorageError(RunError):
+    """A disk that is full, read-only or gone; not the fault of what was run."""
+
+
+def storage_error(error: OSError, path: object) -> StorageError:
+    """Return what an ``OSError`` at ``path`` means for a run."""
+    return StorageError(f"{error.filename or path}: {error.strerror}; put it right, the same command resumes")

@@ -251,9 +251,6 @@ def _unknown_names(config: "RunConfig", known: Known) -> Iterator[Clash]:
 def _not_built(config: "RunConfig") -> Iterator[Clash]:
     if config.search.prune:
         yield Clash("search.prune", "pruning is not available yet, got true", "set prune: false")
-    if config.resources.executor != "train":
-        what = f"this executor is not available yet, got {config.resources.executor!r}"
-        yield Clash("resources.executor", what, "set executor: train")
 
 
 def _missing_files(config: "RunConfig") -> Iterator[Clash]:

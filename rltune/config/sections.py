@@ -246,7 +246,8 @@ class ResourcesConfig(StrictModel):
     concurrent: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
     """Trials at a time; ``auto`` is as many as fit."""
     executor: Literal["train", "warm"] = "train"
-    """``train`` starts a Ray Train job per trial; ``warm`` is not available yet."""
+    """``train`` starts a Ray Train job per trial, over several nodes if need be; ``warm`` keeps workers with base model
+    and rewards loaded, and gives them trial after trial: for many short ones. The numbers are the same."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the frozen networks; ``auto`` is bf16 on a GPU and fp32 on a CPU. Adapters stay in fp32."""
     prefix_precision: Literal["same", "bf16"] = "same"

@@ -46,6 +46,12 @@ def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: str | Sequ
         parameter.data = parameter.data.float()
 
 
+def remove_lora(network: nn.Module) -> None:
+    """Take adapters off again; the network is left as it was before, the very same weights. None is fine too."""
+    if _lora_layers(network):
+        cast(Any, network).unload_lora()
+
+
 def lora_parameters(network: nn.Module) -> list[nn.Parameter]:
     """Return the adapters' parameters in the network's own order."""
     return [parameter for name, parameter in network.named_parameters() if "lora_" in name]

@@ -20,7 +20,8 @@ from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
 from rltune.orchestration.sweep import read_front
 from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import draw_images, save_grid, to_uint8
-from rltune.training.setup import eval_image_set, load_base_model, make_sampler
+from rltune.training.loading import load_base_model
+from rltune.training.setup import eval_image_set, make_sampler
 
 NUM_CHECKED_IMAGES = 4
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
@@ -16,6 +16,10 @@ from rltune.config.experiment import RunConfig
 from rltune.errors import RltuneError
 from rltune.orchestration.loopback import FileTorchConfig
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
+from rltune.training.reporter import Reporter
+
+if TYPE_CHECKING:
+    from rltune.training.loading import Shelf
 
 MAX_FAILURES = 2
 """Restarts of a trial whose worker, controller or node died."""
@@ -62,8 +66,20 @@ class RayReporter:
 
 
 def worker(config: dict[str, JobSpec]) -> None:
-    """Run one worker of the trial under ``spec``; what a user must know of its failure goes into ``failure.txt``."""
-    spec = config["spec"]
+    """Run one Ray Train worker of the trial under ``spec``."""
+    context = ray.train.get_context()
+    run_trial(config["spec"], RayReporter(), is_alone=context.get_world_size() == 1)
+
+
+def run_trial(spec: JobSpec, reporter: Reporter, *, is_alone: bool, shelf: "Shelf | None" = None) -> None:
+    """Run one worker of a trial; what a user must know of its failure goes into ``failure.txt``.
+
+    Args:
+        spec: The trial.
+        reporter: Takes reports and checkpoints.
+        is_alone: Whether the trial has no other worker.
+        shelf: What earlier trials of this process have loaded.
+    """
     if Path(spec.work_dir).is_dir():  # Ray puts workers into a folder of its own
         os.chdir(spec.work_dir)
     quiet_libraries()
@@ -71,29 +87,26 @@ def worker(config: dict[str, JobSpec]) -> None:
     if failure.exists():  # another worker met it before the restart; trying again would meet it again
         return
     try:
-        _train(spec)
+        _train(spec, reporter, shelf)
     except RltuneError as error:
         failure.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(failure, f"{error}\n")
-        if ray.train.get_context().get_world_size() > 1:
+        if not is_alone:
             raise  # the others wait in a collective: only a restart of the group frees them
 
 
-def _train(spec: JobSpec) -> None:
+def _train(spec: JobSpec, reporter: Reporter, shelf: "Shelf | None") -> None:
     # imported here and not above: a trial's driver and controller load this module too, and diffusers takes seconds
     from rltune.training.loop import base_run, train_run
 
     folder = spec.folder
     places: dict[str, Any] = {"trial_dir": folder.trial_dir(spec.trial), "base_dir": folder.base_dir}
     if spec.trial == BASE_TRIAL:
-        base_run(spec.run_config, reporter=RayReporter(), **places)
+        base_run(spec.run_config, reporter=reporter, shelf=shelf, **places)
         return
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        train_run(spec.run_config, reporter=RayReporter(), **places)
-        return
-    with checkpoint.as_directory() as path:
-        train_run(spec.run_config, reporter=RayReporter(), resume_from=Path(path), **places)
+    found = sorted((folder.checkpoints_dir(spec.trial) / spec.train_name).glob("checkpoint_*"))
+    resume_from = found[-1] if found else None
+    train_run(spec.run_config, reporter=reporter, resume_from=resume_from, shelf=shelf, **places)
 
 
 def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrainer:
@@ -110,7 +123,7 @@ def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrai
             resources_per_worker=worker_resources(spec.num_gpus_per_worker),
         ),
         torch_config=(FileTorchConfig if spec.is_loopback else TorchConfig)(
-            backend="nccl" if spec.num_gpus_per_worker >= 1 else "gloo"  # two ranks of NCCL cannot share a GPU
+            backend=backend_of(spec.num_gpus_per_worker)
         ),
         run_config=ray.train.RunConfig(
             name=spec.train_name,
@@ -121,6 +134,11 @@ def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrai
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
+
+
+def backend_of(num_gpus: float) -> str:
+    """Return how workers talk: two ranks of NCCL cannot share a GPU."""
+    return "nccl" if num_gpus >= 1 else "gloo"
 
 
 def worker_resources(num_gpus: float) -> dict[str, float]:

@@ -71,6 +71,11 @@ class RunFolder:
         """Ray Tune's own files; nothing is read back from them."""
         return self.path / ".ray"
 
+    @property
+    def stop_file(self) -> Path:
+        """Is there while trials are asked to write a checkpoint and leave: the machine will go away."""
+        return self.path / ".stop"
+
     def trial_dir(self, trial: str) -> Path:
         """A trial's folder."""
         return self.path / "trials" / trial
@@ -89,6 +94,11 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"id": spec.id, "values": dict(spec.values), "params": dict(spec.params)}, indent=2)
         write_atomically(folder / "trial.json", text)
+
+    def read_trial(self, trial: str) -> TrialSpec | None:
+        """Return a trial that was started; None where there is none of that id."""
+        file = self.trial_dir(trial) / "trial.json"
+        return TrialSpec(**json.loads(file.read_text())) if file.is_file() else None
 
     def read_trials(self) -> list[TrialSpec]:
         """Return every trial that was ever started, by id."""

@@ -4,9 +4,11 @@ import csv
 import io
 import json
 import logging
+import os
+import signal
 import threading
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 from ray import tune
 
 from rltune.config.load import Experiment, load_experiment
-from rltune.errors import RunError, UserError
+from rltune.errors import RunError, UserError, storage_error
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.job import JobSpec
 from rltune.orchestration.objectives import Front, Objectives, find_front, violations
@@ -22,11 +24,19 @@ from rltune.orchestration.plan import Plan, make_plan
 from rltune.orchestration.results import TrialResult, append_result, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, write_atomically
 from rltune.orchestration.search import Search, is_finite
-from rltune.orchestration.tuning import Dealer, Recorder, drive
+from rltune.orchestration.tuning import Dealer, Overseer, Recorder, train_trainable
+from rltune.orchestration.warm import warm_trainable
 from rltune.training.base import load_base
 from rltune.training.setup import base_key
 
 logger = logging.getLogger(__name__)
+
+GRACE_S = 25.0
+"""From SIGTERM to the end; Kubernetes kills after 30 s, clouds take spot machines back after 30 to 120 s."""
+
+
+class _Abort(BaseException):
+    """Ends Tune's loop from one of its callbacks, which would take any Exception for a warning."""
 
 
 class Sweep:
@@ -52,6 +62,10 @@ class Sweep:
         folder.claim(experiment)
         self._objectives = Objectives(self._shared.objective_names)
         self._lock = threading.Lock()
+        self._is_leaving = False
+        self._trouble: RunError | None = None
+        self._stopped: dict[str, str] = {}
+        self.over = ""
         self._results = read_results(folder.results_file)
         ended = {result.trial for result in self._results}
         unfinished = [spec for spec in folder.read_trials() if spec.id not in ended and spec.id != BASE_TRIAL]
@@ -72,8 +86,11 @@ class Sweep:
     def run(self) -> None:
         """Run what is left and return when it has ended or was interrupted; results are in the run folder.
 
+        SIGTERM, which announces that the machine goes away, asks every trial to write a checkpoint and leave; a second
+        one, or ``GRACE_S`` seconds, end the run as Ctrl-C does, at the last evaluation.
+
         Raises:
-            RunError: The base model could not be measured.
+            RunError: The base model could not be measured, or the run folder can no longer be written.
         """
         base = self._base_result()
         if base is not None and not base.is_ok:  # what stopped it may have been put right since
@@ -81,12 +98,42 @@ class Sweep:
             self._results.remove(base)
             base = None
         if self._num_left or base is None:
-            with suppress(KeyboardInterrupt):  # trials end with the connection, and go on from their checkpoints
+            self._folder.stop_file.unlink(missing_ok=True)
+            # trials end with the connection, and go on from their checkpoints
+            with self._leaving_on_sigterm(), suppress(KeyboardInterrupt, _Abort):
                 self._run_tune(needs_base=base is None)
+        if self._trouble is not None:
+            raise self._trouble
         base = self._base_result()
         if base is not None and not base.is_ok:
             raise RunError(f"the base model could not be measured: {base.reason}")
         self._write_front()
+
+    @contextmanager
+    def _leaving_on_sigterm(self) -> Iterator[None]:
+        timers: list[threading.Timer] = []
+
+        def leave(number: int, frame: Any) -> None:
+            if self._is_leaving:
+                raise KeyboardInterrupt
+            self._is_leaving = True
+            self._folder.stop_file.touch()
+            timers.append(threading.Timer(GRACE_S, os.kill, (os.getpid(), signal.SIGINT)))
+            timers[-1].start()
+
+        try:
+            previous = signal.signal(signal.SIGTERM, leave)
+        except ValueError:  # not in the main thread, where no signal can be heard
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            for timer in timers:
+                timer.cancel()
+            if self._is_leaving:
+                self._folder.stop_file.unlink(missing_ok=True)
 
     def front(self) -> Front | None:
         """Return the front as it stands."""
@@ -100,14 +147,15 @@ class Sweep:
             is_first_done=lambda: self._base_result() is not None,
             num_trials=self._num_left,
         )
+        is_warm = self._shared.resources.executor == "warm"
         tune.Tuner(
-            # no CPU of its own, or drivers would take those their workers wait for; the head outlives spot nodes
-            tune.with_resources(drive, {"CPU": 0, "node:__internal_head__": 0.001}),
+            warm_trainable(self.plan) if is_warm else train_trainable(),
             tune_config=tune.TuneConfig(
                 search_alg=dealer,
+                scheduler=Overseer(self._on_report),
                 num_samples=self._num_left + int(needs_base),
                 max_concurrent_trials=self.plan.num_concurrent,
-                reuse_actors=False,
+                reuse_actors=is_warm,  # a driver of Ray Train that was stopped cannot be used again
             ),
             run_config=tune.RunConfig(
                 name=self._folder.name,
@@ -118,7 +166,9 @@ class Sweep:
             ),
         ).fit()
 
-    def _deal(self) -> JobSpec:
+    def _deal(self) -> JobSpec | None:
+        if self._is_leaving or self.over:
+            return None
         with self._lock:
             spec = self._search.ask()
         self._folder.write_trial(spec)
@@ -135,7 +185,23 @@ class Sweep:
             is_loopback=self._cluster.is_own,
         )
 
+    def _on_report(self, job: JobSpec, metrics: Mapping[str, Any]) -> bool:
+        """Return whether a trial is to be stopped, and note why."""
+        if job.trial == BASE_TRIAL or metrics.get("is_final") == 1.0:
+            return False
+        reason = self.over
+        if reason:
+            self._stopped[job.trial] = reason
+        return bool(reason)
+
     def _on_end(self, job: JobSpec, last: Mapping[str, Any], error: str, duration_s: float) -> None:
+        try:
+            self._record(job, last, error, duration_s)
+        except (OSError, RunError) as trouble:
+            self._trouble = trouble if isinstance(trouble, RunError) else storage_error(trouble, self._folder.path)
+            raise _Abort from trouble
+
+    def _record(self, job: JobSpec, last: Mapping[str, Any], error: str, duration_s: float) -> None:
         result = self._judge(job, last, error, duration_s)
         if result is None:  # interrupted: the same command takes it up again
             return
@@ -151,32 +217,40 @@ class Sweep:
         failure = self._folder.failure_file(job.trial)
         reason = failure.read_text().strip() if failure.exists() else error
         metrics = {name: float(value) for name, value in last.items() if _is_ours(name)}
-        is_final = last.get("is_final") == 1.0
-        if not reason and not is_final:
+        stopped = "" if reason else self._stopped.get(job.trial, "")
+        if not reason and not stopped and last.get("is_final") != 1.0:
             return None
+        checkpoint = ""
+        if not reason and job.trial != BASE_TRIAL:
+            checkpoint, metrics = self._checkpoint(job, metrics)
         if not reason and not is_finite(metrics, self._objectives):
             reason = f"an objective is missing or a metric is not finite: {metrics}"
         base = self._base_result()
         reference = metrics if job.trial == BASE_TRIAL or base is None else base.metrics
-        spec = next((spec for spec in self._folder.read_trials() if spec.id == job.trial), None)
+        spec = self._folder.read_trial(job.trial)
         return TrialResult(
             trial=job.trial,
-            state="failed" if reason else "ok",
+            state="failed" if reason else "stopped" if stopped else "ok",
             values=spec.values if spec else {},
             params=spec.params if spec else {},
             metrics={} if reason else metrics,
             constraints={} if reason else violations(self._shared, metrics, reference),
-            reason=reason,
-            checkpoint="" if reason or job.trial == BASE_TRIAL else self._checkpoint(job),
+            reason=reason or stopped,
+            checkpoint="" if reason else checkpoint,
             duration_s=round(duration_s, 3),
             ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
-    def _checkpoint(self, job: JobSpec) -> str:
+    def _checkpoint(self, job: JobSpec, metrics: Mapping[str, float]) -> tuple[str, dict[str, float]]:
+        """Return a trial's checkpoint, relative to the run folder, and its metrics.
+
+        A trial that is stopped trains on for a moment: if what Tune saw last is no longer kept, it is what its newest
+        checkpoint says it is.
+        """
         found = latest_checkpoint(self._folder.checkpoints_dir(job.trial) / job.train_name)
         if found is None:
             raise RunError(f"trial {job.trial}: no checkpoint is left in {self._folder.checkpoints_dir(job.trial)}")
-        return str(found.relative_to(self._folder.path))
+        return str(found.relative_to(self._folder.path)), dict(metrics)
 
     def _base_result(self) -> TrialResult | None:
         return next((result for result in reversed(self._results) if result.trial == BASE_TRIAL), None)

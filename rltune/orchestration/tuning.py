@@ -4,13 +4,21 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ray import tune
 from ray.tune.progress_reporter import TrialProgressCallback
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from rltune.orchestration.job import JobSpec, make_trainer
 
 SPEC = "spec"
 """Key of the ``JobSpec`` in a Tune trial's config."""
+
+
+def train_trainable() -> Any:
+    """Return what Tune runs for the ``train`` executor: a driver that waits for its Ray Train job."""
+    # no CPU of its own, or drivers would take those their workers wait for; the head outlives spot nodes
+    return tune.with_resources(drive, {"CPU": 0, "node:__internal_head__": 0.001})
 
 
 def drive(config: dict[str, Any]) -> None:
@@ -24,14 +32,19 @@ class Dealer(Searcher):  # type: ignore[misc]  # ray has no types
     """Gives Tune one trial after another, the first of them alone.
 
     Args:
-        deal: Returns the next trial, or None when there is none left.
+        deal: Returns the next trial, or None when no more are wanted.
         first: The base model's trial if it is still to be run; nothing else is dealt until ``first_ended`` says so.
         is_first_done: Whether the base model has a result.
         num_trials: How many trials ``deal`` will be asked for.
     """
 
     def __init__(
-        self, deal: Callable[[], JobSpec], *, first: JobSpec | None, is_first_done: Callable[[], bool], num_trials: int
+        self,
+        deal: Callable[[], JobSpec | None],
+        *,
+        first: JobSpec | None,
+        is_first_done: Callable[[], bool],
+        num_trials: int,
     ) -> None:
         super().__init__()
         self._deal = deal
@@ -48,8 +61,9 @@ class Dealer(Searcher):  # type: ignore[misc]  # ray has no types
             return Searcher.FINISHED
         if not self._is_first_done():
             return None
-        self._num_left -= 1
-        return {SPEC: self._deal()}
+        dealt = self._deal()
+        self._num_left = self._num_left - 1 if dealt else 0
+        return {SPEC: dealt} if dealt else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Do nothing: results are recorded by ``Recorder``."""
@@ -57,6 +71,36 @@ class Dealer(Searcher):  # type: ignore[misc]  # ray has no types
     def set_search_properties(self, metric: Any, mode: Any, config: Any, **spec: Any) -> bool:
         """Accept whatever Tune knows of metrics: nothing."""
         return True
+
+    def save(self, checkpoint_path: str) -> None:
+        """Save nothing: the run folder is the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Restore nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Overseer(FIFOScheduler):  # type: ignore[misc]  # ray has no types
+    """Asks after every report of a trial whether it is to be stopped.
+
+    Tune's own schedulers look at one metric, and start from nothing after a restart; ours asks the sweep, whose rules
+    know all objectives and are rebuilt from the run folder.
+    """
+
+    def __init__(self, is_to_stop: Callable[[JobSpec, Mapping[str, Any]], bool]) -> None:
+        super().__init__()
+        self._is_to_stop = is_to_stop
+
+    def set_search_properties(self, metric: Any, mode: Any, **spec: Any) -> bool:
+        """Accept whatever Tune knows of metrics: nothing."""
+        return True
+
+    def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Return Tune's word for going on or for stopping."""
+        is_over = self._is_to_stop(trial.config[SPEC], result)
+        return str(FIFOScheduler.STOP if is_over else FIFOScheduler.CONTINUE)
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: the run folder is the state."""

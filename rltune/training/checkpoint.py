@@ -97,6 +97,23 @@ def load_checkpoint(folder: Path, network: nn.Module, parts: Mapping[str, Part])
     return progress
 
 
+def keep_newest(checkpoint: Path, target: Path, *, count: int) -> None:
+    """Move a checkpoint to ``target``, which appears whole or not at all, and delete all but the newest beside it.
+
+    Args:
+        checkpoint: What ``save_checkpoint`` wrote, perhaps on another file system.
+        target: Its place; names beside it sort by age.
+        count: How many stay.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(checkpoint, partial)
+    partial.rename(target)
+    _flush(target.parent)
+    for old in sorted(path for path in target.parent.glob("checkpoint_*") if path.suffix != ".partial")[:-count]:
+        shutil.rmtree(old)
+
+
 def load_adapter(folder: Path) -> dict[str, torch.Tensor]:
     """Return the adapters of a checkpoint, peft's key names."""
     return load_file(folder / ADAPTER_FILE)

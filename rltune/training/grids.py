@@ -14,7 +14,8 @@ from rltune.config.experiment import RunConfig
 from rltune.diffusion.chain import NO_GRADIENT, StepNoise
 from rltune.errors import UserError
 from rltune.training.evaluation import Pixels, to_uint8
-from rltune.training.setup import image_shape, load_base_model, make_sampler
+from rltune.training.loading import load_base_model
+from rltune.training.setup import image_shape, make_sampler
 from rltune.training.streams import Stream, noise
 
 MARGIN_PX = 4

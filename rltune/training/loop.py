@@ -19,6 +19,7 @@ from rltune.rewards.mixture import Mixture
 from rltune.training.base import BaseReference, load_base, measure_base, save_base
 from rltune.training.checkpoint import Part, Progress, load_checkpoint, save_checkpoint
 from rltune.training.evaluation import Pixels, Values, per_prompt, sample_and_score, save_grid, summarise
+from rltune.training.loading import Shelf
 from rltune.training.reporter import MetricsFile, Reporter
 from rltune.training.rewards import build_mixture
 from rltune.training.setup import Run, base_key, build_run, with_room
@@ -84,6 +85,7 @@ def train_run(
     base_dir: Path,
     reporter: Reporter,
     resume_from: Path | None = None,
+    shelf: Shelf | None = None,
 ) -> None:
     """Train one LoRA as ``config`` says, from its last checkpoint if there is one.
 
@@ -96,13 +98,15 @@ def train_run(
         base_dir: Where measurements of the base model are shared between trials.
         reporter: Takes results and checkpoints.
         resume_from: A checkpoint of this very experiment.
+        shelf: What earlier runs of this process have loaded; it changes no number.
 
     Raises:
         UserError: Weights, prompts or a setting are not usable on this machine.
         NonFiniteError: A reward or gradient is not finite, or the gradient is exactly zero.
         RunError: The checkpoint cannot be read.
     """
-    run = build_run(config)
+    torch.manual_seed(torch_seed(config.seed, Stream.PROCESS))  # whatever ran before in this process
+    run = build_run(config, shelf)
     base = _reference(run, base_dir)
     network = run.model.network
     lora = config.model.lora
@@ -138,14 +142,16 @@ def train_run(
         _loop(training, progress, metrics_file)
 
 
-def base_run(config: RunConfig, *, trial_dir: Path, base_dir: Path, reporter: Reporter) -> None:
+def base_run(
+    config: RunConfig, *, trial_dir: Path, base_dir: Path, reporter: Reporter, shelf: Shelf | None = None
+) -> None:
     """Measure the base model as ``config`` evaluates it: trial 0 of a sweep, and the reference of all others.
 
     Raises:
         UserError: Weights, prompts or a setting are not usable on this machine.
         NonFiniteError: A reward is not finite.
     """
-    run = build_run(config)
+    run = build_run(config, shelf)
     base = _reference(run, base_dir)
     if run.workers.is_main:
         _save_samples(run, base.pixels_NHW3, trial_dir / "samples" / "base.png")

@@ -11,15 +11,15 @@ import torch
 from rltune.config.clashes import Known, group_clashes
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.families.base import ModelFamily
-from rltune.diffusion.loading import load_model
 from rltune.diffusion.memory import GIB, free_bytes, stored_bytes
 from rltune.diffusion.sampling import PromptEmbeddings, Sampler
 from rltune.errors import UserError
 from rltune.estimators.base import ESTIMATORS, Estimator
 from rltune.rewards.base import Reward
 from rltune.training.evaluation import JUDGES, ImageSet
+from rltune.training.loading import Shelf
 from rltune.training.prompts import read_prompts
-from rltune.training.rewards import build_rewards, check_reward, compares_images, is_own
+from rltune.training.rewards import check_reward, compares_images, is_own
 from rltune.training.streams import Stream
 from rltune.training.workers import Workers
 
@@ -64,8 +64,12 @@ class Run:
         return min(self.config.optim.micro_batch or self.local_batch, self.local_batch)
 
 
-def build_run(config: RunConfig) -> Run:
+def build_run(config: RunConfig, shelf: Shelf | None = None) -> Run:
     """Load the model and the rewards of an experiment on this worker's device.
+
+    Args:
+        config: The experiment.
+        shelf: What earlier runs of this process have loaded; nothing by default.
 
     Raises:
         UserError: Weights, prompts or a setting are not usable on this machine.
@@ -74,13 +78,15 @@ def build_run(config: RunConfig) -> Run:
     if config.resources.threads_per_worker != "auto":  # Ray has set OMP_NUM_THREADS to the worker's share
         torch.set_num_threads(config.resources.threads_per_worker)
     workers = Workers()
-    model = load_base_model(config, workers.device)
+    shelf = shelf or Shelf()
+    model = shelf.model(config, workers.device)
     sampler = make_sampler(config, model)
     eval_images = eval_image_set(config, model)
     train_prompts = read_prompts(config.prompts.train, where="prompts.train")
-    sampler.embeddings.add([*train_prompts, *eval_images.prompts, sampler.negative_prompt])
+    prompts = [*train_prompts, *eval_images.prompts, sampler.negative_prompt]
+    sampler = replace(sampler, embeddings=shelf.embeddings(config, model, prompts))
     judges = tuple(judge for judge in config.evaluate.judges if judge not in JUDGES)
-    rewards = build_rewards(config, judges, workers.device)
+    rewards = shelf.rewards(config, judges, workers.device)
     num_prompts, each = calibration_size(config)
     return Run(
         config=config,
@@ -152,16 +158,6 @@ def make_estimator(config: RunConfig) -> Estimator:
     except (ValueError, TypeError) as error:  # an option of another type fails where it is compared
         raise UserError(f"estimator: {section.name}: {error}") from error
     return estimator
-
-
-def load_base_model(config: RunConfig, device: torch.device) -> ModelFamily:
-    """Load the base model of an experiment in its precision, without adapters.
-
-    Raises:
-        UserError: The weights are not there.
-    """
-    dtype = _dtype(config.resources.precision, device)
-    return load_model(config.model.base, revision=config.model.revision, dtype=dtype, device=device)
 
 
 def make_sampler(config: RunConfig, model: ModelFamily) -> Sampler:
@@ -254,10 +250,3 @@ def base_key(config: RunConfig) -> str:
     parts["sampler"]["base_steps"] = 0  # all steps are the base model's
     parts["precision"] = [config.resources.precision, config.resources.prefix_precision]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on an accelerator and float32 on a CPU, where a backward pass in bfloat16 is slower."""
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     CALIBRATION_STEP_NOISE = 8
     EXTRA_NOISE = 9
     ESTIMATOR_STATE = 10
+    PROCESS = 11
 
 
 def generator(seed: int, stream: Stream, *keys: int) -> np.random.Generator:

@@ -15,7 +15,8 @@ from rltune.errors import UserError
 from rltune.export.diffusers import WEIGHT_FILE, write_card, write_lora
 from rltune.training.evaluation import EVAL_SEED, ImageSet, draw_images, to_uint8
 from rltune.training.grids import LABEL_PX, MARGIN_PX, MIN_IMAGE_PX, draw_rows, labelled_grid
-from rltune.training.setup import image_shape, load_base_model, make_sampler
+from rltune.training.loading import load_base_model
+from rltune.training.setup import image_shape, make_sampler
 
 PROMPTS = ["a snail", "an octopus on a hill"]
 Config = Callable[..., RunConfig]

@@ -19,7 +19,8 @@ from rltune.diffusion.lora import add_lora, lora_parameters, lora_state
 from rltune.errors import RunError
 from rltune.export.diffusers import TOLERANCE, WEIGHT_FILE, check_reload, write_card, write_lora
 from rltune.training.evaluation import draw_images
-from rltune.training.setup import eval_image_set, load_base_model, make_sampler
+from rltune.training.loading import load_base_model
+from rltune.training.setup import eval_image_set, make_sampler
 
 RANK, ALPHA = 2, 8.0
 CPU = torch.device("cpu")

@@ -16,9 +16,10 @@ from rltune.orchestration.results import TrialResult, append_result, read_result
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
 from rltune.orchestration.sweep import read_front
 from rltune.training.evaluation import draw_images, to_uint8
+from rltune.training.loading import load_base_model
 from rltune.training.loop import base_run, train_run
 from rltune.training.reporter import FolderReporter
-from rltune.training.setup import eval_image_set, load_base_model, make_sampler
+from rltune.training.setup import eval_image_set, make_sampler
 from tests.conftest import EVAL_PROMPTS, TRAIN_PROMPTS
 from tests.runs import experiment, result, write_run
 

@@ -1,0 +1,218 @@
+"""The ``warm`` executor: workers that keep base model and rewards loaded and take trial after trial.
+
+A ``WarmTrial`` is one slot of the sweep: a Ray Tune trainable with a gang of data-parallel workers beside it. Tune
+hands it one trial after another (``reuse_actors``). Each worker runs ``training``'s loop in a thread; a report stops
+all of them until Tune has decided whether the trial goes on, so that a stopped trial does no step too many.
+"""
+
+import os
+import queue
+import tempfile
+import threading
+import uuid
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.train.torch.config import _setup_torch_process_group
+from ray.tune import PlacementGroupFactory
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rltune.orchestration.job import CHECKPOINTS_KEPT, JobSpec, backend_of, run_trial, worker_resources
+from rltune.orchestration.plan import Plan
+from rltune.orchestration.tuning import SPEC
+from rltune.training.checkpoint import keep_newest
+
+GROUP_TIMEOUT_S = 1800
+
+
+class Abandoned(BaseException):
+    """Thrown into a trial's loop where it reports, once nobody wants its end; not an error, so nothing catches it."""
+
+
+class _Gate:
+    """Where a worker's loop and the trainable meet: a report goes out, and the loop waits to be let go on."""
+
+    def __init__(self) -> None:
+        self._reports: queue.Queue[dict[str, float] | BaseException | None] = queue.Queue()
+        self._answers: queue.Queue[bool] = queue.Queue()
+        self._is_waiting = False
+
+    def report(self, metrics: Mapping[str, float]) -> None:
+        """Called by the loop: hand over a report and wait."""
+        self._reports.put(dict(metrics))
+        if not self._answers.get():
+            raise Abandoned
+
+    def end(self, error: BaseException | None) -> None:
+        """Called by the loop's thread when it is over."""
+        self._reports.put(error)
+
+    def next(self) -> dict[str, float] | None:
+        """Let the loop go on, and return its next report; None when it is over. Raises what ended it."""
+        if self._is_waiting:
+            self._answers.put(True)
+        found = self._reports.get()
+        self._is_waiting = isinstance(found, dict)
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def abandon(self) -> None:
+        """Have the loop end where it waits."""
+        if self._is_waiting:
+            self._answers.put(False)
+            self._is_waiting = False
+
+
+class _WarmReporter:
+    """A loop's reporter: checkpoints go into the trial's folder, under names as Ray Train gives them."""
+
+    def __init__(self, spec: JobSpec, gate: _Gate) -> None:
+        self._folder = spec.folder.checkpoints_dir(spec.trial) / spec.train_name
+        self._gate = gate
+
+    def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
+        """Keep the checkpoint, then wait for what Tune says to the metrics."""
+        if checkpoint is not None:
+            name = datetime.now(UTC).strftime("checkpoint_%Y-%m-%d_%H-%M-%S.%f")
+            keep_newest(checkpoint, self._folder / name, count=CHECKPOINTS_KEPT)
+        self._gate.report(metrics)
+
+
+class _Worker:
+    """One data-parallel worker; lives as long as its gang."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        from rltune.training.loading import Shelf
+
+        self._rank, self._size = rank, size
+        self._shelf = Shelf()
+        self._gate = _Gate()
+        self._thread: threading.Thread | None = None
+
+    def meet(self, backend: str, init_method: str) -> None:
+        """Join the process group; alone, there is none to join."""
+        if self._size == 1:
+            return
+        num_devices = len(ray.get_gpu_ids())
+        # accelerate reads these; every worker sees its own devices only, so that its first one is number 0
+        os.environ |= {
+            "RANK": str(self._rank),
+            "WORLD_SIZE": str(self._size),
+            "LOCAL_RANK": "0" if num_devices else str(self._rank),
+            "LOCAL_WORLD_SIZE": "1" if num_devices else str(self._size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }
+        _setup_torch_process_group(
+            backend=backend,
+            world_rank=self._rank,
+            world_size=self._size,
+            init_method=init_method,
+            timeout_s=GROUP_TIMEOUT_S,
+        )
+
+    def address(self) -> str:
+        """Return where the gang can meet on this worker's node."""
+        import socket
+
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def start(self, spec: JobSpec) -> None:
+        """Begin a trial; one that still waits is abandoned."""
+        self.stop()
+        self._gate = _Gate()
+        self._thread = threading.Thread(target=self._run, args=(spec, self._gate), daemon=True)
+        self._thread.start()
+
+    def next(self) -> dict[str, float] | None:
+        """Return the next report, or None when the trial is over; raises what ended it."""
+        return self._gate.next()
+
+    def stop(self) -> None:
+        """Abandon what still runs."""
+        if self._thread is not None:
+            self._gate.abandon()
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, spec: JobSpec, gate: _Gate) -> None:
+        try:
+            run_trial(spec, _WarmReporter(spec, gate), shelf=self._shelf, is_alone=self._size == 1)
+        except Abandoned:
+            gate.end(None)
+        except BaseException as error:  # noqa: BLE001  # it is raised again where the trainable asks
+            gate.end(error)
+        else:
+            gate.end(None)
+
+
+class WarmTrial(tune.Trainable):  # type: ignore[misc]  # ray has no types
+    """A slot of a sweep: the gang, and the trial that it runs now."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        """Start the gang and its first trial."""
+        self._spec: JobSpec = config[SPEC]
+        self._workers = _gang(self._spec)
+        self._begin()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Give the gang its next trial."""
+        self._spec = new_config[SPEC]
+        self._begin()
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train up to the next report, which is the main worker's."""
+        report = ray.get([worker.next.remote() for worker in self._workers])[0]
+        if report is None:  # it ended without a report: failure.txt says why
+            return {"done": True}
+        return {**report, "done": bool(report.get("is_final") or report.get("is_preempted"))}
+
+    def cleanup(self) -> None:
+        """End the gang."""
+        for worker in self._workers:
+            ray.kill(worker)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Save nothing: the trial's own checkpoints are what it goes on from."""
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Load nothing."""
+
+    def _begin(self) -> None:
+        ray.get([worker.start.remote(self._spec) for worker in self._workers])
+
+
+def warm_trainable(plan: Plan) -> Any:
+    """Return what Tune runs for the ``warm`` executor: next to nothing for a slot itself, and a bundle a worker."""
+    bundles = [{"CPU": 0, "memory": 2**20}] + [worker_resources(plan.num_gpus_per_worker)] * plan.num_workers
+    return tune.with_resources(WarmTrial, PlacementGroupFactory(bundles))
+
+
+def _gang(spec: JobSpec) -> list[Any]:
+    group = ray.util.get_current_placement_group()
+    size = spec.run_config.resources.workers
+    taken = worker_resources(spec.num_gpus_per_worker)
+    workers = [
+        ray.remote(_Worker)
+        .options(
+            num_cpus=taken["CPU"],
+            num_gpus=taken.get("GPU", 0),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank + 1),
+        )
+        .remote(rank, size)
+        for rank in range(size)
+    ]
+    if spec.is_loopback:
+        meeting = f"file://{Path(tempfile.gettempdir()) / f'rltune-{uuid.uuid4().hex}.rendezvous'}"
+    else:
+        meeting = ray.get(workers[0].address.remote())
+    ray.get([worker.meet.remote(backend_of(spec.num_gpus_per_worker), meeting) for worker in workers])
+    return workers
