@@ -4,6 +4,9 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
 
 from rltune.cli.board import watch
 from rltune.cli.tables import front_view, gain_view, status_view
@@ -20,6 +23,9 @@ from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
 from rltune.rewards.weights import format_size
 from rltune.training.rewards import try_reward
 from rltune.training.setup import check_options
+
+if TYPE_CHECKING:
+    from rltune.orchestration.sweep import Sweep
 
 OWN_WEIGHTS = frozenset({"weights", "head", "model", "clip", "vocab"})
 """Options that name weights other than the published ones."""
@@ -121,6 +127,8 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
         errors.print(f"{sweep.num_left} trials are left; the same command resumes {folder.path}", highlight=False)
         raise KeyboardInterrupt
     console.print(table)
+    if experiment.is_searched:
+        _confirm(sweep, experiment)
     front = sweep.front()
     trained = [result for result in sweep.results if result.is_ok and result.trial != BASE_TRIAL]
     if front is None or not trained:
@@ -148,6 +156,16 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _confirm(sweep: "Sweep", experiment: Experiment) -> None:
+    if experiment.shared.evaluate.confirm == 0:
+        return
+    errors.print("measuring the front again on fresh prompts", highlight=False)
+    try:
+        sweep.confirm()
+    except RunError as error:  # the search stands without it
+        errors.print(f"[yellow]warning[/] {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
 def _shown(path: Path) -> str:

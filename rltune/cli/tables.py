@@ -115,10 +115,16 @@ def front_view(front: Front) -> RenderableType:
     reference = ", ".join(
         f"{name} {value:.3f}" for name, value in zip(front.objectives.names, front.reference_D, strict=True)
     )
+    measured = ""
+    if front.num_fresh_prompts:
+        measured = f"Measured again on {front.num_fresh_prompts} prompts, and noise, that no trial was chosen by. "
+    if front.dropped:
+        names = ", ".join(member.trial for member in front.dropped)
+        measured += f"There {names} did not hold its place: another trial is better, or a constraint is broken. "
     note = (
-        f"Beside each value the gain over the base model, paired by prompt and noise, with its 95 % interval. "
-        f"Hypervolume {front.hypervolume:.4g}, in standard deviations of the base "
-        f"model, from the reference point {reference} (the base model minus one of them)."
+        f"{measured}Beside each value the gain over the base model, paired by prompt and noise, with its 95 % "
+        f"interval. Hypervolume {front.hypervolume:.4g}, in standard deviations of the base model, from the reference "
+        f"point {reference} (the base model minus one of them)."
     )
     return Group(FittedTable(lambda shown: _front_table_with(shown, front), paths), Text(note, style="dim"))
 

@@ -209,6 +209,9 @@ class EvaluateConfig(StrictModel):
     """Images per prompt, always from the same seeds."""
     judges: tuple[Text, ...] = ("diversity", "drift")
     """Measured but never trained on; a reward that is not in ``rewards`` may be one."""
+    confirm: Literal["auto"] | Annotated[Int, Field(ge=0)] = "auto"
+    """Fresh prompts, behind the ``prompts`` of ``prompts.eval``, that members of the front are measured on again at the
+    end of a sweep, with other noise; ``auto`` is as many as ``prompts``, 0 is off."""
 
 
 class ConstraintConfig(StrictModel):

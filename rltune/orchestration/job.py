@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,14 +111,44 @@ def _train(spec: JobSpec, reporter: Reporter, shelf: "Shelf | None") -> None:
 
 def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrainer:
     """Return the Ray Train job of a trial; it goes on from the trial's last checkpoint if there is one."""
-    resources = spec.run_config.resources
-    storage = spec.folder.checkpoints_dir(spec.trial)
+    return make_ray_job(
+        worker,
+        {"spec": spec},
+        spec,
+        name=spec.train_name,
+        storage=spec.folder.checkpoints_dir(spec.trial),
+        workers=spec.run_config.resources.workers,
+        callbacks=callbacks,
+    )
+
+
+def make_ray_job(
+    loop: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    spec: JobSpec,
+    *,
+    name: str,
+    storage: Path,
+    workers: int,
+    callbacks: list[Any] | None = None,
+) -> TorchTrainer:
+    """Return a Ray Train job.
+
+    Args:
+        loop: Runs on every worker.
+        config: Its argument.
+        spec: Says what a worker takes and whether the cluster is our own.
+        name: Of the Ray Train run.
+        storage: Where Ray Train keeps the run.
+        workers: How many.
+        callbacks: Of Ray Train.
+    """
     storage.mkdir(parents=True, exist_ok=True)
     return TorchTrainer(
-        worker,
-        train_loop_config={"spec": spec},
+        loop,
+        train_loop_config=config,
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=workers,
             use_gpu=spec.num_gpus_per_worker > 0,
             resources_per_worker=worker_resources(spec.num_gpus_per_worker),
         ),
@@ -126,7 +156,7 @@ def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrai
             backend=backend_of(spec.num_gpus_per_worker)
         ),
         run_config=ray.train.RunConfig(
-            name=spec.train_name,
+            name=name,
             storage_path=str(storage),
             callbacks=callbacks,
             failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),

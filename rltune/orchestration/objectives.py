@@ -74,6 +74,10 @@ class Front:
     """Of the members, in units of the standard deviations, so that 1 is one of them in every objective."""
     knee: TrialResult | None
     """The member furthest from the line through the extremes; None without a trained member."""
+    dropped: tuple[TrialResult, ...] = ()
+    """Of a front that was measured again: who was a member by the evaluations of the search and is none any more."""
+    num_fresh_prompts: int = 0
+    """Prompts that it was measured on again; 0 if the members' metrics are those they were chosen by."""
 
     def best(self, name: str) -> TrialResult:
         """Return the trained member that is best in one objective, or the base model if it is alone."""

@@ -49,10 +49,15 @@ def read_results(path: Path) -> list[TrialResult]:
 
 
 def append_result(path: Path, result: TrialResult) -> None:
-    """Append one line and wait until it is on disk. A line that a kill had cut short is dropped first."""
+    """Append one line and wait until it is on disk."""
+    append_line(path, json.dumps(asdict(result), allow_nan=False))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file and wait until it is on disk. A line that a kill had cut short is dropped first."""
     with path.open("ab+") as file:
         _drop_torn_line(file.fileno(), path)
-        file.write((json.dumps(asdict(result), allow_nan=False) + "\n").encode())
+        file.write(f"{line}\n".encode())
         file.flush()
         os.fsync(file.fileno())
 

@@ -72,6 +72,16 @@ class RunFolder:
         return self.path / ".ray"
 
     @property
+    def confirmed_file(self) -> Path:
+        """Members of the front and the base model, measured again on fresh prompts: one line each."""
+        return self.path / "confirmed.jsonl"
+
+    @property
+    def confirmation_failure_file(self) -> Path:
+        """Why fresh measurements failed."""
+        return self.path / "confirm-failure.txt"
+
+    @property
     def stop_file(self) -> Path:
         """Is there while trials are asked to write a checkpoint and leave: the machine will go away."""
         return self.path / ".stop"

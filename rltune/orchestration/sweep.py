@@ -18,6 +18,7 @@ from ray import tune
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import RunError, UserError, storage_error
 from rltune.orchestration.cluster import Cluster
+from rltune.orchestration.confirming import confirmed_front, read_confirmations, run_confirmation
 from rltune.orchestration.job import JobSpec
 from rltune.orchestration.objectives import Front, Objectives, find_front, violations
 from rltune.orchestration.plan import Plan, make_plan
@@ -109,6 +110,20 @@ class Sweep:
             raise RunError(f"the base model could not be measured: {base.reason}")
         self._write_front()
 
+    def confirm(self) -> None:
+        """Measure the members of the front on fresh prompts and noise, if the experiment wants it.
+
+        Raises:
+            RunError: It could not be done; the front stands as the search has it.
+        """
+        front = self.search_front()
+        if front is None or not self._experiment.is_searched or self._shared.evaluate.confirm == 0:
+            return
+        spec = self._job(TrialSpec(BASE_TRIAL, {}, {}))
+        workers = self.plan.num_workers * self.plan.num_concurrent
+        run_confirmation(front, self._folder, self._experiment, spec, num_workers=workers)
+        self._write_front()
+
     @contextmanager
     def _leaving_on_sigterm(self) -> Iterator[None]:
         timers: list[threading.Timer] = []
@@ -136,7 +151,14 @@ class Sweep:
                 self._folder.stop_file.unlink(missing_ok=True)
 
     def front(self) -> Front | None:
-        """Return the front as it stands."""
+        """Return the front as it stands, by fresh measurements where all members have one."""
+        front = self.search_front()
+        if front is None:
+            return None
+        return confirmed_front(front, self._experiment, read_confirmations(self._folder)) or front
+
+    def search_front(self) -> Front | None:
+        """Return the front by the evaluations that trials were chosen by."""
         reference = load_base(self._folder.base_dir / base_key(self._shared))
         return find_front(self._results, self._objectives, reference.spread) if reference else None
 
@@ -281,12 +303,16 @@ def open_run(path: Path) -> tuple[RunFolder, Experiment]:
 
 
 def read_front(folder: RunFolder, experiment: Experiment) -> Front | None:
-    """Return a run's front from its folder alone, or None while the base model has no result."""
+    """Return a run's front from its folder alone, or None while the base model has no result.
+
+    It is by the fresh measurements of its members where all of them have one.
+    """
     shared = experiment.shared
     reference = load_base(folder.base_dir / base_key(shared))
     if reference is None:
         return None
-    return find_front(read_results(folder.results_file), Objectives(shared.objective_names), reference.spread)
+    front = find_front(read_results(folder.results_file), Objectives(shared.objective_names), reference.spread)
+    return front and (confirmed_front(front, experiment, read_confirmations(folder)) or front)
 
 
 def front_as_dict(front: Front) -> dict[str, Any]:
@@ -299,10 +325,12 @@ def front_as_dict(front: Front) -> dict[str, Any]:
         "reference_point": dict(zip(front.objectives.names, front.reference_D.tolist(), strict=True)),
         "hypervolume": front.hypervolume,
         "knee": front.knee.trial if front.knee else None,
+        "fresh_prompts": front.num_fresh_prompts,
         "members": [
             {"trial": member.trial, "values": dict(member.values), "metrics": dict(member.metrics)}
             for member in front.members
         ],
+        "dropped": [member.trial for member in front.dropped],
     }
 
 

@@ -238,7 +238,8 @@ def image_shape(config: RunConfig, model: ModelFamily) -> tuple[int, int, int]:
 def base_key(config: RunConfig) -> str:
     """Return a name for the measurements of the base model that this experiment shares with others like it."""
     parts = config.model_dump(mode="json", include={"prompts": True, "sampler": True, "evaluate": True})
-    del parts["evaluate"]["every"]
+    for key in ("every", "confirm"):
+        del parts["evaluate"][key]
     parts["model"] = [config.model.base, config.model.revision]
     # the user's own may compare images too; a run is read where their code is not, so nobody asks them
     if not any(is_own(name, section) or compares_images(name, section) for name, section in config.rewards.items()):

@@ -26,6 +26,8 @@ class Stream(IntEnum):
     EXTRA_NOISE = 9
     ESTIMATOR_STATE = 10
     PROCESS = 11
+    CONFIRM_LATENT = 12
+    CONFIRM_STEP_NOISE = 13
 
 
 def generator(seed: int, stream: Stream, *keys: int) -> np.random.Generator:

@@ -1,0 +1,101 @@
+"""Measure trained LoRAs again on prompts and noise that no search has seen.
+
+Who is chosen as best among many is chosen for luck too: on what it was chosen by, its score is too good (the winner's
+curse). So members of a front are measured anew before they are reported.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from rltune.config.experiment import RunConfig
+from rltune.diffusion.lora import add_lora, load_lora_state
+from rltune.training.checkpoint import load_adapter
+from rltune.training.evaluation import ImageSet, Pixels, Values, per_prompt, sample_and_score, summarise
+from rltune.training.loading import Shelf
+from rltune.training.prompts import read_prompts
+from rltune.training.setup import Run, base_key, build_run
+from rltune.training.streams import Stream
+
+logger = logging.getLogger(__name__)
+
+Take = Callable[[str, dict[str, float], dict[str, float]], None]
+"""Receives a candidate's name, its metrics, and the standard deviation over prompts of each reward and judge."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is measured."""
+
+    trial: str
+    config: RunConfig
+    checkpoint: Path | None
+    """Folder of the trained adapters; None is the base model."""
+
+
+def confirm(candidates: Iterable[Candidate], take: Take, shelf: Shelf | None = None) -> None:
+    """Sample and score every candidate on the fresh images of its experiment; workers share the prompts.
+
+    Metrics are those of an evaluation, ``eval/NAME`` and ``gain/NAME`` with standard errors; gains are over the base
+    model on the same fresh prompts and noise.
+
+    Args:
+        candidates: Base models and trials; they may differ in everything that a trial may differ in.
+        take: Called on every worker, once a candidate.
+        shelf: What earlier runs of this process have loaded.
+
+    Raises:
+        UserError: Weights or prompts are not usable on this machine.
+        NonFiniteError: A reward is not finite.
+    """
+    shelf = shelf or Shelf()
+    bases: dict[str, tuple[Pixels, dict[str, Values]]] = {}
+    for candidate in candidates:
+        config = candidate.config
+        key = base_key(config)
+        if key not in bases:
+            run = build_run(config, shelf)
+            images = fresh_images(run)
+            samples = sample_and_score(run.sampler, images, run.rewards, run.workers, batch_size=run.eval_batch)
+            values = per_prompt(samples, samples.pixels_NHW3, images, config.evaluate.judges)
+            bases[key] = samples.pixels_NHW3, values
+        base_NHW3, base_values = bases[key]
+        values = base_values
+        if candidate.checkpoint is not None:
+            run = build_run(config, shelf)
+            images, lora = fresh_images(run), config.model.lora
+            add_lora(run.model.network, rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets, seed=0)
+            load_lora_state(run.model.network, load_adapter(candidate.checkpoint))
+            samples = sample_and_score(run.sampler, images, run.rewards, run.workers, batch_size=run.eval_batch)
+            values = per_prompt(samples, base_NHW3, images, config.evaluate.judges)
+        spread = {name: float(np.std(row_P, ddof=1)) if len(row_P) > 1 else 0.0 for name, row_P in values.items()}
+        take(candidate.trial, summarise(values, base_values), spread)
+
+
+def fresh_images(run: Run) -> ImageSet:
+    """Return images that no trial was chosen by: held-out prompts behind those of the search, and other noise.
+
+    Where ``prompts.eval`` holds no more prompts, those of the search are drawn again with other noise.
+    """
+    prompts = fresh_prompts(run.config)
+    return replace(
+        run.eval_images,
+        prompts=prompts,
+        latent_stream=Stream.CONFIRM_LATENT,
+        step_stream=Stream.CONFIRM_STEP_NOISE,
+    )
+
+
+def fresh_prompts(config: RunConfig) -> tuple[str, ...]:
+    """Return the prompts of ``fresh_images``.
+
+    Raises:
+        UserError: The held-out prompts cannot be read.
+    """
+    section = config.evaluate
+    held_out = read_prompts(config.prompts.eval, where="prompts.eval")
+    count = section.prompts if section.confirm == "auto" else section.confirm
+    return held_out[section.prompts :][:count] or held_out[: section.prompts]

@@ -1,0 +1,77 @@
+"""Fresh measurements: other prompts and noise than the search's, the right adapters, gains over the base there."""
+
+from pathlib import Path
+
+import pytest
+
+from rltune.config.experiment import RunConfig
+from rltune.diffusion.lora import add_lora, load_lora_state
+from rltune.training.checkpoint import load_adapter
+from rltune.training.confirm import Candidate, confirm, fresh_images, fresh_prompts
+from rltune.training.evaluation import sample_and_score
+from rltune.training.setup import base_key, build_run
+from tests.training.runs import Make, train
+
+HELD_OUT = ["a snail", "an octopus", "a crab", "a moth", "an owl"]
+
+
+def on_five(make_config: Make, **sections: object) -> RunConfig:
+    asked = {"prompts": 2, **sections.pop("evaluate", {})}  # type: ignore[dict-item]
+    return make_config(prompts={"eval": HELD_OUT}, evaluate=asked, **sections)
+
+
+def test_fresh_prompts_are_those_behind_the_searchs(make_config: Make) -> None:
+    assert fresh_prompts(on_five(make_config)) == ("a crab", "a moth")
+    assert fresh_prompts(on_five(make_config, evaluate={"confirm": 3})) == ("a crab", "a moth", "an owl")
+    assert fresh_prompts(on_five(make_config, evaluate={"confirm": 9})) == ("a crab", "a moth", "an owl")
+    assert fresh_prompts(on_five(make_config, evaluate={"prompts": 5})) == tuple(HELD_OUT)  # other noise is left
+
+
+def test_every_candidate_is_measured_by_itself(make_config: Make, tmp_path: Path) -> None:
+    sections = [{"optim": {"lr": 5e-2, "steps": 2}}, {"model": {"lora": {"rank": 4, "alpha": 2}}, "seed": 4}]
+    configs = [on_five(make_config, **section) for section in sections]
+    folders = []
+    for i, config in enumerate(configs):
+        reporter = train(config, tmp_path / str(i))
+        folders.append(reporter.latest())
+    rows: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
+    candidates = [Candidate(str(i), config, folders[i]) for i, config in enumerate(configs)]
+    candidates.insert(1, Candidate("base", configs[0], None))
+    confirm(candidates, lambda trial, metrics, spread: rows.update({trial: (metrics, spread)}))
+    assert list(rows) == ["0", "base", "1"]
+
+    scores = {}
+    for i, config in enumerate(configs):
+        run = build_run(config)
+        images = fresh_images(run)
+        drawn = sample_and_score(run.sampler, images, run.rewards, run.workers, batch_size=16)
+        scores["base"] = drawn.values["brightness"]
+        lora = config.model.lora
+        add_lora(run.model.network, rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets, seed=9)
+        load_lora_state(run.model.network, load_adapter(folders[i]))
+        scores[str(i)] = sample_and_score(run.sampler, images, run.rewards, run.workers, batch_size=16).values[
+            "brightness"
+        ]
+    for trial, expected in scores.items():
+        metrics, spread = rows[trial]
+        assert metrics["eval/brightness"] == pytest.approx(expected.mean(), rel=1e-12)
+        assert metrics["gain/brightness"] == pytest.approx(expected.mean() - scores["base"].mean(), abs=1e-12)
+        per_prompt = expected.reshape(2, 2).mean(axis=1)
+        assert spread["brightness"] == pytest.approx(per_prompt.std(ddof=1), rel=1e-9)
+    assert rows["0"][0]["eval/brightness"] != rows["1"][0]["eval/brightness"] != rows["base"][0]["eval/brightness"]
+    assert rows["base"][0]["eval/drift"] == 0 < rows["0"][0]["eval/drift"]
+
+
+def test_the_noise_is_fresh_even_where_prompts_are_not(make_config: Make) -> None:
+    run = build_run(on_five(make_config, evaluate={"prompts": 5}))
+    fresh = fresh_images(run)
+    assert fresh.prompts == run.eval_images.prompts
+    old, new = (
+        sample_and_score(run.sampler, images, run.rewards, run.workers, batch_size=16)
+        for images in (run.eval_images, fresh)
+    )
+    assert (old.values["brightness"] != new.values["brightness"]).all()
+
+
+def test_how_much_is_confirmed_is_no_other_base_model(make_config: Make) -> None:
+    assert base_key(on_five(make_config, evaluate={"confirm": 3})) == base_key(on_five(make_config))
