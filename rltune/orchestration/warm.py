@@ -83,7 +83,7 @@ class _WarmReporter:
         self._gate.report(metrics)
 
 
-class _Worker:
+class WarmWorker:
     """One data-parallel worker; lives as long as its gang."""
 
     def __init__(self, rank: int, size: int) -> None:
@@ -201,7 +201,7 @@ def _gang(spec: JobSpec) -> list[Any]:
     size = spec.run_config.resources.workers
     taken = worker_resources(spec.num_gpus_per_worker)
     workers = [
-        ray.remote(_Worker)
+        ray.remote(WarmWorker)
         .options(
             num_cpus=taken["CPU"],
             num_gpus=taken.get("GPU", 0),

@@ -203,7 +203,7 @@ VALUES: list[tuple[str, list[str]]] = [
     ("prompts: {train: builtn}", ["no such file, got 'builtn'"]),
     # not built yet
     ("search: {prune: true}", ["search.prune: pruning is not available yet, got true; set prune: false"]),
-    ("resources: {executor: warm}", ["this executor is not available yet, got 'warm'; set executor: train"]),
+    ("resources: {executor: warn}", ["resources.executor: must be 'train' or 'warm', got 'warn'; did you mean 'warm'"]),
     # distributions
     ("optim: {lr: {loguniform: [1, 2]}}", ["optim.lr.loguniform: unknown distribution, got"]),
     ("optim: {lr: {log_flaot: [1, 2]}}", ["got {log_flaot: [1, 2]}; did you mean 'log_float'? known: choice, int"]),
@@ -568,7 +568,7 @@ optim:
 estimator:
   k: {int: [1, 30]}
   draw: {choice: [fixed, random]}
-resources: {workers: 2, executor: warm}
+resources: {workers: 2, executor: worm}
 seed: 1
 seed: 2
 """)

@@ -1,6 +1,5 @@
 """Whole sweeps on a Ray cluster of this machine, through the command line, with kills."""
 
-import functools
 import json
 import os
 import re
@@ -8,137 +7,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rltune.config.load import load_experiment
 from rltune.orchestration.results import read_results
 from rltune.training.reporter import read_metrics
+from tests.orchestration.processes import (
+    LOOPBACK_HEX,
+    PATIENCE_S,
+    REFERENCE,
+    descendants,
+    listening_addresses,
+    wait_for,
+    wait_for_end_of,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-MAIN = "from rltune.cli.main import main; main()"
-REFERENCE = """
-import json, sys
-from pathlib import Path
-from rltune.config.load import load_experiment
-from rltune.training.loop import train_run
-from rltune.training.reporter import FolderReporter
-root = Path(sys.argv[2])
-reporter = FolderReporter(root / "checkpoints")
-experiment = load_experiment(sys.argv[1])
-train_run(experiment.shared, trial_dir=root / "trial", base_dir=root / "base", reporter=reporter)
-(root / "report.json").write_text(json.dumps(reporter.reports[-1]))
-"""
-PATIENCE_S = 240
-
-
-@pytest.fixture
-def write(tmp_path: Path, tiny_pipeline: Path) -> Callable[..., Path]:
-    """Write an experiment on the tiny pipeline; sections replace those below."""
-
-    def build(**sections: Any) -> Path:
-        raw: dict[str, Any] = {
-            "name": "tiny",
-            "model": {"base": str(tiny_pipeline), "lora": {"rank": 2, "alpha": 4}},
-            "prompts": {"train": ["a cat", "a dog", "two red birds"], "eval": ["a snail", "an octopus"]},
-            "sampler": {"steps": 4, "guidance": 2.0},
-            "estimator": {"k": 3, "draw": "uniform"},
-            "rewards": {"brightness": {"weight": 0.5}, "smoothness": {"weight": 0.5}},
-            "optim": {"lr": 0.005, "steps": 6, "batch": 4},
-            "evaluate": {"every": 3, "prompts": 2, "images_per_prompt": 2},
-        }
-        path = tmp_path / "tiny.yaml"
-        path.write_text(json.dumps(raw | sections))  # JSON is YAML
-        return path
-
-    return build
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Start rltune in a process of its own; whatever still runs at the end is killed."""
-    started: list[subprocess.Popen[str]] = []
-
-    def run(*arguments: str) -> subprocess.Popen[str]:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-        env.pop("RAY_ADDRESS", None)
-        command = [sys.executable, "-c", MAIN, *arguments, "--storage", str(tmp_path / "runs")]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        # a shell's background job ignores Ctrl-C, and so would everything that these tests start from one
-        hears = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-        process = subprocess.Popen(command, env=env, preexec_fn=hears, **pipes)
-        started.append(process)
-        return process
-
-    yield run
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-            process.communicate()
-
-
-def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], what: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        if process.poll() is not None or time.monotonic() > deadline:
-            process.kill()
-            pytest.fail(f"{what} never came; rltune printed:\n{process.communicate()[0]}")
-        time.sleep(0.2)
-
-
-def wait_for_end_of(pids: set[int]) -> None:
-    """Wait until what a killed process has left behind is gone: it trains on for a moment."""
-    deadline = time.monotonic() + PATIENCE_S
-    while any(Path(f"/proc/{pid}").exists() for pid in pids):
-        assert time.monotonic() < deadline, f"still there: {pids}"
-        time.sleep(0.1)
-
-
-def descendants(pid: int) -> set[int]:
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            after_name = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        children.setdefault(int(after_name[1]), []).append(int(stat.parent.name))
-    found, waiting = set(), [pid]
-    while waiting:
-        for child in children.get(waiting.pop(), []):
-            found.add(child)
-            waiting.append(child)
-    return found
-
-
-def listening_addresses(pids: set[int]) -> set[str]:
-    """Return the local IP of every listening TCP socket of the processes, from /proc, IPv4 as hex."""
-    inodes = set()
-    for pid in pids:
-        for link in Path(f"/proc/{pid}/fd").glob("*"):
-            try:
-                target = os.readlink(link)
-            except OSError:
-                continue
-            if target.startswith("socket:["):
-                inodes.add(target[8:-1])
-    addresses = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:  # 0A is LISTEN
-                addresses.add(fields[1].split(":")[0])
-    return addresses
-
-
-LOOPBACK_HEX = {
-    "0100007F",  # 127.0.0.1
-    "00000000000000000000000001000000",  # ::1
-    "0000000000000000FFFF00000100007F",  # ::ffff:127.0.0.1
-}
 
 
 def test_a_sweep_gives_front_and_exports_and_listens_on_loopback_alone(

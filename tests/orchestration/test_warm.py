@@ -11,7 +11,7 @@ import torch
 from rltune.config.experiment import RunConfig
 from rltune.orchestration.job import CHECKPOINTS_KEPT, JobSpec
 from rltune.orchestration.rundir import BASE_TRIAL
-from rltune.orchestration.warm import _Worker
+from rltune.orchestration.warm import WarmWorker
 from rltune.training.checkpoint import load_adapter
 from rltune.training.reporter import read_metrics
 from tests.training.runs import train
@@ -33,11 +33,11 @@ def spec_of(make_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[.
 
 
 @pytest.fixture
-def worker() -> _Worker:
-    return _Worker(rank=0, size=1)
+def worker() -> WarmWorker:
+    return WarmWorker(rank=0, size=1)
 
 
-def reports_of(worker: _Worker) -> list[dict[str, float]]:
+def reports_of(worker: WarmWorker) -> list[dict[str, float]]:
     reports = []
     while (report := worker.next()) is not None:
         reports.append(report)
@@ -53,7 +53,7 @@ def timeless(report: dict[str, float]) -> dict[str, float]:
 
 
 def test_trial_after_trial_is_what_each_is_alone(
-    worker: _Worker, spec_of: Callable[..., JobSpec], make_config: Callable[..., RunConfig], tmp_path: Path
+    worker: WarmWorker, spec_of: Callable[..., JobSpec], make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     worker.start(spec_of(BASE_TRIAL))
     assert [report["is_final"] for report in reports_of(worker)] == [1.0]
@@ -73,7 +73,7 @@ def test_trial_after_trial_is_what_each_is_alone(
 
 
 def test_a_trial_waits_at_its_report_and_is_taken_up_where_it_was_left(
-    worker: _Worker, spec_of: Callable[..., JobSpec]
+    worker: WarmWorker, spec_of: Callable[..., JobSpec]
 ) -> None:
     spec = spec_of("001", optim={"steps": 6})
     worker.start(spec)
@@ -88,7 +88,7 @@ def test_a_trial_waits_at_its_report_and_is_taken_up_where_it_was_left(
 
 
 def test_a_faulty_trial_says_why_and_the_next_one_runs(
-    worker: _Worker, spec_of: Callable[..., JobSpec], tmp_path: Path
+    worker: WarmWorker, spec_of: Callable[..., JobSpec], tmp_path: Path
 ) -> None:
     empty = tmp_path / "empty.txt"
     empty.write_text("# nothing\n")
@@ -101,7 +101,7 @@ def test_a_faulty_trial_says_why_and_the_next_one_runs(
 
 
 def test_what_is_nobodys_fault_is_raised_where_tune_asks(
-    worker: _Worker, spec_of: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch
+    worker: WarmWorker, spec_of: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("a device went away")

@@ -1,0 +1,67 @@
+"""The warm executor through the command line, with kills: its numbers are those of a trial trained alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rltune.orchestration.results import read_results
+from rltune.training.reporter import read_metrics
+from tests.orchestration.processes import PATIENCE_S, REFERENCE, descendants, wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def test_a_warm_sweep_survives_and_ends_with_the_numbers_of_trials_trained_alone(
+    write: Callable[..., Path], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    path = write(
+        optim={"lr": {"choice": [0.002, 0.005]}, "steps": 150, "batch": 4},
+        evaluate={"every": 10, "prompts": 2, "confirm": 0},
+        search={"sampler": "grid"},
+        resources={"executor": "warm", "concurrent": 1},
+    )
+    run = tmp_path / "runs" / "tiny"
+
+    def has_come_to(trial: str, step: int) -> Callable[[], bool]:
+        file = run / "trials" / trial / "metrics.jsonl"
+        return lambda: any(row["step"] >= step for row in read_metrics(file))
+
+    process = start("sweep", str(path))
+    wait_for(has_come_to("001", 15), process, "step 15")
+    (worker,) = (
+        pid
+        for pid in descendants(process.pid)
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::WarmWorker")
+    )
+    os.kill(worker, signal.SIGKILL)
+    wait_for(has_come_to("002", 15), process, "step 15 of the second trial, on workers that ran the first")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 130, output
+    assert not (run / ".stop").exists()
+    reached = read_metrics(run / "trials" / "002" / "metrics.jsonl")[-1]["step"]
+    steps_kept = [
+        json.loads(file.read_text())["step"] for file in run.glob("trials/002/checkpoints/*/*/checkpoint.json")
+    ]
+    assert max(steps_kept) == reached  # asked to leave, it wrote a checkpoint where it was
+
+    process = start("sweep", str(path))
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, output
+    results = {result.trial: result for result in read_results(run / "results.jsonl")}
+    assert sorted(results) == ["000", "001", "002"]
+    for trial in ("001", "002"):
+        rows = read_metrics(run / "trials" / trial / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(1, 151))
+        whole = tmp_path / f"whole-{trial}"
+        command = [sys.executable, "-c", REFERENCE, str(path), str(whole), json.dumps(dict(results[trial].values))]
+        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=PATIENCE_S)
+        expected = json.loads((whole / "report.json").read_text())
+        metrics = results[trial].metrics
+        assert metrics == {name: expected[name] for name in metrics}
