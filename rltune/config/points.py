@@ -43,7 +43,7 @@ def _faults_of_point(
             if other not in point:
                 what = f"is searched only {condition_in_words(distribution)}, got {show(value)} without {other}"
                 yield name, what, f"give {other} too"
-            elif not any(is_same(point[other], option) for option in options):
+            elif is_in(point[other], space[parent]) and not any(is_same(point[other], option) for option in options):
                 what = f"is searched only {condition_in_words(distribution)}, got {show(point[other])} for {other}"
                 yield name, what, "delete it here"
     yield from _faults_of_weights(point, [".".join(path) for path, kind in space.items() if isinstance(kind, Simplex)])

@@ -103,7 +103,7 @@ def _check_comparable(experiment: Experiment, teacher: Experiment, named: str) -
     measured = _differences(base_settings(experiment.shared), base_settings(teacher.shared))
     if measured:
         raise UserError(
-            f"{WHERE}: {named!r} measured otherwise, so that its figures cannot be compared, got {'; '.join(measured)}; "
+            f"{WHERE}: {named!r} measured otherwise, its figures cannot be compared, got {'; '.join(measured)}; "
             "make them the same, or delete it"
         )
     fixed = _differences(_fixed(experiment.shared), _fixed(teacher.shared), without=here)
