@@ -31,17 +31,6 @@ def ancestors(space: Space, path: Path) -> list[Path]:
     return list(found)
 
 
-def parents_first(space: Space) -> list[Path]:
-    """Return the paths of ``space`` in its order, but each after the choices that its condition names."""
-    ordered: dict[Path, None] = {}
-    for path in space:
-        # of its ancestors, the one with the fewest of its own comes first
-        for above in sorted(ancestors(space, path), key=lambda parent: len(ancestors(space, parent))):
-            ordered.setdefault(above)
-        ordered.setdefault(path)
-    return list(ordered)
-
-
 def is_active(space: Space, path: Path, values: Mapping[Path, Any]) -> bool:
     """Whether ``path`` is searched where the choices have these values; what is not among them holds nothing."""
     return all(

@@ -9,7 +9,7 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from rltune.config.clashes import Known
-from rltune.config.conditions import active_values, ancestors, first_values, is_active, parents_first
+from rltune.config.conditions import active_values, ancestors, first_values, is_active
 from rltune.config.distributions import Choice, Distribution, IntRange, Simplex, is_in, show
 from rltune.config.draft import Draft
 from rltune.config.experiment import Context, RunConfig
@@ -47,6 +47,8 @@ class Experiment:
                 case _:
                     return None
         combinations = (dict(zip(self.space, values, strict=True)) for values in itertools.product(*options))
+        if not self.is_conditional:
+            return list(combinations)
         # combinations that differ in what is not active are one; 1 and true are not, though equal
         distinct = {repr(active := self.active(values)): active for values in combinations}
         return list(distinct.values())
@@ -68,36 +70,32 @@ class Experiment:
     @property
     def shared(self) -> RunConfig:
         """The run at each distribution's first value: read from it what all trials share (search, resources, ..)."""
-        return self.concrete(self.active(self._first))
+        return self.concrete(self.active(self.first))
 
     @property
-    def _first(self) -> dict[str, Any]:
+    def first(self) -> dict[str, Any]:
+        """Each distribution's first value, active or not."""
         return _dotted(first_values(_split(self.space)))
-
-    @property
-    def parents_first(self) -> tuple[str, ...]:
-        """The paths of ``space`` in an order in which each stands after the choices that it depends on."""
-        return tuple(".".join(path) for path in parents_first(_split(self.space)))
 
     @property
     def is_conditional(self) -> bool:
         """Whether anything is searched only where something else has a certain value."""
         return any(distribution.when for distribution in self.space.values())
 
-    def is_active(self, path: str, values: Mapping[str, Any]) -> bool:
-        """Whether ``path`` is searched where other settings have ``values``."""
-        return is_active(_split(self.space), tuple(path.split(".")), _split(values))
+    def active_paths(self, values: Mapping[str, Any]) -> frozenset[str]:
+        """Return what is searched where the choices among ``values`` stand as they do."""
+        space, known = _split(self.space), _split(values)
+        return frozenset(".".join(path) for path in space if is_active(space, path, known))
 
     def active(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return those of ``values`` that are searched where the choices among them stand as they do."""
+        """Return the values of ``active_paths``, in the order of ``space``."""
         return _dotted(active_values(_split(self.space), _split(values)))
 
     def has(self, values: Mapping[str, Any]) -> bool:
         """Whether a search of this space could have come to ``values``: for all that is active, and in its ranges."""
-        active = {path for path in self.space if self.is_active(path, values)}
         weights = [values.get(path, 0) for path in self.simplex_paths]
         return (
-            set(values) == active
+            set(values) == self.active_paths(values)
             and all(is_in(value, self.space[path]) for path, value in values.items())
             and (not weights or math.isclose(sum(weights), 1, abs_tol=1e-6))
         )
@@ -117,7 +115,7 @@ class Experiment:
         }
         tried: set[str] = set()
         for combination in itertools.product(*ends.values()):
-            values = self.active(self._first | dict(zip(ends, combination, strict=True)))
+            values = self.active(self.first | dict(zip(ends, combination, strict=True)))
             if repr(values) not in tried:
                 tried.add(repr(values))
                 yield self.concrete(values)
@@ -134,7 +132,7 @@ class Experiment:
             ExperimentError: The values do not make a valid run.
             ValueError: A path is missing or too many, or simplex weights do not sum to one.
         """
-        expected = {path for path in self.space if self.is_active(path, values)}
+        expected = self.active_paths(values)
         if set(values) != expected:
             raise ValueError(f"values must be for {sorted(expected)}, got {sorted(values)}")
         weights = [values[path] for path in self.simplex_paths]

@@ -20,17 +20,12 @@ from rltune.orchestration.rundir import TrialSpec
 logger = logging.getLogger(__name__)
 
 SAMPLERS = ("tpe", "gp", "nsga2", "nsga3", "random", "quasi_random", "grid")
-DRAWN_AT_RANDOM = ("gp", "nsga2", "nsga3")
-"""Samplers that learn, but not about settings that only some trials have."""
 SIMPLEX = "simplex"
 """Parameters ``simplex[0]`` .. ``simplex[n-2]`` in [0, 1] stand for n weights."""
 
 
-def make_sampler(name: str, seed: int, num_trials: int, *, is_conditional: bool = False) -> optuna.samplers.BaseSampler:
+def make_sampler(name: str, seed: int, num_trials: int) -> optuna.samplers.BaseSampler:
     """Return an Optuna sampler by the name it has in an experiment, for a search of so many trials.
-
-    In a conditional space TPE looks together at what was searched together. The other samplers learn from what is
-    always searched, and draw the rest at random.
 
     Raises:
         ValueError: The name is not one of ``SAMPLERS``.
@@ -38,25 +33,19 @@ def make_sampler(name: str, seed: int, num_trials: int, *, is_conditional: bool 
     # Optuna's population of 50 is drawn at random, which is all that a sweep of up to 50 trials would see of it
     population = min(50, max(4, num_trials // 5))
     makers: Mapping[str, Any] = {
-        "tpe": lambda: optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=5, multivariate=True, group=is_conditional
-        ),
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=population),
         "nsga3": lambda: optuna.samplers.NSGAIIISampler(seed=seed, population_size=population),
         # scrambled Sobol points; what they do not cover, such as choices, is drawn at random
         "quasi_random": lambda: optuna.samplers.QMCSampler(seed=seed, scramble=True, warn_independent_sampling=False),
-        "gp": lambda: optuna.samplers.GPSampler(
-            seed=seed, n_startup_trials=5, warn_independent_sampling=not is_conditional
-        ),
+        "gp": lambda: optuna.samplers.GPSampler(seed=seed, n_startup_trials=5),
         "grid": lambda: optuna.samplers.RandomSampler(seed=seed),  # never asked: the grid deals every value itself
     }
     if name not in makers:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", optuna.exceptions.ExperimentalWarning
-        )  # multivariate and grouped TPE, Sobol points
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # multivariate TPE and Sobol points
         sampler: optuna.samplers.BaseSampler = makers[name]()
     return sampler
 
@@ -120,23 +109,15 @@ def params_of(values: Mapping[str, Any], experiment: Experiment) -> dict[str, An
 
 
 def values_of(params: Mapping[str, Any], experiment: Experiment) -> dict[str, Any]:
-    """Return the value of every active searched setting from the searcher's parameters."""
+    """Return the value of every active searched setting from the searcher's parameters.
+
+    Those are drawn for every setting, active or not. A sampler that skipped the others would, but for TPE, draw what
+    has a condition at random for ever, since they learn only about what every trial has.
+    """
     simplex_paths = experiment.simplex_paths
     uniforms = [params[f"{SIMPLEX}[{i}]"] for i in range(len(simplex_paths) - 1)]
     weights = dict(zip(simplex_paths, simplex_weights(uniforms), strict=True)) if simplex_paths else {}
-    known = {**params, **weights}
-    return {path: known[path] for path in experiment.space if path in known}
-
-
-def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> None:
-    """Have a trial draw one parameter."""
-    match distribution:
-        case CategoricalDistribution(choices=choices):
-            trial.suggest_categorical(name, choices)
-        case IntDistribution(low=low, high=high, step=step):
-            trial.suggest_int(name, low, high, step=step)
-        case FloatDistribution(low=low, high=high, log=log):
-            trial.suggest_float(name, low, high, log=log)
+    return experiment.active({**params, **weights})
 
 
 class Search:
@@ -161,9 +142,7 @@ class Search:
     ) -> None:
         self._experiment = experiment
         self._objectives = objectives
-        distributions = to_optuna(experiment.space)
-        order = [path for path in experiment.parents_first if path in distributions]
-        self._distributions = {name: distributions[name] for name in (*order, *distributions)}
+        self._distributions = to_optuna(experiment.space)
         self._waiting = list(unfinished)
         self._running: dict[str, optuna.Trial] = {}
         is_grid = experiment.shared.search.sampler == "grid"
@@ -171,17 +150,11 @@ class Search:
         ids = [int(result.trial) for result in results] + [int(spec.id) for spec in unfinished]
         self._next_id = max(ids, default=0) + 1
         search = experiment.shared.search
+        self._points = search.points
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # a resumed search goes on with other draws than the first ones, which its trials already have
         seed = (search.seed + 1_000_003 * len(ids)) % 2**32
-        sampler = make_sampler(search.sampler, seed, search.trials, is_conditional=experiment.is_conditional)
-        if experiment.is_conditional and search.sampler in DRAWN_AT_RANDOM:
-            settings = [path for path, distribution in experiment.space.items() if distribution.when]
-            logger.warning(
-                "%s draws %s at random, as not every trial has it; tpe learns about it too",
-                search.sampler,
-                ", ".join(settings),
-            )
+        sampler = make_sampler(search.sampler, seed, search.trials)
         directions = ["maximize" if sign > 0 else "minimize" for sign in objectives.signs_D]
         self.study = optuna.create_study(sampler=sampler, directions=directions)
         for result in (*lessons, *results):
@@ -192,28 +165,20 @@ class Search:
         if self._waiting:
             spec = self._waiting.pop(0)
             self.study.enqueue_trial(dict(spec.params))
-            trial = self._draw()
+            trial = self.study.ask(self._distributions)
         else:
             # a trial's number is its place in the grid or among the points, so that resuming leaves none out
-            place, points = self._next_id - 1, self._experiment.shared.search.points
+            place = self._next_id - 1
             if self._grid is not None:
                 self.study.enqueue_trial(params_of(self._grid[place], self._experiment))
-            elif place < len(points):
-                self.study.enqueue_trial(params_of(points[place], self._experiment))
-            trial = self._draw()
+            elif place < len(self._points):
+                self.study.enqueue_trial(params_of(self._points[place], self._experiment))
+            trial = self.study.ask(self._distributions)
             spec = TrialSpec(f"{self._next_id:03d}", values_of(trial.params, self._experiment), dict(trial.params))
             self._next_id += 1
         self._running[spec.id] = trial
         trial.set_user_attr("trial", spec.id)
         return spec
-
-    def _draw(self) -> optuna.Trial:
-        """Have the study draw a trial, its choices before what depends on them."""
-        trial = self.study.ask()
-        for name, distribution in self._distributions.items():
-            if name not in self._experiment.space or self._experiment.is_active(name, trial.params):
-                suggest(trial, name, distribution)
-        return trial
 
     def tell(self, result: TrialResult) -> None:
         """Take the end of a trial that was asked for; a failed one teaches nothing."""
@@ -233,7 +198,7 @@ class Search:
                     state=TrialState.COMPLETE if result.is_ok else TrialState.FAIL,
                     values=self._objectives.raw_D(result.metrics).tolist() if result.is_ok else None,
                     params=dict(result.params),
-                    distributions={name: self._distributions[name] for name in result.params},
+                    distributions=self._distributions,
                     system_attrs=self._generation(),
                     user_attrs={"trial": result.trial},
                     constraints=dict(result.constraints) or None,

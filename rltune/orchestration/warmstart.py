@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rltune.config.distributions import show
+from rltune.config.distributions import is_in, show
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import UserError
@@ -84,10 +84,16 @@ def keep_lessons(experiment: Experiment, folder: RunFolder, lessons: list[TrialR
 def _translated(result: TrialResult, run: str, experiment: Experiment, base: TrialResult | None) -> TrialResult:
     """Return another run's result as this experiment's search would have known it."""
     broken = violations(experiment.shared, result.metrics, base.metrics) if result.is_ok and base is not None else {}
+    # what a trial had no use for was drawn all the same, and is a parameter of it
+    idle = {
+        path: result.params[path] if is_in(result.params.get(path), distribution) else experiment.first[path]
+        for path, distribution in experiment.space.items()
+        if path not in result.values
+    }
     return replace(
         result,
         trial=f"{run}/{result.trial}",
-        params=params_of(result.values, experiment),
+        params=idle | params_of(result.values, experiment),
         constraints=broken,
         checkpoint="",
     )
