@@ -12,6 +12,7 @@ from rltune.cli.board import watch
 from rltune.cli.tables import front_view, gain_view, status_view
 from rltune.cli.terminal import console, errors
 from rltune.config.clashes import Known
+from rltune.config.conditions import condition_in_words
 from rltune.config.distributions import Choice, IntRange
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment, load_experiment
@@ -57,10 +58,13 @@ def run_experiment(
             f"fix each with --set, or run 'rltune sweep {path}'"
         )
     check_search(experiment)
+    folder = RunFolder(storage / (name or experiment.shared.name))
     if dry_run:
+        from rltune.orchestration.warmstart import read_lessons
+
+        read_lessons(experiment, folder)  # says what is wrong with search.warm_start
         _print_plan(experiment, address)
         return
-    folder = RunFolder(storage / (name or experiment.shared.name))
     with folder.lock(), connect(address) as cluster:
         _run(experiment, folder, cluster)
 
@@ -237,6 +241,20 @@ def _rewards(experiment: Experiment) -> str:
     return f"{', '.join(parts)}{how}"
 
 
+def _searched(experiment: Experiment) -> str:
+    """Say what is searched, and where, if not always."""
+    parts = [f"{path} {condition_in_words(kind)}".rstrip() for path, kind in experiment.space.items()]
+    return ("; " if experiment.is_conditional else ", ").join(parts) or "nothing"
+
+
+def _first_trials(config: RunConfig) -> str:
+    """Say what the search starts from; empty if from nothing."""
+    search = config.search
+    parts = [f"{len(search.points)} point(s) of the file"] if search.points else []
+    parts += [f"what the trials of {search.warm_start} teach"] if search.warm_start else []
+    return " and ".join(parts)
+
+
 def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> None:
     """Print a plan, one fact a line."""
     config = experiment.shared
@@ -246,7 +264,7 @@ def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> N
         "experiment": config.name,
         "method": _method(experiment),
         "rewards": _rewards(experiment),
-        "searched": ", ".join(experiment.space) or "nothing",
+        "searched": _searched(experiment),
         "trials": f"the base model and {plan.num_trials} trained, {plan.num_concurrent} at a time",
         "a trial": f"{plan.num_steps} steps of {plan.images_per_step} images, {plan.num_evaluations} evaluations of "
         f"{plan.images_per_evaluation}; {plan.num_workers} worker(s) with {per_worker} each",
@@ -254,6 +272,8 @@ def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> N
         "objectives": ", ".join(config.objective_names),
         "runs on": where,
     }
+    if first := _first_trials(config):
+        lines["first"] = first
     missing = _missing_weights(config)
     if missing:
         lines["weights"] = missing

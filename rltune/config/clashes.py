@@ -80,6 +80,9 @@ def _clashes(config: "RunConfig") -> Iterator[Clash]:
         yield from _splitting_clashes(
             config, ("mixture.method",), "non_dominated compares the images of a whole batch", 0
         )
+    if config.search.points and config.search.sampler == "grid":
+        what = f"a grid tries every combination in turn, got {len(config.search.points)} to try first"
+        yield Clash("search.points", what, "delete them, or take another sampler", ("search.sampler",))
     yield from _name_clashes(config)
     yield from _constraint_clashes(config)
 

@@ -1,8 +1,8 @@
-"""What may stand in place of a value, written as a mapping of one kind: ``{int: [1, 20]}``."""
+"""What may stand in place of a value, written as a mapping of one kind: ``{int: [1, 20]}``, perhaps with a ``when``."""
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rltune.registry import suggest
@@ -10,8 +10,12 @@ from rltune.registry import suggest
 Scalar = str | int | float | bool | None
 Candidate = tuple[str, Scalar]
 """Where in the distribution, ``int[1]``, and the value there."""
+When = tuple[tuple[tuple[str, ...], tuple[Scalar, ...]], ...]
+"""Paths of choices and the options one of which each must have taken; empty if a distribution stands always."""
 
 KINDS = ("choice", "int", "float", "log_float", "simplex")
+BESIDE = frozenset({"step", "when"})
+"""Keys that may stand beside a kind."""
 OTHER_NAMES = {
     "categorical": "choice",
     "choices": "choice",
@@ -44,6 +48,7 @@ class Choice:
     """One of ``options``."""
 
     options: tuple[Scalar, ...]
+    when: When = field(default=(), kw_only=True)
 
     @property
     def first(self) -> Scalar:
@@ -67,6 +72,7 @@ class IntRange:
     low: int
     high: int
     step: int = 1
+    when: When = field(default=(), kw_only=True)
 
     @property
     def first(self) -> int:
@@ -91,6 +97,7 @@ class FloatRange:
 
     low: float
     high: float
+    when: When = field(default=(), kw_only=True)
 
     @property
     def first(self) -> float:
@@ -113,6 +120,7 @@ class LogFloatRange:
 
     low: float
     high: float
+    when: When = field(default=(), kw_only=True)
 
     @property
     def first(self) -> float:
@@ -132,6 +140,9 @@ class LogFloatRange:
 @dataclass(frozen=True)
 class Simplex:
     """A reward's weight; the weights of all rewards are not negative and sum to one."""
+
+    when: When = field(default=(), init=False)
+    """None: weights that come and go could not sum to one."""
 
 
 Distribution = Choice | IntRange | FloatRange | LogFloatRange | Simplex
@@ -153,8 +164,39 @@ def show(value: Any) -> str:
 
 
 def looks_like_distribution(value: Any) -> bool:
-    """Return whether ``value`` is a mapping of one known kind, perhaps with a step."""
-    return isinstance(value, Mapping) and len(set(value) - {"step"}) == 1 and bool(set(value) & set(KINDS))
+    """Return whether ``value`` is a mapping of one known kind, perhaps with a step and a condition."""
+    return isinstance(value, Mapping) and len(set(value) - BESIDE) == 1 and bool(set(value) & set(KINDS))
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two values of a choice are the same to a user: 1 and 1.0 are, 1 and true are not."""
+    return isinstance(one, bool) == isinstance(other, bool) and bool(one == other)
+
+
+def is_in(value: Any, distribution: Distribution) -> bool:
+    """Whether a distribution could give ``value``; of a weight on the simplex, as far as one alone can tell."""
+    if isinstance(distribution, Choice):
+        return any(is_same(value, option) for option in distribution.options)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    if isinstance(distribution, IntRange):
+        reached = range(distribution.low, distribution.high + 1, distribution.step)
+        return isinstance(value, int) and value in reached
+    low, high = (0, 1) if isinstance(distribution, Simplex) else (distribution.low, distribution.high)
+    return low <= value <= high
+
+
+def in_words(distribution: Distribution) -> str:
+    """Return what a distribution gives, for people: ``a whole number from 1 to 12``."""
+    match distribution:
+        case Choice(options=options):
+            return "one of " + ", ".join(show(option) for option in options)
+        case IntRange(low=low, high=high, step=step):
+            return f"a whole number from {low} to {high}" + (f" in steps of {step}" if step > 1 else "")
+        case Simplex():
+            return "a number from 0 to 1"
+        case _:
+            return f"a number from {show(distribution.low)} to {show(distribution.high)}"
 
 
 def parse_distribution(raw: Mapping[str, Any]) -> Distribution:
@@ -163,7 +205,10 @@ def parse_distribution(raw: Mapping[str, Any]) -> Distribution:
     Raises:
         DistributionError: It describes none.
     """
-    kinds = [key for key in raw if key != "step"]
+    kinds = [key for key in raw if key not in BESIDE]
+    if not kinds and "when" in raw:
+        remedy = "write what is searched there too, such as {int: [1, 12], when: ..}"
+        raise DistributionError(("when",), f"a condition needs a distribution beside it, got {show(raw)}", remedy)
     if len(kinds) != 1:
         what = f"a distribution has one kind, got {show(raw)}"
         raise DistributionError((), what, "write one of " + ", ".join(f"{{{kind}: ..}}" for kind in KINDS))
@@ -174,12 +219,18 @@ def parse_distribution(raw: Mapping[str, Any]) -> Distribution:
         raise DistributionError((kind,), f"unknown distribution, got {show(raw)}", advice)
     if "step" in raw and kind != "int":
         raise DistributionError(("step",), f"only int takes a step, got {show(raw)}", "delete it")
-    if kind == "choice":
-        return _choice(value)
     if kind == "simplex":
         if value is not True:
             raise DistributionError((kind,), f"must be true, got {show(value)}", "write {simplex: true}")
+        if "when" in raw:
+            what = f"weights on the simplex are searched together or not at all, got {show(raw['when'])}"
+            raise DistributionError(("when",), what, "delete it")
         return Simplex()
+    distribution = _choice(value) if kind == "choice" else _range(kind, value, raw)
+    return replace(distribution, when=_when(raw["when"])) if "when" in raw else distribution
+
+
+def _range(kind: str, value: Any, raw: Mapping[str, Any]) -> IntRange | FloatRange | LogFloatRange:
     low, high = _bounds(kind, value)
     if kind == "int":
         return _int_range(low, high, raw.get("step", 1))
@@ -188,6 +239,20 @@ def parse_distribution(raw: Mapping[str, Any]) -> Distribution:
     if low <= 0:
         raise DistributionError((kind, "0"), f"must be above 0, got {show(low)}", "a logarithm needs it; or use float")
     return LogFloatRange(float(low), float(high))
+
+
+def _when(value: Any) -> When:
+    remedy = "write when: {estimator.name: [alignprop, draft]}"
+    if not isinstance(value, Mapping) or not value:
+        what = f"must be a mapping of searched choices to the options it is searched at, got {show(value)}"
+        raise DistributionError(("when",), what, remedy)
+    conditions = []
+    for path, options in value.items():
+        listed = options if isinstance(options, list) else [options]
+        if not listed or any(isinstance(option, list | Mapping) for option in listed):
+            raise DistributionError(("when",), f"{path} must be given an option or a list, got {show(options)}", remedy)
+        conditions.append((tuple(path.split(".")), tuple(listed)))
+    return tuple(conditions)
 
 
 def _choice(value: Any) -> Choice:

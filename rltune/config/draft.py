@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from rltune.config.conditions import faults_of_conditions
 from rltune.config.distributions import (
     Distribution,
     DistributionError,
@@ -15,6 +16,7 @@ from rltune.config.distributions import (
     parse_distribution,
     show,
 )
+from rltune.config.points import faults_of_points
 from rltune.config.schema import belongs_to_whole_sweep, is_leaf, node_at
 from rltune.config.validation import cut_out, list_or_value
 from rltune.config.yamlfile import Path, YamlError, read_yaml
@@ -82,7 +84,9 @@ class Draft:
         node = node_at(path)
         if node is None:
             return  # an unknown key, which validation reports
-        if (is_leaf(node) and isinstance(value, Mapping)) or (path and looks_like_distribution(value)):
+        is_condition_alone = node == {} and isinstance(value, Mapping) and set(value) == {"when"}
+        is_distribution = path and (looks_like_distribution(value) or is_condition_alone)
+        if (is_leaf(node) and isinstance(value, Mapping)) or is_distribution:
             if is_leaf(node) or node == {}:
                 self._add(value, path)
         elif isinstance(value, Mapping):
@@ -107,6 +111,9 @@ class Draft:
             if isinstance(distribution, Simplex) and (len(path), path[0], path[-1]) != (3, "rewards", "weight"):
                 remedy = "only rewards.NAME.weight can be on the simplex"
                 raise DistributionError(("simplex",), f"not a reward's weight, got {show(value)}", remedy)
+            if distribution.when and list_or_value(self.raw, path) != path:
+                what = f"an item of a list cannot come and go, got {show(value['when'])}"
+                raise DistributionError(("when",), what, "delete it")
             self.space[path] = distribution
         except DistributionError as error:
             self.report(".".join((*path, *error.key)), error.what, error.remedy)
@@ -127,6 +134,30 @@ class Draft:
         if len(rewards) == 1:
             what = "a simplex needs at least two rewards, got one"
             self.report(".".join(on_simplex[0]), what, "write weight: 1.0")
+
+    def check_conditions(self) -> None:
+        """Report conditions that can never hold; what has one counts as broken."""
+        broken = list(self.broken)
+        while True:  # what waits for something broken is broken too
+            faults = list(faults_of_conditions(self.space, broken))
+            if not faults:
+                break
+            for path, parent, what, remedy in faults:
+                if what:
+                    where = (*path, "when")
+                    line = self.lines.get((*where, ".".join(parent)))
+                    self.report(".".join(where), what, remedy, line)
+                broken.append(path)
+                self.space.pop(path, None)
+        self.broken = list(dict.fromkeys(broken))
+
+    def check_points(self) -> None:
+        """Report points to try first that are not in the space."""
+        search = self.raw.get("search")
+        points = search.get("points") if isinstance(search, Mapping) else None
+        for i, path, what, remedy in faults_of_points(points, self.space, self.broken):
+            where = ("search", "points", str(i), *([path] if path else []))
+            self.report(".".join(where), what, remedy, self.lines.get(where))
 
     def without_broken(self) -> dict[str, Any]:
         """Return the values with what is broken cut out; a list goes as a whole, with the distributions in it."""

@@ -9,10 +9,11 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from rltune.config.clashes import Known
-from rltune.config.distributions import Choice, Distribution, IntRange, Simplex, show
+from rltune.config.conditions import active_values, ancestors, first_values, is_active
+from rltune.config.distributions import Choice, Distribution, IntRange, Simplex, is_in, show
 from rltune.config.draft import Draft
 from rltune.config.experiment import Context, RunConfig
-from rltune.config.validation import faults_of_run, faults_of_space, first_values, replaced
+from rltune.config.validation import faults_of_run, faults_of_space, replaced
 from rltune.config.yamlfile import Path, YamlError, read_yaml, write_yaml
 from rltune.errors import ExperimentError, Fault
 
@@ -35,7 +36,7 @@ class Experiment:
 
     @property
     def grid_values(self) -> list[dict[str, Any]] | None:
-        """Every combination of values, the last distribution's varying fastest; None if there are infinitely many."""
+        """Every combination of active values, the last setting's varying fastest; None if there are infinitely many."""
         options: list[list[Any]] = []
         for distribution in self.space.values():
             match distribution:
@@ -45,7 +46,12 @@ class Experiment:
                     options.append(list(range(low, high + 1, step)))
                 case _:
                     return None
-        return [dict(zip(self.space, combination, strict=True)) for combination in itertools.product(*options)]
+        combinations = (dict(zip(self.space, values, strict=True)) for values in itertools.product(*options))
+        if not self.is_conditional:
+            return list(combinations)
+        # combinations that differ in what is not active are one; 1 and true are not, though equal
+        distinct = {repr(active := self.active(values)): active for values in combinations}
+        return list(distinct.values())
 
     @property
     def num_trials(self) -> int:
@@ -64,39 +70,75 @@ class Experiment:
     @property
     def shared(self) -> RunConfig:
         """The run at each distribution's first value: read from it what all trials share (search, resources, ..)."""
-        return self.concrete(_dotted(first_values(_split(self.space))))
+        return self.concrete(self.active(self.first))
+
+    @property
+    def first(self) -> dict[str, Any]:
+        """Each distribution's first value, active or not."""
+        return _dotted(first_values(_split(self.space)))
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether anything is searched only where something else has a certain value."""
+        return any(distribution.when for distribution in self.space.values())
+
+    def active_paths(self, values: Mapping[str, Any]) -> frozenset[str]:
+        """Return what is searched where the choices among ``values`` stand as they do."""
+        space, known = _split(self.space), _split(values)
+        return frozenset(".".join(path) for path in space if is_active(space, path, known))
+
+    def active(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of ``active_paths``, in the order of ``space``."""
+        return _dotted(active_values(_split(self.space), _split(values)))
+
+    def has(self, values: Mapping[str, Any]) -> bool:
+        """Whether a search of this space could have come to ``values``: for all that is active, and in its ranges."""
+        weights = [values.get(path, 0) for path in self.simplex_paths]
+        return (
+            set(values) == self.active_paths(values)
+            and all(is_in(value, self.space[path]) for path, value in values.items())
+            and (not weights or math.isclose(sum(weights), 1, abs_tol=1e-6))
+        )
 
     def corners(self, sections: Sequence[str]) -> Iterator[RunConfig]:
         """Yield the run at every combination of ends and options of what is searched in ``sections``, dotted paths.
 
-        Other distributions are at their first values.
+        Other distributions are at their first values, but for choices that something in these sections depends on.
         """
         prefixes = tuple(f"{section}." for section in sections)
-        first = _dotted(first_values(_split(self.space)))
+        inside = [path for path in _split(self.space) if f"{'.'.join(path)}.".startswith(prefixes)]
+        varied = {".".join(p) for path in inside for p in (path, *ancestors(_split(self.space), path))}
         ends = {
             path: [value for _, value in kind.corners()]
             for path, kind in self.space.items()
-            if f"{path}.".startswith(prefixes) and not isinstance(kind, Simplex)
+            if path in varied and not isinstance(kind, Simplex)
         }
-        for values in itertools.product(*ends.values()):
-            yield self.concrete(first | dict(zip(ends, values, strict=True)))
+        tried: set[str] = set()
+        for combination in itertools.product(*ends.values()):
+            values = self.active(self.first | dict(zip(ends, combination, strict=True)))
+            if repr(values) not in tried:
+                tried.add(repr(values))
+                yield self.concrete(values)
 
     def concrete(self, values: Mapping[str, Any]) -> RunConfig:
-        """Return the run with a value for every distribution, validated like a file without any.
+        """Return the run with a value for every active distribution, validated like a file without any.
+
+        What is not active is left out, as if the file did not have it.
 
         Args:
-            values: Dotted path -> value, exactly the paths of ``space``.
+            values: Dotted path -> value, exactly the paths of ``space`` that are active where they have these values.
 
         Raises:
             ExperimentError: The values do not make a valid run.
             ValueError: A path is missing or too many, or simplex weights do not sum to one.
         """
-        if set(values) != set(self.space):
-            raise ValueError(f"values must be for {sorted(self.space)}, got {sorted(values)}")
+        expected = self.active_paths(values)
+        if set(values) != expected:
+            raise ValueError(f"values must be for {sorted(expected)}, got {sorted(values)}")
         weights = [values[path] for path in self.simplex_paths]
         if weights and not math.isclose(sum(weights), 1, abs_tol=1e-6):  # float32 weights sum to within 1e-7 each
             raise ValueError(f"weights on the simplex must sum to 1, got {weights}")
-        data = replaced(self.raw, _split(values))
+        data = replaced(self.raw, _split(values), _split(self.space))
         if clashes := faults_of_run(data, Context()):
             raise ExperimentError(self.source, [Fault(c.where, c.what, c.remedy) for c in clashes])
         return RunConfig.model_validate(data)
@@ -165,6 +207,8 @@ def parse_experiment(
     draft.raw.setdefault("name", stem[:100])
     draft.collect(draft.raw)
     draft.check_simplex()
+    draft.check_conditions()
+    draft.check_points()
     context = Context(known or Known(), must_find_files=must_find_files)
     data = draft.without_broken()
     for clash in faults_of_space(data, draft.space, context, draft.broken):

@@ -111,6 +111,15 @@ def json_schema() -> dict[str, Any]:
     for name, kind, text, item in pairs:
         pair = {"type": "array", "items": {"type": item}, "minItems": 2, "maxItems": 2}
         schema["$defs"][name] = _distribution(kind, text, pair)
+    scalar = {"type": ["string", "number", "boolean", "null"]}
+    schema["$defs"]["When"] = {
+        "description": "Searched only where each of these searched choices has taken this option, or one of these.",
+        "type": "object",
+        "additionalProperties": {"anyOf": [scalar, {"type": "array", "items": scalar, "minItems": 1}]},
+        "minProperties": 1,
+    }
+    for name in ("Choice", *(name for name, *_ in pairs)):
+        schema["$defs"][name]["properties"]["when"] = {"$ref": "#/$defs/When"}
     schema["$defs"]["IntRange"]["properties"]["step"] = {"type": "integer", "minimum": 1}
     schema["$defs"]["Simplex"] = _distribution("simplex", "Weights that sum to one over all rewards.", {"const": True})
     _admit(schema, schema, ())

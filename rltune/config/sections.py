@@ -1,6 +1,6 @@
 """The sections of an experiment, each value concrete. Bounds here; what spans sections is in ``clashes.py``."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -237,6 +237,13 @@ class SearchConfig(StrictModel):
     """Stop trials early that fall behind. Not available yet."""
     seed: Int = Field(0, ge=0, lt=2**32)
     """Seed of the search."""
+    points: tuple[dict[str, Any], ...] = Field(
+        (), json_schema_extra={"x-expects": "a list of mappings of searched settings to values"}
+    )
+    """Tried first, in this order: mappings such as ``{optim.lr: 1e-3, model.lora.rank: 4}`` of searched settings to
+    values; what one leaves out is drawn."""
+    warm_start: Text | None = None
+    """Folder of another run, whose trials teach the search before its first; they are no trials of this one."""
 
 
 class ResourcesConfig(StrictModel):

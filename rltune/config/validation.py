@@ -9,28 +9,22 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from rltune.config.clashes import Clash
-from rltune.config.distributions import KINDS, Choice, Distribution, IntRange, Simplex, show
+from rltune.config.conditions import Space, fill, without
+from rltune.config.distributions import KINDS, Choice, IntRange, Simplex, show
 from rltune.config.experiment import Context, RunConfig
 from rltune.config.schema import describe, is_leaf, known_keys, node_at
 from rltune.config.yamlfile import Path
 from rltune.registry import suggest
 
-Space = Mapping[Path, Distribution]
 
-
-def replaced(data: Mapping[str, Any], values: Mapping[Path, Any]) -> dict[str, Any]:
-    """Return a copy of ``data`` with other values at existing paths."""
+def replaced(data: Mapping[str, Any], values: Mapping[Path, Any], space: Space) -> dict[str, Any]:
+    """Return a copy of ``data`` with ``values`` where distributions stand; what has no value is left out."""
     result: dict[str, Any] = copy.deepcopy(dict(data))
+    cut_out(result, [path for path in space if path not in values])
     for path, value in values.items():
         parent = _at(result, path[:-1])
         parent[int(path[-1]) if isinstance(parent, list) else path[-1]] = value
     return result
-
-
-def first_values(space: Space) -> dict[Path, Any]:
-    """Return each distribution's first value; equal weights on the simplex."""
-    num_simplex = sum(isinstance(distribution, Simplex) for distribution in space.values())
-    return {path: 1 / num_simplex if isinstance(dist, Simplex) else dist.first for path, dist in space.items()}
 
 
 def faults_of_run(data: Mapping[str, Any], context: Context, ignored: Sequence[Path] = ()) -> list[Clash]:
@@ -59,19 +53,23 @@ def faults_of_space(data: Mapping[str, Any], space: Space, context: Context, ign
     """Return all that is wrong at any corner of ``space``; a fault at a distribution's end names that end.
 
     Each distribution is tried alone, every end and option (and what lies between, if the ends are right) against the
-    first value of the others; then the discrete ones in pairs, for what only two of them together break.
+    first value of the others; then the discrete ones in pairs, for what only two of them together break. What is
+    searched under a condition is tried where that holds, and left out once where it does not.
     """
-    first = first_values(space)
+
+    def faults_at(values: Mapping[Path, Any] | None) -> list[Clash]:
+        # None: what would have to be tried together never is
+        return [] if values is None else faults_of_run(replaced(data, values, space), context, ignored)
 
     def trial(values: Mapping[Path, Any], ends: Mapping[Path, str]) -> list[Clash]:
-        faults = faults_of_run(replaced(data, {**first, **values}), context, ignored)
         dotted = {".".join(path): end for path, end in ends.items()}
-        blamed = [(next(p for p in f.paths if p in dotted), f) for f in faults if set(dotted) <= set(f.paths)]
+        faults = [f for f in faults_at(fill(space, values)) if set(dotted) <= set(f.paths)]
+        blamed = [(next(p for p in f.paths if p in dotted), f) for f in faults]
         return [Clash(f"{path}.{dotted[path]}", f.what, f.remedy, f.paths) for path, f in blamed]
 
     # weights on the simplex are positive wherever they are drawn, so what their first values break is always broken
     names = {".".join(path) for path, distribution in space.items() if not isinstance(distribution, Simplex)}
-    found = [f for f in faults_of_run(replaced(data, first), context, ignored) if not names & set(f.paths)]
+    found = [f for f in faults_at(fill(space, {})) if not names & set(f.paths)]
     for path, distribution in space.items():
         if isinstance(distribution, Simplex):
             continue
@@ -85,6 +83,11 @@ def faults_of_space(data: Mapping[str, Any], space: Space, context: Context, ign
         wrong = [f for (e, v), (o, w) in pairs for f in trial({one: v, other: w}, {one: e, other: o})]
         reported = {frozenset(f.others) for f in found}
         found += [f for f in wrong if frozenset(f.others) not in reported][:1]
+    for path in (path for path, distribution in space.items() if distribution.when):
+        dotted = ".".join(path)
+        reported = {frozenset(f.others) for f in found}
+        wrong = [f for f in faults_at(without(space, path)) if dotted in f.paths and frozenset(f.paths) not in reported]
+        found += [Clash(f"{dotted}.when", f"where it does not hold, {f.what}", f.remedy, f.paths) for f in wrong]
     return found
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import yaml
 
+from rltune.config.distributions import BESIDE, KINDS
 from rltune.errors import Fault
 
 Path = tuple[str, ...]
 _STR, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 _EXPONENT = "[eE][-+]?[0-9]+"
 _FLOAT = rf"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:{_EXPONENT})?|[0-9]+{_EXPONENT}|\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)"
+_DISTRIBUTION_KEYS = BESIDE | set(KINDS)
 _SCALARS = (
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -82,18 +84,28 @@ def read_yaml(text: str) -> tuple[Any, dict[Path, int], list[tuple[int, Fault]]]
 
 
 def _visit(
-    node: yaml.Node, path: Path, lines: dict[Path, int], faults: list[tuple[int, Fault]], above: tuple[yaml.Node, ...]
+    node: yaml.Node,
+    path: Path,
+    lines: dict[Path, int],
+    faults: list[tuple[int, Fault]],
+    above: tuple[yaml.Node, ...],
+    *,
+    holds_paths: bool = False,
 ) -> None:
-    """Note the line of everything below ``node``; check its keys and make them text, as ``1:`` would be a number."""
+    """Note the line of everything below ``node``; check its keys and make them text, as ``1:`` would be a number.
+
+    Its own keys are dotted paths in a distribution's ``when`` and in a point of ``search.points``.
+    """
     if node in above:
         raise YamlError(node.start_mark.line + 1, "an alias holds itself", "write the values out")
     above = (*above, node)
     if isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
             lines.setdefault((*path, str(i)), item.start_mark.line + 1)
-            _visit(item, (*path, str(i)), lines, faults, above)
+            _visit(item, (*path, str(i)), lines, faults, above, holds_paths=path == ("search", "points"))
     elif isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
+        is_distribution = {key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)} <= _DISTRIBUTION_KEYS
         for key, value in node.value:
             if key.tag == _MERGE:
                 continue
@@ -105,14 +117,14 @@ def _visit(
             if name in seen:
                 what = f"stands here twice, got it first on line {seen[name]}"
                 faults.append((line, Fault(".".join(here), what, "delete one")))
-            if "." in name:
+            if "." in name and not holds_paths:
                 parts = name.split(".")
                 nested = ": {".join(parts) + ": .." + "}" * (len(parts) - 1)
                 faults.append(
                     (line, Fault(".".join(here), f"a key must not hold a dot, got {name!r}", f"write {nested}"))
                 )
             seen[name] = lines[here] = line
-            _visit(value, here, lines, faults, above)
+            _visit(value, here, lines, faults, above, holds_paths=is_distribution and name == "when")
 
 
 def _unshared(data: Any) -> Any:

@@ -57,6 +57,11 @@ class RunFolder:
         return self.path / "results.jsonl"
 
     @property
+    def warm_start_file(self) -> Path:
+        """What another run taught this one's search before its first trial, lines as in ``results_file``."""
+        return self.path / "warm_start.jsonl"
+
+    @property
     def base_dir(self) -> Path:
         """Measurements of the base model, shared by trials."""
         return self.path / "base"

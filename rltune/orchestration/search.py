@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseGASampler
 from optuna.trial import TrialState, create_trial
 
 from rltune.config.distributions import Choice, Distribution, FloatRange, IntRange, LogFloatRange, Simplex
@@ -83,12 +84,40 @@ def simplex_weights(uniforms: Sequence[float]) -> list[float]:
     return [*weights, max(left, 0.0)]
 
 
+def simplex_uniforms(weights: Sequence[float]) -> list[float]:
+    """Return the arguments from which ``simplex_weights`` makes these weights; [] without any.
+
+    Where nothing is left to take a share of, every argument would do, and it is 0.
+    """
+    uniforms = []
+    for i, weight in enumerate(weights[:-1]):
+        left = sum(weights[i:])
+        share = weight / left if left > 0 else 0.0
+        uniforms.append(1.0 - (1.0 - share) ** (len(weights) - 1 - i))
+    return uniforms
+
+
+def params_of(values: Mapping[str, Any], experiment: Experiment) -> dict[str, Any]:
+    """Return the searcher's parameters that give these values, all or some of the searched settings."""
+    weights = [values[path] for path in experiment.simplex_paths if path in values]
+    params = {
+        path: float(value) if isinstance(experiment.space[path], FloatRange | LogFloatRange) else value
+        for path, value in values.items()
+        if path not in experiment.simplex_paths
+    }
+    return params | {f"{SIMPLEX}[{i}]": uniform for i, uniform in enumerate(simplex_uniforms(weights))}
+
+
 def values_of(params: Mapping[str, Any], experiment: Experiment) -> dict[str, Any]:
-    """Return the value of every searched setting from the searcher's parameters."""
+    """Return the value of every active searched setting from the searcher's parameters.
+
+    Those are drawn for every setting, active or not. A sampler that skipped the others would, but for TPE, draw what
+    has a condition at random for ever, since they learn only about what every trial has.
+    """
     simplex_paths = experiment.simplex_paths
     uniforms = [params[f"{SIMPLEX}[{i}]"] for i in range(len(simplex_paths) - 1)]
     weights = dict(zip(simplex_paths, simplex_weights(uniforms), strict=True)) if simplex_paths else {}
-    return {path: weights[path] if path in weights else params[path] for path in experiment.space}
+    return experiment.active({**params, **weights})
 
 
 class Search:
@@ -99,6 +128,7 @@ class Search:
         objectives: What is searched over.
         results: Trials that ended before, the base model left out.
         unfinished: Trials that were started before and have no result: they are asked for again first.
+        lessons: Ended trials of another run that teach the sampler, values in this experiment's space.
     """
 
     def __init__(
@@ -108,6 +138,7 @@ class Search:
         *,
         results: Sequence[TrialResult] = (),
         unfinished: Sequence[TrialSpec] = (),
+        lessons: Sequence[TrialResult] = (),
     ) -> None:
         self._experiment = experiment
         self._objectives = objectives
@@ -119,24 +150,29 @@ class Search:
         ids = [int(result.trial) for result in results] + [int(spec.id) for spec in unfinished]
         self._next_id = max(ids, default=0) + 1
         search = experiment.shared.search
+        self._points = search.points
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # a resumed search goes on with other draws than the first ones, which its trials already have
         seed = (search.seed + 1_000_003 * len(ids)) % 2**32
         sampler = make_sampler(search.sampler, seed, search.trials)
         directions = ["maximize" if sign > 0 else "minimize" for sign in objectives.signs_D]
         self.study = optuna.create_study(sampler=sampler, directions=directions)
-        for result in results:
+        for result in (*lessons, *results):
             self._add(result)
 
     def ask(self) -> TrialSpec:
-        """Return the next trial: first those that a kill interrupted, with their knobs, then new ones."""
+        """Return the next trial: what a kill interrupted, with its knobs, then the file's points, then new ones."""
         if self._waiting:
             spec = self._waiting.pop(0)
             self.study.enqueue_trial(dict(spec.params))
             trial = self.study.ask(self._distributions)
         else:
-            if self._grid is not None:  # a trial's number is its place in the grid, so that resuming leaves none out
-                self.study.enqueue_trial(self._grid[self._next_id - 1])
+            # a trial's number is its place in the grid or among the points, so that resuming leaves none out
+            place = self._next_id - 1
+            if self._grid is not None:
+                self.study.enqueue_trial(params_of(self._grid[place], self._experiment))
+            elif place < len(self._points):
+                self.study.enqueue_trial(params_of(self._points[place], self._experiment))
             trial = self.study.ask(self._distributions)
             spec = TrialSpec(f"{self._next_id:03d}", values_of(trial.params, self._experiment), dict(trial.params))
             self._next_id += 1
@@ -163,10 +199,21 @@ class Search:
                     values=self._objectives.raw_D(result.metrics).tolist() if result.is_ok else None,
                     params=dict(result.params),
                     distributions=self._distributions,
+                    system_attrs=self._generation(),
                     user_attrs={"trial": result.trial},
                     constraints=dict(result.constraints) or None,
                 )
             )
+
+    def _generation(self) -> dict[str, Any]:
+        """Return what a genetic sampler notes at a trial; it breeds only from trials whose generation it knows."""
+        sampler = self.study.sampler
+        if not isinstance(sampler, BaseGASampler):
+            return {}
+        num_before = len(self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
+        size = sampler.population_size
+        assert size is not None, "make_sampler gives it"
+        return {sampler._get_generation_key(): num_before // size}
 
 
 def is_finite(metrics: Mapping[str, float], objectives: Objectives) -> bool:

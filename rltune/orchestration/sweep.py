@@ -27,6 +27,7 @@ from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, write_
 from rltune.orchestration.search import Search, is_finite
 from rltune.orchestration.tuning import Dealer, Overseer, Recorder, train_trainable
 from rltune.orchestration.warm import warm_trainable
+from rltune.orchestration.warmstart import keep_lessons, read_lessons
 from rltune.training.base import load_base
 from rltune.training.setup import base_key
 
@@ -49,7 +50,8 @@ class Sweep:
         cluster: Where to run.
 
     Raises:
-        UserError: The cluster cannot hold a trial, or the folder is another experiment's.
+        UserError: The cluster cannot hold a trial, the folder is another experiment's, or the run that is to teach
+            the search cannot.
     """
 
     def __init__(self, experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
@@ -60,7 +62,9 @@ class Sweep:
         self.plan: Plan = make_plan(experiment, cluster.resources)
         if cluster.num_nodes > 1:
             logger.warning("the cluster has %d nodes: %s must be shared by all", cluster.num_nodes, folder.path)
+        lessons = read_lessons(experiment, folder)
         folder.claim(experiment)
+        keep_lessons(experiment, folder, lessons)
         self._objectives = Objectives(self._shared.objective_names)
         self._lock = threading.Lock()
         self._is_leaving = False
@@ -71,7 +75,7 @@ class Sweep:
         ended = {result.trial for result in self._results}
         unfinished = [spec for spec in folder.read_trials() if spec.id not in ended and spec.id != BASE_TRIAL]
         trained = [result for result in self._results if result.trial != BASE_TRIAL]
-        self._search = Search(experiment, self._objectives, results=trained, unfinished=unfinished)
+        self._search = Search(experiment, self._objectives, results=trained, unfinished=unfinished, lessons=lessons)
         self._num_left = max(self.plan.num_trials - len(trained), 0)
 
     @property

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -237,6 +238,11 @@ def image_shape(config: RunConfig, model: ModelFamily) -> tuple[int, int, int]:
 
 def base_key(config: RunConfig) -> str:
     """Return a name for the measurements of the base model that this experiment shares with others like it."""
+    return hashlib.sha256(json.dumps(base_settings(config), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def base_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide what is measured of the base model, in JSON's types."""
     parts = config.model_dump(mode="json", include={"prompts": True, "sampler": True, "evaluate": True})
     for key in ("every", "confirm"):
         del parts["evaluate"][key]
@@ -250,4 +256,4 @@ def base_key(config: RunConfig) -> str:
     }
     parts["sampler"]["base_steps"] = 0  # all steps are the base model's
     parts["precision"] = [config.resources.precision, config.resources.prefix_precision]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    return parts

@@ -92,6 +92,12 @@ def test_a_distribution_stands_where_nothing_is_the_default(key: str) -> None:
         {"rewards": {"a": {"loss": "square"}}},
         {"regularize": {"kl": 1}},
         {"resources": {"compile": {"choice": [True]}}},
+        {"estimator": {"k": {"int": [1, 9], "when": {}}}},
+        {"estimator": {"k": {"int": [1, 9], "when": {"estimator.name": []}}}},
+        {"estimator": {"k": {"int": [1, 9], "when": "draft"}}},
+        {"estimator": {"k": {"when": {"estimator.name": "draft"}}}},
+        {"rewards": {"a": {"weight": {"simplex": True, "when": {"estimator.name": "draft"}}}}},
+        {"search": {"points": {"optim.lr": 1}}},
     ],
 )
 def test_an_editor_underlines_it(data: dict[str, Any]) -> None:
@@ -110,6 +116,10 @@ def test_an_editor_underlines_it(data: dict[str, Any]) -> None:
         {"rewards": {"a": {"relative": {"positive": "x", "negative": "y", "k": {"float": [0, 1]}}}}},
         {"rewards": {"a": {"reward": "my:own", "negate": True, "trust": {"ceiling": 3}, "standardise": False}}},
         {"mixture": {"method": {"choice": ["sum", "win_rate"]}}},
+        {"estimator": {"k": {"int": [1, 9], "step": 2, "when": {"estimator.name": ["draft", "refl"], "seed": 1}}}},
+        {"estimator": {"draw": {"choice": ["fixed"], "when": {"estimator.name": "draft"}}}},
+        {"optim": {"lr": {"log_float": [1e-4, 1], "when": {"a.b": True}}, "ema": {"float": [0, 1], "when": {"a": 1}}}},
+        {"search": {"points": [{"optim.lr": 1, "estimator.name": "draft"}, {}], "warm_start": "runs/other"}},
         {"estimator": {"name": {"choice": ["a", "b"]}, "activation_gib": 2.5, "checkpoint": "serial"}},
     ],
 )
@@ -157,7 +167,7 @@ def test_paths_lead_to_what_stands_there() -> None:
         ("optim.betas.1", "a number, at least 0 and below 1"),
         ("evaluate.judges.3", "text"),
         ("prompts.train", "text or a list of items, each text"),
-        ("search", "a section with any of the keys sampler, trials, prune, seed"),
+        ("search", "a section with any of the keys sampler, trials, prune, seed, points, warm_start"),
     ],
 )
 def test_a_value_is_described_in_words(path: str, words: str) -> None:

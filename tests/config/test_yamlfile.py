@@ -77,6 +77,23 @@ def test_every_path_has_the_line_it_stands_on() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("text", "dotted"),
+    [
+        ("a: {int: [1, 2], step: 1, when: {b.c: 1}}", []),
+        ("search: {points: [{a.b: 1}, {c.d: 2}]}", []),
+        ("a: {int: [1, 2], when: {b: {c.d: 1}}}", ["a.when.b.c.d"]),
+        ("a: {when: {b.c: 1}, other: 2}", ["a.when.b.c"]),
+        ("search: {points: {a.b: 1}}", ["search.points.a.b"]),
+        ("search: {points: [{a: {b.c: 1}}]}", ["search.points.0.a.b.c"]),
+        ("a: {points: [{b.c: 1}]}", ["a.points.0.b.c"]),
+    ],
+)
+def test_keys_are_dotted_only_where_paths_are_meant(text: str, dotted: list[str]) -> None:
+    _, _, faults = read_yaml(text)
+    assert [fault.where for _, fault in faults] == dotted
+
+
 def test_an_alias_is_a_copy_and_a_merge_is_followed() -> None:
     data, _, _ = read_yaml("a: &a {x: [1]}\nb: *a\nc: {<<: *a, y: 2}")
     assert data == {"a": {"x": [1]}, "b": {"x": [1]}, "c": {"x": [1], "y": 2}}

@@ -1,3 +1,4 @@
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,16 @@ from rltune.config.load import Experiment
 from rltune.orchestration.objectives import Objectives
 from rltune.orchestration.results import TrialResult
 from rltune.orchestration.rundir import TrialSpec
-from rltune.orchestration.search import SAMPLERS, Search, is_finite, make_sampler, simplex_weights, to_optuna, values_of
+from rltune.orchestration.search import (
+    SAMPLERS,
+    Search,
+    is_finite,
+    make_sampler,
+    simplex_uniforms,
+    simplex_weights,
+    to_optuna,
+    values_of,
+)
 from tests.runs import experiment
 
 BOTH = Objectives(("brightness", "drift"))
@@ -206,6 +216,224 @@ def test_the_seed_decides_the_draws() -> None:
 
     assert draws(0) == draws(0)
     assert draws(0) != draws(1)
+
+
+# ---- settings with a condition
+
+
+CONDITIONAL: dict[str, Any] = {
+    "name": "mix",
+    "sampler": {"steps": 12},
+    "estimator": {
+        "k": {"int": [1, 12], "when": {"estimator.name": ["alignprop", "draft"]}},
+        "name": {"choice": ["alignprop", "draft", "refl"]},
+        "draw": {"choice": ["fixed", "uniform"], "when": {"estimator.name": "alignprop"}},
+    },
+    "rewards": {name: {"weight": {"simplex": True}} for name in ("brightness", "smoothness")},
+    "optim": {"lr": {"log_float": [1e-4, 1e-2]}},
+    "objectives": ["brightness"],
+}
+BRIGHTNESS = Objectives(("brightness",))
+
+
+def conditional(sampler: str, **search: Any) -> Experiment:
+    raw: dict[str, Any] = copy.deepcopy(CONDITIONAL)
+    if sampler == "grid":
+        for reward in raw["rewards"].values():
+            reward["weight"] = 1.0
+        raw["optim"]["lr"] = {"choice": [1e-3, 2e-3]}
+    return experiment(raw, search={"sampler": sampler, "trials": 30, **search})
+
+
+def bright(spec: TrialSpec, brightness: float) -> TrialResult:
+    return TrialResult(spec.id, "ok", spec.values, spec.params, metrics={"eval/brightness": brightness})
+
+
+def score(values: Mapping[str, Any]) -> float:
+    """Best with alignprop at K = 4 and a learning rate of 1e-3; ReFL is behind by 1."""
+    miss = abs(math.log10(values["optim.lr"] / 1e-3))
+    behind = {"alignprop": 0.0, "draft": 0.3, "refl": 1.0}[values["estimator.name"]]
+    return -miss - behind - (abs(values["estimator.k"] - 4) / 11 if "estimator.k" in values else 0)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_asks_for_a_setting_exactly_where_it_is_searched(sampler: str) -> None:
+    asked_ = conditional(sampler)
+    search = Search(asked_, BRIGHTNESS)
+    results, specs = [], []
+    num_trials = 10 if sampler == "gp" else 30  # a Gaussian process takes a second a trial, the first 5 aside
+    for turn in range(num_trials):
+        spec = search.ask()
+        name = spec.values["estimator.name"]
+        assert ("estimator.k" in spec.values) == (name in ("alignprop", "draft"))
+        assert ("estimator.draw" in spec.values) == (name == "alignprop")
+        config = asked_.concrete(spec.values)
+        assert config.estimator.k == spec.values.get("estimator.k")
+        specs.append(spec)
+        if turn < num_trials - 2:  # two are out when the sweep is killed
+            results.append(failed(spec) if turn % 7 == 3 else bright(spec, score(spec.values)))
+            search.tell(results[-1])
+    assert {"alignprop", "draft"} <= {spec.values["estimator.name"] for spec in specs}
+    if sampler == "grid":
+        assert [spec.values for spec in specs] == (asked_.grid_values or [])[:num_trials]
+    again = Search(asked_, BRIGHTNESS, results=results, unfinished=specs[-2:])
+    assert [trial.params for trial in again.study.trials] == [trial.params for trial in search.study.trials[:-2]]
+    assert [again.ask(), again.ask()] == specs[-2:]
+    new = again.ask()
+    assert new.id == f"{num_trials + 1:03d}"
+    asked_.concrete(new.values)
+
+
+@pytest.mark.parametrize(("sampler", "num_seeds"), [("tpe", 4), ("gp", 1)])
+def test_a_setting_with_a_condition_is_learned_too(sampler: str, num_seeds: int) -> None:
+    misses = []
+    for seed in range(num_seeds):
+        search = Search(conditional(sampler, seed=seed), BRIGHTNESS)
+        for turn in range(20):
+            spec = search.ask()
+            search.tell(bright(spec, score(spec.values)))
+            misses += [abs(spec.values["estimator.k"] - 4)] if turn >= 10 and "estimator.k" in spec.values else []
+    # uniform draws miss by (3 + 2 + 1 + 0 + 1 + .. + 8) / 12 = 3.5 on average
+    assert np.mean(misses) < 2.5
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "nsga3"])
+def test_a_resumed_genetic_search_goes_on_breeding(sampler: str) -> None:
+    """A generation of 6 that lies together: children keep most of their parents' genes."""
+    drawn = Search(conditional("random"), BRIGHTNESS)
+    results = []
+    for _ in range(6):
+        spec = drawn.ask()
+        params = {**spec.params, "optim.lr": 1.5e-3, "estimator.name": "draft"}
+        results.append(bright(replace(spec, params=params, values=values_of(params, conditional("random"))), 1.0))
+    search = Search(conditional(sampler), BRIGHTNESS, results=results)
+    specs = []
+    for _ in range(6):
+        specs.append(search.ask())
+        search.tell(bright(specs[-1], 0.0))
+    inherited = [spec.values["estimator.name"] == "draft" for spec in specs]
+    # one of 6 parameters mutates on average, to one of 3 options; drawn at random, a third would be the parents'
+    assert sum(inherited) >= 4
+    assert sum(spec.values["optim.lr"] == pytest.approx(1.5e-3) for spec in specs) >= 3
+
+
+# ---- points to try first
+
+
+@pytest.mark.parametrize(
+    ("weights", "uniforms"),
+    [
+        ([0.25, 0.75], [0.25]),
+        ([1, 0], [1.0]),
+        ([0, 1], [0.0]),
+        ([0.5, 0.25, 0.25], [0.75, 0.5]),  # 1 - (1 - 1/2)^2, then half of what is left
+        ([1, 0, 0], [1.0, 0.0]),
+        ([0, 0, 1], [0.0, 0.0]),
+        ([0.5, 0.25, 0.125, 0.125], [0.875, 0.75, 0.5]),  # 1 - (1 - 1/2)^3, 1 - (1 - 1/2)^2, 1/2
+        ([0.5000001, 0.2500001, 0.2500001], [0.75, 0.5]),  # a sum of 1 up to rounding
+        ([], []),
+    ],
+)
+def test_weights_are_turned_back_into_what_they_are_drawn_from(
+    weights: Sequence[float], uniforms: Sequence[float]
+) -> None:
+    assert simplex_uniforms(weights) == pytest.approx(uniforms, abs=1e-6)
+
+
+@pytest.mark.parametrize("num", [2, 3, 5])
+def test_weights_come_back_from_what_they_are_turned_into(num: int) -> None:
+    for weights in np.random.default_rng(0).dirichlet(np.ones(num), size=200):
+        # of what is left after a share, the power is known to 1e-16: its root to 1e-16 / 0.02^3 for 5 weights
+        apart = (0.9 * weights + 0.1 / num).tolist()
+        assert simplex_weights(simplex_uniforms(apart)) == pytest.approx(apart, abs=1e-11)
+        # where next to nothing is left, only to 1e-16^(1 / (n - 1))
+        close = (1e-6 * weights + (1 - 1e-6) * np.eye(num)[0]).tolist()
+        assert simplex_weights(simplex_uniforms(close)) == pytest.approx(
+            close, abs=2 * 1e-16 ** (1 / (num - 1)) + 1e-15
+        )
+
+
+POINTS = [
+    {
+        "rewards.brightness.weight": 0.2,
+        "rewards.smoothness.weight": 0.3,
+        "rewards.aesthetic.weight": 0.5,
+        "optim.lr": 1e-2,
+        "model.lora.rank": 8,
+        "model.lora.targets": "all",
+        "sampler.guidance": 2,
+        "estimator.k": 12,
+        "optim.batch": 16,
+    },
+    {"optim.lr": 3e-4},
+]
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "grid"])
+def test_points_are_tried_first_in_their_order(sampler: str) -> None:
+    search = Search(asked(sampler, points=POINTS), BOTH)
+    specs = []
+    for _ in range(4):
+        specs.append(search.ask())
+        search.tell(toy(specs[-1]))
+    assert specs[0].values == pytest.approx(POINTS[0], abs=1e-15)
+    assert isinstance(specs[0].values["sampler.guidance"], float)
+    assert specs[1].values["optim.lr"] == 3e-4
+    assert set(specs[1].values) == set(POINTS[0])  # the rest is drawn
+    assert all(spec.values["optim.lr"] not in (1e-2, 3e-4) for spec in specs[2:])
+
+
+def test_a_resumed_search_goes_on_at_the_point_where_it_was() -> None:
+    experiment_ = asked(points=POINTS)
+    spec = Search(experiment_, BOTH).ask()
+    assert Search(experiment_, BOTH, results=[toy(spec)]).ask().values["optim.lr"] == 3e-4
+    again = Search(experiment_, BOTH, unfinished=[spec])
+    assert again.ask() == spec
+    assert again.ask().values["optim.lr"] == 3e-4
+    assert again.ask().values["optim.lr"] not in (1e-2, 3e-4)
+
+
+def test_a_point_may_name_a_setting_with_a_condition() -> None:
+    points = [{"estimator.name": "draft", "estimator.k": 11}, {"estimator.name": "refl"}]
+    search = Search(conditional("tpe", points=points), BRIGHTNESS)
+    first, second = search.ask(), search.ask()
+    assert (first.values["estimator.name"], first.values["estimator.k"]) == ("draft", 11)
+    assert second.values["estimator.name"] == "refl"
+    assert "estimator.k" not in second.values
+
+
+# ---- lessons of another run
+
+
+@pytest.mark.parametrize(("sampler", "num_seeds"), [("tpe", 3), ("gp", 1)])
+def test_lessons_lead_the_first_draws_to_the_optimum(sampler: str, num_seeds: int) -> None:
+    """The learning rate is best at 1e-3; uniform draws from two decades around it miss by half a decade on average."""
+    misses: dict[bool, list[float]] = {True: [], False: []}
+    for seed in range(num_seeds):
+        teacher = Search(asked("random", seed=100 + seed), BRIGHTNESS)
+        lessons = []
+        for _ in range(30):
+            spec = teacher.ask()
+            miss = abs(math.log10(spec.values["optim.lr"] / 1e-3))
+            lessons.append(replace(bright(spec, -miss), trial=f"other/{spec.id}"))
+        for is_taught in (True, False):
+            search = Search(asked(sampler, seed=seed), BRIGHTNESS, lessons=lessons if is_taught else [])
+            for _ in range(5):
+                spec = search.ask()
+                miss = abs(math.log10(spec.values["optim.lr"] / 1e-3))
+                search.tell(bright(spec, -miss))
+                misses[is_taught].append(miss)
+    assert np.mean(misses[True]) < 0.25
+    assert np.mean(misses[False]) > 0.35
+
+
+def test_lessons_are_no_trials_of_this_run() -> None:
+    spec = Search(asked(), BOTH).ask()
+    lessons = [replace(toy(spec), trial="other/007"), replace(failed(spec), trial="other/008")]
+    search = Search(asked(), BOTH, lessons=lessons)
+    assert search.ask().id == "001"
+    assert [trial.state for trial in search.study.trials[:2]] == [TrialState.COMPLETE, TrialState.FAIL]
+    assert [trial.user_attrs["trial"] for trial in search.study.trials] == ["other/007", "other/008", "001"]
 
 
 # ---- resuming
