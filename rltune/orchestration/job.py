@@ -19,6 +19,8 @@ from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
 
 MAX_FAILURES = 2
 """Restarts of a trial whose worker, controller or node died."""
+MAX_LOSSES = 20
+"""The same where workers may come and go: every node that dies counts as one."""
 CHECKPOINTS_KEPT = 2
 
 
@@ -105,9 +107,10 @@ def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrai
         worker,
         train_loop_config={"spec": spec},
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=(resources.min_workers, resources.workers) if resources.min_workers else resources.workers,
             use_gpu=spec.num_gpus_per_worker > 0,
-            resources_per_worker=worker_resources(spec.num_gpus_per_worker),
+            resources_per_worker=worker_resources(spec.num_gpus_per_worker, num_cpus=resources.cpus_per_worker),
+            accelerator_type=resources.accelerator,
         ),
         torch_config=(FileTorchConfig if spec.is_loopback else TorchConfig)(
             backend="nccl" if spec.num_gpus_per_worker >= 1 else "gloo"  # two ranks of NCCL cannot share a GPU
@@ -116,16 +119,19 @@ def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrai
             name=spec.train_name,
             storage_path=str(storage),
             callbacks=callbacks,
-            failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
+            failure_config=FailureConfig(
+                max_failures=MAX_LOSSES if resources.min_workers else MAX_FAILURES,
+                controller_failure_limit=MAX_FAILURES,
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
     )
 
 
-def worker_resources(num_gpus: float) -> dict[str, float]:
+def worker_resources(num_gpus: float, *, num_cpus: int = 1) -> dict[str, float]:
     """Return what one worker takes from the cluster."""
-    return {"CPU": 1, "GPU": num_gpus} if num_gpus else {"CPU": 1}
+    return {"CPU": num_cpus, "GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
 
 
 def quiet_libraries() -> None:

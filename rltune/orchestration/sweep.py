@@ -46,7 +46,7 @@ class Sweep:
         self._folder = folder
         self._cluster = cluster
         self._shared = experiment.shared
-        self.plan: Plan = make_plan(experiment, cluster.resources)
+        self.plan: Plan = make_plan(experiment, cluster.nodes)
         if cluster.num_nodes > 1:
             logger.warning("the cluster has %d nodes: %s must be shared by all", cluster.num_nodes, folder.path)
         folder.claim(experiment)
