@@ -209,7 +209,7 @@ def test_images_that_are_compared_stay_together(
     make_config: Make, monkeypatch: pytest.MonkeyPatch, weight: float, expected: list[list[int]]
 ) -> None:
     config = make_config(
-        rewards={"variety": {"weight": weight}, "brightness": {}},
+        rewards={"diversity_pixels": {"weight": weight}, "brightness": {}},
         prompts={"images_per_prompt": 2},
         optim={"batch": 6, "micro_batch": 2},
     )
