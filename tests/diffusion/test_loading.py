@@ -29,7 +29,7 @@ def test_weights_in_the_precision_of_their_file_are_mapped(tiny_pipeline: Path) 
 def test_adapters_and_merged_weights_leave_the_mapping_where_it_is(tiny_pipeline: Path) -> None:
     model, path = load_model(str(tiny_pipeline)), tiny_pipeline / FILES["unet"]
     content = path.read_bytes()
-    own = {name: parameter for name, parameter in model.network.named_parameters()}
+    own = dict(model.network.named_parameters())
     add_lora(model.network, rank=2, alpha=2, targets="attention", seed=0)
     adapters = lora_parameters(model.network)
     for parameter in adapters:
