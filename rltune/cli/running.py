@@ -19,6 +19,7 @@ from rltune.config.load import Experiment, load_experiment
 from rltune.errors import RunError, UserError
 from rltune.orchestration.cluster import Cluster, connect, find_address
 from rltune.orchestration.job import quiet_libraries
+from rltune.orchestration.nodes import Node
 from rltune.orchestration.plan import Plan, make_plan
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
 from rltune.rewards.weights import format_size
@@ -183,10 +184,10 @@ def _print_plan(experiment: Experiment, address: str | None) -> None:
 
     if find_address(address) is not None:
         with connect(address) as cluster:
-            print_plan(experiment, make_plan(experiment, cluster.resources), cluster)
+            print_plan(experiment, make_plan(experiment, cluster.nodes), cluster)
         return
-    resources = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
-    print_plan(experiment, make_plan(experiment, resources), None)
+    here = Node(float(os.cpu_count() or 1), float(torch.cuda.device_count()), accelerators=None)
+    print_plan(experiment, make_plan(experiment, [here]), None)
 
 
 def _method(experiment: Experiment) -> str:
@@ -255,11 +256,24 @@ def _first_trials(config: RunConfig) -> str:
     return " and ".join(parts)
 
 
+def _workers(plan: Plan) -> str:
+    fewest = f"{plan.min_workers} to " if plan.min_workers < plan.num_workers else ""
+    many = "s" if plan.num_workers > 1 else ""
+    return f"{fewest}{plan.num_workers} worker{many} with {plan.worker}{' each' if many else ''}"
+
+
+def _nodes(plan: Plan, cluster: Cluster) -> str:
+    return (
+        f"{plan.num_nodes} of {cluster.num_nodes} nodes"
+        if plan.num_nodes < cluster.num_nodes
+        else f"{plan.num_nodes} nodes"
+    )
+
+
 def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> None:
     """Print a plan, one fact a line."""
     config = experiment.shared
     where = "a Ray cluster on this machine (loopback only)" if cluster is None or cluster.is_own else cluster.address
-    per_worker = f"{plan.num_gpus_per_worker:g} GPU" if plan.num_gpus_per_worker else "1 CPU"
     lines = {
         "experiment": config.name,
         "method": _method(experiment),
@@ -267,10 +281,10 @@ def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> N
         "searched": _searched(experiment),
         "trials": f"the base model and {plan.num_trials} trained, {plan.num_concurrent} at a time",
         "a trial": f"{plan.num_steps} steps of {plan.images_per_step} images, {plan.num_evaluations} evaluations of "
-        f"{plan.images_per_evaluation}; {plan.num_workers} worker(s) with {per_worker} each",
+        f"{plan.images_per_evaluation}; {_workers(plan)}",
         "images": f"{plan.num_images:,} in all",
         "objectives": ", ".join(config.objective_names),
-        "runs on": where,
+        "runs on": where if cluster is None or cluster.num_nodes == 1 else f"{where}, {_nodes(plan, cluster)}",
     }
     if first := _first_trials(config):
         lines["first"] = first

@@ -71,9 +71,7 @@ def _clashes(config: "RunConfig") -> Iterator[Clash]:
         given, other = ("height", "width") if width is None else ("width", "height")
         what = f"needs sampler.{other} beside it, got {height or width} alone"
         yield Clash(f"sampler.{given}", what, "give both or neither", (f"sampler.{other}",))
-    gpus = config.resources.gpus_per_worker
-    if gpus != "auto" and gpus > 1 and gpus != int(gpus):
-        yield Clash("resources.gpus_per_worker", f"more than one GPU must be a whole number, got {gpus}", "round it up")
+    yield from _worker_clashes(config)
     yield from _batch_clashes(config)
     yield from _reward_clashes(config)
     if config.mixture.method == "non_dominated":
@@ -87,20 +85,37 @@ def _clashes(config: "RunConfig") -> Iterator[Clash]:
     yield from _constraint_clashes(config)
 
 
+def _worker_clashes(config: "RunConfig") -> Iterator[Clash]:
+    resources = config.resources
+    gpus, fewest, workers = resources.gpus_per_worker, resources.min_workers, resources.workers
+    if gpus != "auto" and gpus > 1 and gpus != int(gpus):
+        yield Clash("resources.gpus_per_worker", f"more than one GPU must be a whole number, got {gpus}", "round it up")
+    if fewest is None:
+        return
+    if fewest > workers:
+        what = f"must not exceed resources.workers, {workers}, got {fewest}"
+        yield Clash("resources.min_workers", what, "lower it or raise resources.workers", ("resources.workers",))
+    if resources.executor == "warm":
+        what = f"workers of the warm executor neither come nor go, got {fewest}"
+        yield Clash("resources.min_workers", what, "leave it out, or write executor: train", ("resources.executor",))
+    if gpus != "auto" and 0 < gpus < 1:  # Ray 2.60 counts the workers that fit on the GPUs of a node as one number
+        what = f"workers that come and go need whole GPUs, got {gpus} of one"
+        remedy = "write 1, or leave resources.min_workers out"
+        yield Clash("resources.gpus_per_worker", what, remedy, ("resources.min_workers",))
+
+
 def _batch_clashes(config: "RunConfig") -> Iterator[Clash]:
     batch, workers, micro_batch = config.optim.batch, config.resources.workers, config.optim.micro_batch
     each = config.prompts.images_per_prompt
     if batch % each:
         what = f"must divide optim.batch, {batch} images, got {each}"
         yield Clash("prompts.images_per_prompt", what, "write a divisor, or another batch", ("optim.batch",))
-    share, rest = divmod(batch, workers)
-    if rest:
-        what = f"must be a multiple of the {workers} workers (resources.workers), got {batch}"
-        yield Clash("optim.batch", what, f"write {(share + 1) * workers}", ("resources.workers",))
-    elif micro_batch and share % micro_batch:
-        what = f"must divide a worker's share of the batch, {batch} / {workers} = {share} images, got {micro_batch}"
-        fitting = ", ".join(str(size) for size in range(1, share + 1) if share % size == 0)
-        yield Clash("optim.micro_batch", what, f"write one of {fitting}", ("optim.batch", "resources.workers"))
+    if batch < workers:
+        what = f"must give each of the {workers} workers an image (resources.workers), got {batch}"
+        yield Clash("optim.batch", what, f"write {workers} or more", ("resources.workers",))
+    if micro_batch and micro_batch > batch:
+        what = f"must not exceed optim.batch, {batch} images, got {micro_batch}"
+        yield Clash("optim.micro_batch", what, f"write {batch} or fewer", ("optim.batch",))
 
 
 def _reward_clashes(config: "RunConfig") -> Iterator[Clash]:
@@ -163,19 +178,23 @@ def _estimator_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
 
 def _splitting_clashes(config: "RunConfig", deciding: tuple[str, ...], what: str, group: int) -> Iterator[Clash]:
     """Batches that are split where images must stay together: all of a batch, or groups of some."""
-    share = config.optim.batch // config.resources.workers
-    micro_batch = min(config.optim.micro_batch or share, share)
-    batch, paths = config.optim.batch, ("optim.batch", "optim.micro_batch", "resources.workers")
-    if group and (batch % config.resources.workers or batch % group):
+    batch, workers, micro_batch = config.optim.batch, config.resources.workers, config.optim.micro_batch
+    paths = ("optim.batch", "optim.micro_batch", "resources.workers")
+    if not group:
+        largest = min(-(-batch // workers), micro_batch or batch)
+        if largest < batch:
+            remedy = "leave optim.micro_batch out and resources.workers at 1, or take another method"
+            yield Clash(deciding[0], f"{what}, got {batch} in parts of {largest}", remedy, paths)
+        return
+    if batch % group or batch < workers:
         return  # a fault by itself
-    if group and micro_batch % group:
-        at, whose = ("optim.batch", "each worker's share") if share % group else ("optim.micro_batch", "it")
-        remedy = f"let {whose} be a multiple of {group} (prompts.images_per_prompt)"
-        others = ("prompts.images_per_prompt", *deciding, *paths)
-        yield Clash(at, f"{what}, got {micro_batch} images a worker at a time", remedy, others)
-    elif not group and micro_batch < batch:
-        remedy = "leave optim.micro_batch out and resources.workers at 1, or take another method"
-        yield Clash(deciding[0], f"{what}, got {batch} in parts of {micro_batch}", remedy, paths)
+    others = ("prompts.images_per_prompt", *deciding, *paths)
+    if batch // group < workers:  # whole groups are what workers get
+        remedy = f"let it be {workers * group} or more, or lower resources.workers"
+        yield Clash("optim.batch", f"{what}, got {batch // group} prompts for {workers} workers", remedy, others)
+    elif micro_batch and micro_batch % group:
+        remedy = f"let it be a multiple of {group} (prompts.images_per_prompt)"
+        yield Clash("optim.micro_batch", f"{what}, got {micro_batch} images a worker at a time", remedy, others)
 
 
 def group_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:

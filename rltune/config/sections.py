@@ -250,9 +250,16 @@ class ResourcesConfig(StrictModel):
     """What a trial runs on."""
 
     workers: Int = Field(1, ge=1)
-    """Data-parallel workers per trial."""
+    """Data-parallel workers per trial, which share every batch; the result does not depend on their number."""
+    min_workers: Annotated[Int, Field(ge=1)] | None = None
+    """Fewest workers a trial goes on with when nodes are lost, from its last checkpoint; ``workers`` is then the most,
+    and it grows again when nodes return. Left out, their number is fixed."""
+    cpus_per_worker: Int = Field(1, ge=1)
+    """CPUs per worker, which are its threads."""
     gpus_per_worker: Literal["auto"] | Annotated[Float, Field(ge=0)] = "auto"
-    """GPUs per worker; a fraction shares one; ``auto`` is one if the cluster has any."""
+    """GPUs per worker; a fraction shares one, and its memory; ``auto`` is one if the cluster has any."""
+    accelerator: Text | None = None
+    """Type of accelerator that workers run on, as Ray names it (``H100``, ``A100-80G``); left out, any."""
     concurrent: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
     """Trials at a time; ``auto`` is as many as fit."""
     executor: Literal["train", "warm"] = "train"

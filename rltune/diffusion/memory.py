@@ -33,10 +33,14 @@ def stored_bytes(run: Callable[[], Tensor], frozen: nn.Module) -> int:
 def free_bytes(device: torch.device) -> int:
     """Return the memory a worker may fill with activations: its share of what is free on the device.
 
+    On a GPU that others share, no more than is left of the fraction that this process was given.
+
     On a CPU every core is taken to have a worker of its own, so that trials side by side do not fill it twice.
     """
     if device.type == "cuda":
-        return int(SHARE_OF_FREE * torch.cuda.mem_get_info(device)[0])
+        free, total = torch.cuda.mem_get_info(device)
+        own = int(total * torch.cuda.get_per_process_memory_fraction(device)) - torch.cuda.memory_reserved(device)
+        return int(SHARE_OF_FREE * max(0, min(free, own)))
     return int(SHARE_OF_FREE * _free_host_bytes() / len(os.sched_getaffinity(0)))
 
 

@@ -6,13 +6,14 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rltune.errors import RunError, UserError
+from rltune.orchestration.nodes import Node, read_nodes
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -52,18 +53,23 @@ class Cluster:
     is_own: bool
     """Whether this process started it, and it ends with this process."""
     dashboard_url: str
-    resources: Mapping[str, float]
-    num_nodes: int
+    nodes: tuple[Node, ...]
+    """Those that were alive when it was connected."""
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes, those included that run no worker."""
+        return len(self.nodes)
 
     @property
     def num_cpus(self) -> float:
         """CPUs that Ray may hand out."""
-        return self.resources.get("CPU", 0.0)
+        return sum(node.num_cpus for node in self.nodes)
 
     @property
     def num_gpus(self) -> float:
         """GPUs that Ray may hand out."""
-        return self.resources.get("GPU", 0.0)
+        return sum(node.num_gpus for node in self.nodes)
 
 
 def find_address(address: str | None) -> str | None:
@@ -133,13 +139,11 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
         logging.getLogger(name).setLevel(logging.ERROR)
     previous = _term_as_interrupt()
     try:
-        alive = [node for node in ray.nodes() if node["Alive"]]
         yield Cluster(
             address=found or context.address_info["gcs_address"],
             is_own=found is None,
             dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else "",
-            resources=ray.cluster_resources(),
-            num_nodes=len(alive),
+            nodes=read_nodes(ray.nodes()),
         )
     finally:
         if previous is not None:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_FAILURES = 2
 """Restarts of a trial whose worker, controller or node died."""
+MAX_LOSSES = 20
+"""The same where workers may come and go: every node that dies counts as one."""
 CHECKPOINTS_KEPT = 2
 
 
@@ -111,13 +113,14 @@ def _train(spec: JobSpec, reporter: Reporter, shelf: "Shelf | None") -> None:
 
 def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrainer:
     """Return the Ray Train job of a trial; it goes on from the trial's last checkpoint if there is one."""
+    wanted = spec.run_config.resources
     return make_ray_job(
         worker,
         {"spec": spec},
         spec,
         name=spec.train_name,
         storage=spec.folder.checkpoints_dir(spec.trial),
-        workers=spec.run_config.resources.workers,
+        workers=(wanted.min_workers, wanted.workers) if wanted.min_workers else wanted.workers,
         callbacks=callbacks,
     )
 
@@ -129,7 +132,7 @@ def make_ray_job(
     *,
     name: str,
     storage: Path,
-    workers: int,
+    workers: int | tuple[int, int],
     callbacks: list[Any] | None = None,
 ) -> TorchTrainer:
     """Return a Ray Train job.
@@ -140,17 +143,19 @@ def make_ray_job(
         spec: Says what a worker takes and whether the cluster is our own.
         name: Of the Ray Train run.
         storage: Where Ray Train keeps the run.
-        workers: How many.
+        workers: How many, or how few and how many.
         callbacks: Of Ray Train.
     """
     storage.mkdir(parents=True, exist_ok=True)
+    resources = spec.run_config.resources
     return TorchTrainer(
         loop,
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=spec.num_gpus_per_worker > 0,
-            resources_per_worker=worker_resources(spec.num_gpus_per_worker),
+            resources_per_worker=worker_resources(spec.num_gpus_per_worker, num_cpus=resources.cpus_per_worker),
+            accelerator_type=resources.accelerator,
         ),
         torch_config=(FileTorchConfig if spec.is_loopback else TorchConfig)(
             backend=backend_of(spec.num_gpus_per_worker)
@@ -159,7 +164,10 @@ def make_ray_job(
             name=name,
             storage_path=str(storage),
             callbacks=callbacks,
-            failure_config=FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=MAX_FAILURES),
+            failure_config=FailureConfig(
+                max_failures=MAX_LOSSES if isinstance(workers, tuple) else MAX_FAILURES,
+                controller_failure_limit=MAX_FAILURES,
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),
@@ -171,9 +179,9 @@ def backend_of(num_gpus: float) -> str:
     return "nccl" if num_gpus >= 1 else "gloo"
 
 
-def worker_resources(num_gpus: float) -> dict[str, float]:
+def worker_resources(num_gpus: float, *, num_cpus: int = 1) -> dict[str, float]:
     """Return what one worker takes from the cluster."""
-    return {"CPU": 1, "GPU": num_gpus} if num_gpus else {"CPU": 1}
+    return {"CPU": num_cpus, "GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
 
 
 def quiet_libraries() -> None:

@@ -59,7 +59,7 @@ class Sweep:
         self._folder = folder
         self._cluster = cluster
         self._shared = experiment.shared
-        self.plan: Plan = make_plan(experiment, cluster.resources)
+        self.plan: Plan = make_plan(experiment, cluster.nodes)
         if cluster.num_nodes > 1:
             logger.warning("the cluster has %d nodes: %s must be shared by all", cluster.num_nodes, folder.path)
         lessons = read_lessons(experiment, folder)
@@ -124,7 +124,7 @@ class Sweep:
         if front is None or not self._experiment.is_searched or self._shared.evaluate.confirm == 0:
             return
         spec = self._job(TrialSpec(BASE_TRIAL, {}, {}))
-        workers = self.plan.num_workers * self.plan.num_concurrent
+        workers = min(self.plan.num_workers * self.plan.num_concurrent, self.plan.num_slots)
         run_confirmation(front, self._folder, self._experiment, spec, num_workers=workers)
         self._write_front()
 

@@ -22,6 +22,7 @@ from ray.tune import PlacementGroupFactory
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rltune.orchestration.job import CHECKPOINTS_KEPT, JobSpec, backend_of, run_trial, worker_resources
+from rltune.orchestration.nodes import ACCELERATOR_PREFIX, WorkerNeed
 from rltune.orchestration.plan import Plan
 from rltune.orchestration.tuning import SPEC
 from rltune.training.checkpoint import keep_newest
@@ -192,23 +193,27 @@ class WarmTrial(tune.Trainable):  # type: ignore[misc]  # ray has no types
 
 def warm_trainable(plan: Plan) -> Any:
     """Return what Tune runs for the ``warm`` executor: next to nothing for a slot itself, and a bundle a worker."""
-    bundles = [{"CPU": 0, "memory": 2**20}] + [worker_resources(plan.num_gpus_per_worker)] * plan.num_workers
+    bundles = [{"CPU": 0, "memory": 2**20}] + [_bundle(plan.worker)] * plan.num_workers
     return tune.with_resources(WarmTrial, PlacementGroupFactory(bundles))
+
+
+def _bundle(need: WorkerNeed) -> dict[str, float]:
+    kind = {f"{ACCELERATOR_PREFIX}{need.accelerator}": 0.001} if need.accelerator else {}
+    return worker_resources(need.num_gpus, num_cpus=need.num_cpus) | kind
 
 
 def _gang(spec: JobSpec) -> list[Any]:
     group = ray.util.get_current_placement_group()
-    size = spec.run_config.resources.workers
-    taken = worker_resources(spec.num_gpus_per_worker)
+    resources = spec.run_config.resources
     workers = [
         ray.remote(WarmWorker)
         .options(
-            num_cpus=taken["CPU"],
-            num_gpus=taken.get("GPU", 0),
+            num_cpus=resources.cpus_per_worker,
+            num_gpus=spec.num_gpus_per_worker,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank + 1),
         )
-        .remote(rank, size)
-        for rank in range(size)
+        .remote(rank, resources.workers)
+        for rank in range(resources.workers)
     ]
     if spec.is_loopback:
         meeting = f"file://{Path(tempfile.gettempdir()) / f'rltune-{uuid.uuid4().hex}.rendezvous'}"

@@ -15,6 +15,7 @@ from rltune.assets import BUILTIN_CLIP_DIR
 from rltune.errors import RunError, UserError
 from rltune.registry import suggest
 from rltune.rewards.clip import ClipTower
+from rltune.rewards.frozen import map_weights
 from rltune.rewards.preprocess import CLIP_MEAN, CLIP_STD, ResizeMode
 from rltune.rewards.weights import check_hub
 
@@ -68,7 +69,7 @@ def _load(source: str) -> ClipTower:
 def _load_folder(folder: Path, *, name: str) -> ClipTower:
     identifier = f"local-dir:{folder.resolve()}"
     try:
-        model = open_clip.create_model(identifier, require_pretrained=True)
+        model = _mapped(open_clip.create_model(identifier, require_pretrained=True), folder / OPEN_CLIP_FILES[0])
         tokenizer = open_clip.get_tokenizer(identifier)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
@@ -87,6 +88,7 @@ def _load_published(model: str, tag: str, *, name: str) -> ClipTower:
         network = open_clip.create_model(
             model, tag, require_pretrained=True, force_quick_gelu=published.get("quick_gelu", False)
         )
+        network = _mapped(network, _cached_safetensors(published.get("hf_hub", "")))
         tokenizer = open_clip.get_tokenizer(model)
     except (OSError, ValueError, RuntimeError, RunError) as error:
         raise RunError(
@@ -95,6 +97,19 @@ def _load_published(model: str, tag: str, *, name: str) -> ClipTower:
             "place of the name"
         ) from error
     return ClipTower(network, tokenizer, name=name)
+
+
+def _mapped(network: nn.Module, path: Path | None) -> nn.Module:
+    """Return the network with its weights in the file; open_clip copies them, and may have read another one."""
+    return map_weights(network, path) if path is not None and path.is_file() else network
+
+
+def _cached_safetensors(hub: str) -> Path | None:
+    """Return the safetensors file that open_clip read for weights it names ``OWNER/REPO/FILE``, if it read one."""
+    repo, _, file = hub.rpartition("/")
+    name = str(Path(file).with_suffix(".safetensors")) if file else OPEN_CLIP_FILES[0]
+    found = try_to_load_from_cache(repo, name) if repo else None
+    return Path(found) if isinstance(found, str) else None
 
 
 def _check_reach(published: Mapping[str, Any]) -> None:

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +21,21 @@ LARGE = 100_000_000
 def freeze(network: Network) -> Network:
     """Return the network in float32 and evaluation mode, with parameters that take no gradient."""
     network.float().eval().requires_grad_(False)
+    return network
+
+
+def map_weights(network: Network, path: Path) -> Network:
+    """Return the network with every parameter that equals its namesake in a safetensors file lying in that file.
+
+    Processes that read the same file then hold its pages once between them, in the page cache. A parameter that was
+    converted when it was loaded stays as it is. The mapping is private to the process, so that nobody who wrote into a
+    parameter would change the file.
+    """
+    stored = load_file(path)
+    for name, parameter in network.named_parameters():
+        value = stored.get(name)
+        if value is not None and value.dtype == parameter.dtype and torch.equal(value, parameter):
+            parameter.data = value
     return network
 
 

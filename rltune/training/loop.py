@@ -225,10 +225,10 @@ def _train_step(training: Training, progress: Progress) -> tuple[dict[str, float
         max_grad_norm=config.optim.max_grad_norm,
         may_vanish=mixture.may_saturate,
     )
-    first = step * config.optim.batch + workers.rank * run.local_batch
+    mine, drawn = run.local_images, step * config.optim.batch
     batches = tuple(
-        _draw_batch(run, offset, min(run.micro_batch, first + run.local_batch - offset))
-        for offset in range(first, first + run.local_batch, run.micro_batch)
+        _draw_batch(run, drawn + first, min(run.micro_batch, mine.stop - first))
+        for first in range(mine.start, mine.stop, run.micro_batch)
     )
     run.estimator.train(
         Round(
@@ -245,7 +245,7 @@ def _train_step(training: Training, progress: Progress) -> tuple[dict[str, float
             regularisers=Regularisers(**config.regularize.model_dump()),
             is_serial=config.estimator.checkpoint == "serial",
             state=training.state,
-            first_image=workers.rank * run.local_batch,
+            first_image=mine.start,
         )
     )
     training.average.update()

@@ -43,6 +43,8 @@ class Run:
     eval_images: ImageSet
     calibration_images: ImageSet
     latent_shape: tuple[int, int, int]
+    images_together: int
+    """Consecutive training images that stay on one worker."""
 
     @property
     def model(self) -> ModelFamily:
@@ -55,14 +57,15 @@ class Run:
         return max(16, self.micro_batch)
 
     @property
-    def local_batch(self) -> int:
-        """Images of a step on this worker."""
-        return self.config.optim.batch // self.workers.count
+    def local_images(self) -> range:
+        """Which images of a step are this worker's; those of a prompt stay together where a reward compares them."""
+        return self.workers.share(self.config.optim.batch, together=self.images_together)
 
     @property
     def micro_batch(self) -> int:
-        """Images that are differentiated at a time on this worker."""
-        return min(self.config.optim.micro_batch or self.local_batch, self.local_batch)
+        """Images that are differentiated at a time on this worker, at most."""
+        num_images = len(self.local_images)
+        return min(self.config.optim.micro_batch or num_images, num_images)
 
 
 def build_run(config: RunConfig, shelf: Shelf | None = None) -> Run:
@@ -79,6 +82,8 @@ def build_run(config: RunConfig, shelf: Shelf | None = None) -> Run:
     if config.resources.threads_per_worker != "auto":  # Ray has set OMP_NUM_THREADS to the worker's share
         torch.set_num_threads(config.resources.threads_per_worker)
     workers = Workers()
+    if config.resources.gpus_per_worker != "auto" and 0 < config.resources.gpus_per_worker < 1:
+        workers.limit_memory(config.resources.gpus_per_worker)
     shelf = shelf or Shelf()
     model = shelf.model(config, workers.device)
     sampler = make_sampler(config, model)
@@ -89,6 +94,7 @@ def build_run(config: RunConfig, shelf: Shelf | None = None) -> Run:
     judges = tuple(judge for judge in config.evaluate.judges if judge not in JUDGES)
     rewards = shelf.rewards(config, judges, workers.device)
     num_prompts, each = calibration_size(config)
+    is_compared = any(compares_images(name, section) for name, section in config.rewards.items() if section.weight > 0)
     return Run(
         config=config,
         workers=workers,
@@ -105,6 +111,7 @@ def build_run(config: RunConfig, shelf: Shelf | None = None) -> Run:
             step_stream=Stream.CALIBRATION_STEP_NOISE,
         ),
         latent_shape=eval_images.latent_shape,
+        images_together=config.prompts.images_per_prompt if is_compared else 1,
     )
 
 

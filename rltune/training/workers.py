@@ -28,6 +28,22 @@ class Workers:
         """Whether this is the worker that writes files."""
         return self.rank == 0
 
+    def share(self, num_images: int, *, together: int = 1) -> range:
+        """Return which of a batch's images are this worker's: consecutive ones, as many as the others' or one group.
+
+        Args:
+            num_images: Of the batch, numbered from 0.
+            together: Images that follow each other and stay on one worker; divides ``num_images``.
+        """
+        num_groups = num_images // together
+        first, last = (rank * num_groups // self.count for rank in (self.rank, self.rank + 1))
+        return range(first * together, last * together)
+
+    def limit_memory(self, fraction: float) -> None:
+        """Let this worker fill no more than a fraction of its GPU, which others share; on a CPU do nothing."""
+        if self.device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(fraction, self.device)
+
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace every gradient by its sum over the workers, in one collective call."""
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]

@@ -8,6 +8,9 @@ from rltune.cli import running
 from rltune.cli.running import known_names, run_experiment
 from rltune.config.load import load_experiment
 from rltune.errors import UserError
+from rltune.orchestration.cluster import Cluster
+from rltune.orchestration.nodes import Node
+from rltune.orchestration.plan import make_plan
 from rltune.rewards.weights import WeightsFile
 from rltune.training.setup import NUM_CALIBRATION_IMAGES
 from tests.config.test_schema import EXPERIMENTS
@@ -60,7 +63,7 @@ def test_the_plan_says_what_will_be_done(tmp_path: Path, capsys: pytest.CaptureF
     assert plan["rewards"] == "aesthetic searched, alignment searched, compressibility searched"
     assert plan["searched"].split(", ")[:2] == ["model.lora.rank", "estimator.k"]
     assert plan["trials"] == "the base model and 5 trained, 4 at a time"
-    assert plan["a trial"] == "10 steps of 4 images, 3 evaluations of 6; 1 worker(s) with 1 GPU each"
+    assert plan["a trial"] == "10 steps of 4 images, 3 evaluations of 6; 1 worker with 1 CPU and 1 GPU"
     assert plan["images"] == f"{5 * (40 + 18) + 6 + NUM_CALIBRATION_IMAGES} in all"
     assert plan["objectives"] == "aesthetic, alignment, compressibility"
     assert plan["runs on"] == "a Ray cluster on this machine (loopback only)"
@@ -78,7 +81,7 @@ def test_a_fixed_k_and_no_gpu(
     assert plan["rewards"] == "light (brightness) 0.5; mixture win_rate"
     assert plan["searched"] == "nothing"
     assert plan["trials"] == "the base model and 1 trained, 1 at a time"
-    assert plan["a trial"].endswith("1 worker(s) with 1 CPU each")
+    assert plan["a trial"].endswith("; 1 worker with 1 CPU")
 
 
 @pytest.mark.parametrize(
@@ -270,8 +273,23 @@ def test_a_reward_with_weights_of_the_users_own_is_not_judged(
     assert ("weights" in plan) == is_told
 
 
+def test_the_plan_says_what_workers_take_and_where_they_may_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = tuple(Node(16, 2, frozenset({kind})) for kind in ("H100", "H100", "A100"))
+    (tmp_path / "x.yaml").write_text(
+        "rewards: {brightness: {}}\n"
+        "resources: {workers: 4, min_workers: 2, cpus_per_worker: 8, gpus_per_worker: 1, accelerator: H100}\n"
+    )
+    experiment = load_experiment(tmp_path / "x.yaml")
+    running.print_plan(experiment, make_plan(experiment, nodes), Cluster("10.0.0.1:6379", False, "", nodes))
+    plan = plan_of(capsys.readouterr().err)
+    assert plan["a trial"].endswith("; 2 to 4 workers with 8 CPUs and 1 GPU on a node with H100 each")
+    assert plan["runs on"] == "10.0.0.1:6379, 2 of 3 nodes"
+
+
 def test_a_plan_that_cannot_fit_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a trial needs 8 CPUs and 8 GPUs, the cluster has 64 and 4"):
+    with pytest.raises(UserError, match="needs 8 workers with 1 CPU and 1 GPU each, and the cluster has room for 4"):
         dry_run(ROOT / "experiments" / "mix.yaml", tmp_path, "resources.workers=8", is_sweep=True)
 
 

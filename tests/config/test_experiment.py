@@ -48,6 +48,8 @@ def test_objectives_are_every_reward_unless_they_are_named() -> None:
         {"sampler": {"steps": 5, "base_steps": 2}, "estimator": {"k": 3}},
         {"optim": {"batch": 6}, "prompts": {"images_per_prompt": 6}},
         {"optim": {"batch": 6}, "prompts": {"images_per_prompt": 3}, "resources": {"workers": 3}},
+        {"optim": {"batch": 8, "micro_batch": 3}, "resources": {"workers": 3, "min_workers": 3}},
+        {"resources": {"workers": 4, "min_workers": 1, "cpus_per_worker": 4, "accelerator": "H100"}},
         {"estimator": {"activation_gib": 0, "checkpoint": "serial"}},
         {"optim": {"ema": 0, "queries": 1}},
         {"regularize": {"drift": 1e6, "flatness_weights": 1, "flatness_image": 10}},
@@ -61,7 +63,7 @@ def test_what_just_fits_is_valid(sections: dict[str, Any]) -> None:
     ("sections", "message"),
     [
         ({"sampler": {"steps": 5}, "estimator": {"k": 6}}, "estimator.k: K must not exceed the 5 sampling steps"),
-        ({"optim": {"batch": 5}, "resources": {"workers": 2}}, "optim.batch: must be a multiple of the 2 workers"),
+        ({"optim": {"batch": 5}, "resources": {"workers": 6}}, "optim.batch: must give each of the 6 workers an image"),
         ({"sampler": {"steps": 5, "base_steps": 5}}, "sampler.base_steps: must leave at least one of the 5 steps"),
         (
             {"sampler": {"steps": 5, "base_steps": 2}, "estimator": {"k": 4}},
@@ -118,7 +120,7 @@ def test_a_reward_is_what_its_key_says_unless_it_says_otherwise() -> None:
 
 def test_several_clashes_are_raised_together() -> None:
     with pytest.raises(ValidationError, match=r"estimator\.k: (.|\n)*optim\.batch: (.|\n)*search\.prune: "):
-        run(estimator={"k": 21}, optim={"batch": 3}, resources={"workers": 2}, search={"prune": True})
+        run(estimator={"k": 21}, optim={"batch": 1}, resources={"workers": 2}, search={"prune": True})
 
 
 def test_a_run_cannot_be_changed() -> None:

@@ -126,12 +126,23 @@ VALUES: list[tuple[str, list[str]]] = [
         ["x.yaml:3 estimator.k: K must not exceed the 12 sampling steps (sampler.steps), got 13; lower it to 12"],
     ),
     (
-        "resources: {workers: 3}",
-        ["optim.batch: must be a multiple of the 3 workers (resources.workers), got 8; write 9"],
+        "resources: {workers: 9}",
+        ["optim.batch: must give each of the 9 workers an image (resources.workers), got 8; write 9 or more"],
     ),
     (
-        "optim: {batch: 12, micro_batch: 4}\nresources: {workers: 2}",
-        ["optim.micro_batch: must divide a worker's share of the batch, 12 / 2 = 6 images, got 4; write one of 1, 2"],
+        "optim: {batch: 12, micro_batch: 13}",
+        ["optim.micro_batch: must not exceed optim.batch, 12 images, got 13; write 12 or fewer"],
+    ),
+    (
+        "resources: {workers: 2, min_workers: 3}",
+        ["x.yaml:2 resources.min_workers: must not exceed resources.workers, 2, got 3; lower it or raise"],
+    ),
+    ("resources: {min_workers: 0}", ["resources.min_workers: must be a whole number, at least 1, got 0"]),
+    ("resources: {cpus_per_worker: 0}", ["resources.cpus_per_worker: must be a whole number, at least 1, got 0"]),
+    ("resources: {accelerator: 5}", ["resources.accelerator: must be text, got 5"]),
+    (
+        "resources: {workers: 2, min_workers: 1, gpus_per_worker: 0.5}",
+        ["resources.gpus_per_worker: workers that come and go need whole GPUs, got 0.5 of one; write 1, or leave"],
     ),
     (
         "sampler: {steps: 12, base_steps: 12}",
@@ -203,6 +214,10 @@ VALUES: list[tuple[str, list[str]]] = [
     ("prompts: {train: builtn}", ["no such file, got 'builtn'"]),
     # not built yet
     ("search: {prune: true}", ["search.prune: pruning is not available yet, got true; set prune: false"]),
+    (
+        "resources: {executor: warm, workers: 2, min_workers: 1}",
+        ["resources.min_workers: workers of the warm executor neither come nor go, got 1; leave it out, or write"],
+    ),
     ("resources: {executor: warn}", ["resources.executor: must be 'train' or 'warm', got 'warn'; did you mean 'warm'"]),
     # distributions
     ("optim: {lr: {loguniform: [1, 2]}}", ["optim.lr.loguniform: unknown distribution, got"]),
@@ -249,8 +264,8 @@ VALUES: list[tuple[str, list[str]]] = [
     ),
     ("optim: {lr: {simplex: true}}", ["optim.lr.simplex: not a reward's weight"]),
     (
-        "resources: {workers: 2}\noptim: {batch: {int: [8, 12]}}",
-        ["optim.batch.int: must be a multiple of the 2 workers"],
+        "prompts: {images_per_prompt: 2}\noptim: {batch: {int: [8, 12]}}",
+        ["optim.batch.int: must divide optim.batch, 9 images, got 2"],
     ),
 ]
 
@@ -434,10 +449,10 @@ WHOLE: list[tuple[str, list[str]]] = [
         ],
     ),
     (
-        "rewards: {variety: }\nprompts: {images_per_prompt: 4}\noptim: {batch: 12}\nresources: {workers: 2}",
+        "rewards: {variety: }\nprompts: {images_per_prompt: 4}\noptim: {batch: 12}\nresources: {workers: 4}",
         [
-            "x.yaml:3 optim.batch: variety needs the images of a prompt together, got 6 images a worker at a time; let "
-            "each worker's share be a multiple of 4 (prompts.images_per_prompt)"
+            "x.yaml:3 optim.batch: variety needs the images of a prompt together, got 3 prompts for 4 workers; let it "
+            "be 16 or more, or lower resources.workers"
         ],
     ),
     (
@@ -563,7 +578,7 @@ rewards:
   aligment: {}
 optim:
   lr: -1
-  batch: 9
+  batch: 1
   stepz: 3
 estimator:
   k: {int: [1, 30]}
@@ -590,7 +605,7 @@ seed: 2
     "text",
     [
         "sampler: {steps: four}\nestimator: {k: 30}",  # K is compared with no T that the user did not write
-        "resources: {workers: two}\noptim: {batch: 9}",
+        "resources: {workers: two}\noptim: {batch: 1}",
         "evaluate: {judges: [3]}\nobjectives: [diversity]",
         "constraints: {drift: {min: low}}",
         "sampler: {base_steps: none}\nestimator: {k: 20}",

@@ -27,7 +27,7 @@ def faults_in(text: str, *, rewards: str = "{a: {}, b: {}}", known: Known | None
     "text",
     [
         "sampler: {steps: {choice: [30, 12]}}\nestimator: {k: {int: [1, 12]}}",
-        "optim: {batch: {int: [2, 2000], step: 2}}\nresources: {workers: 2}",
+        "optim: {batch: {int: [2, 2000], step: 2}}\nprompts: {images_per_prompt: 2}",
         "optim: {batch: {choice: [8, 16]}, micro_batch: {choice: [2, 4, 8]}}",
         "optim: {batch: {choice: [8, 12]}}\nprompts: {images_per_prompt: {choice: [1, 2, 4]}}",
         "sampler: {steps: {choice: [30, 12]}, base_steps: {int: [0, 4]}}\nestimator: {k: {int: [1, 8]}}",
@@ -64,16 +64,13 @@ def test_a_fixed_value_can_break_an_option_of_a_distribution() -> None:
 
 
 def test_a_value_between_the_ends_is_tried() -> None:
-    (fault,) = faults_in("optim: {batch: 8, micro_batch: {int: [1, 4]}}")
-    assert fault.startswith(
-        "x.yaml:2 optim.micro_batch.int: must divide a worker's share of the batch, 8 / 1 = 8 images"
-    )
-    assert "got 3" in fault
+    (fault,) = faults_in("optim: {batch: 8}\nprompts: {images_per_prompt: {int: [1, 4]}}")
+    assert fault.startswith("x.yaml:3 prompts.images_per_prompt.int: must divide optim.batch, 8 images, got 3")
 
 
 def test_a_long_range_that_is_not_all_multiples_is_found() -> None:
-    (fault,) = faults_in("optim: {batch: {int: [2, 2000]}}\nresources: {workers: 2}")
-    assert "must be a multiple of the 2 workers (resources.workers), got 3" in fault
+    (fault,) = faults_in("optim: {batch: {int: [2, 2000]}}\nprompts: {images_per_prompt: 2}")
+    assert "must divide optim.batch, 3 images, got 2" in fault
 
 
 def test_both_ends_at_fault_are_both_named_once() -> None:

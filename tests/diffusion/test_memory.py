@@ -56,6 +56,20 @@ def test_it_counts_where_gradients_are_off_too(x: torch.Tensor) -> None:
         assert not torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize(
+    ("free", "fraction", "reserved", "expected"),
+    [(1000, 1.0, 0, 600), (400, 1.0, 500, 240), (1000, 0.5, 100, 240), (1000, 0.5, 700, 0), (300, 0.5, 100, 180)],
+)
+def test_a_gpu_s_memory_is_what_is_free_and_within_the_workers_part(
+    monkeypatch: pytest.MonkeyPatch, free: int, fraction: float, reserved: int, expected: int
+) -> None:
+    """Of 1000 bytes in all."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: fraction)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    assert free_bytes(torch.device("cuda")) == expected
+
+
 def test_a_cpu_s_free_memory_is_shared_by_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_free_host_bytes", lambda: 1000)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})

@@ -55,12 +55,15 @@ from pathlib import Path
 from rltune.config.experiment import RunConfig
 from tests.training.runs import train
 root = Path(sys.argv[1])
+resume_from = Path(sys.argv[2]) if len(sys.argv) > 2 else None
 for name, raw in json.loads((root / "configs.json").read_text()).items():
-    train(RunConfig.model_validate(raw), root / name, base_dir=root / "base")
+    train(RunConfig.model_validate(raw), root / name, base_dir=root / "base", resume_from=resume_from)
 """
 
 
-def train_in_processes(configs: Mapping[str, RunConfig], root: Path, count: int) -> None:
+def train_in_processes(
+    configs: Mapping[str, RunConfig], root: Path, count: int, *, resume_from: Path | None = None
+) -> None:
     """Train one after the other with ``count`` processes and a gloo group, as Ray Train and torchrun start them."""
     root.mkdir()
     raw = {name: config.model_dump(mode="json") for name, config in configs.items()}
@@ -73,7 +76,7 @@ def train_in_processes(configs: Mapping[str, RunConfig], root: Path, count: int)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path])}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
-        command = [sys.executable, "-c", WORKER, str(root)]
+        command = [sys.executable, "-c", WORKER, str(root), *([str(resume_from)] if resume_from else [])]
         processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
     for process in processes:
         _, stderr = process.communicate(timeout=300)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora import lora_parameters
 from rltune.diffusion.memory import stored_bytes
 from rltune.errors import UserError
@@ -177,6 +178,64 @@ def test_a_mode_is_not_measured(
     config = make_config(estimator={"checkpoint": checkpoint}, sampler={"base_steps": 1})
     sampler = with_room(setup.build_run(config), config)
     assert (sampler.num_kept, sampler.is_decoder_kept) == (num_kept, is_decoder_kept)
+
+
+# ---- shares of a batch
+
+
+def shares(config: RunConfig, count: int, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    run = setup.build_run(config)
+    found = []
+    for rank in range(count):
+        monkeypatch.setattr(run.workers, "rank", rank)
+        monkeypatch.setattr(run.workers, "count", count)
+        found.append(list(run.local_images))
+        assert run.micro_batch == min(2, len(found[-1]))
+    return found
+
+
+def test_every_image_is_one_workers_and_their_shares_differ_by_one(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(optim={"batch": 8, "micro_batch": 2})
+    assert shares(config, 1, monkeypatch) == [[*range(8)]]
+    assert shares(config, 3, monkeypatch) == [[0, 1], [2, 3, 4], [5, 6, 7]]
+    assert [len(share) for share in shares(config, 5, monkeypatch)] == [1, 2, 1, 2, 2]
+    assert shares(config, 8, monkeypatch) == [[image] for image in range(8)]
+
+
+@pytest.mark.parametrize(("weight", "expected"), [(1, [[0, 1], [2, 3, 4, 5]]), (0, [[0, 1, 2], [3, 4, 5]])])
+def test_images_that_are_compared_stay_together(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, weight: float, expected: list[list[int]]
+) -> None:
+    config = make_config(
+        rewards={"diversity_pixels": {"weight": weight}, "brightness": {}},
+        prompts={"images_per_prompt": 2},
+        optim={"batch": 6, "micro_batch": 2},
+    )
+    assert shares(config, 2, monkeypatch) == expected
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [("auto", []), (0, []), (1, []), (2, []), (0.25, [(0.25, "cuda")])])
+def test_a_worker_that_shares_a_gpu_is_told_its_part_of_the_memory(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch, gpus: Any, expected: list[Any]
+) -> None:
+    told: list[tuple[float, str]] = []
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda fraction, device: told.append((fraction, device.type))
+    )
+
+    class OnGpu(setup.Workers):
+        def limit_memory(self, fraction: float) -> None:
+            self.device = torch.device("cuda")
+            super().limit_memory(fraction)
+            self.device = torch.device("cpu")
+
+    setup.build_run(make_config(resources={"gpus_per_worker": gpus}))
+    assert told == []  # there is none here
+    monkeypatch.setattr(setup, "Workers", OnGpu)
+    setup.build_run(make_config(resources={"gpus_per_worker": gpus}))
+    assert told == expected
 
 
 # ---- the name of the base model's measurements
