@@ -16,6 +16,7 @@ from rltune.config.experiment import RunConfig
 from rltune.errors import RltuneError
 from rltune.orchestration.loopback import FileTorchConfig
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
+from rltune.training.events import append_event
 
 MAX_FAILURES = 2
 """Restarts of a trial whose worker, controller or node died."""
@@ -66,6 +67,8 @@ def worker(config: dict[str, JobSpec]) -> None:
     spec = config["spec"]
     if Path(spec.work_dir).is_dir():  # Ray puts workers into a folder of its own
         os.chdir(spec.work_dir)
+    if ray.train.get_context().get_world_rank() == 0:
+        append_event(spec.folder.trial_events_file(spec.trial), "worker_started")
     quiet_libraries()
     failure = spec.folder.failure_file(spec.trial)
     if failure.exists():  # another worker met it before the restart; trying again would meet it again

@@ -18,6 +18,7 @@ from typing import Any
 import rltune
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import UserError
+from rltune.training.events import EVENTS_FILE
 
 LIBRARIES = ("ray", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "optuna")
 BASE_TRIAL = "000"
@@ -83,6 +84,15 @@ class RunFolder:
         """Why a trial failed, written by the worker that met it."""
         return self.trial_dir(trial) / "failure.txt"
 
+    @property
+    def events_file(self) -> Path:
+        """When drivers of the run started and ended."""
+        return self.path / EVENTS_FILE
+
+    def trial_events_file(self, trial: str) -> Path:
+        """When what happened to a trial, and notices about it."""
+        return self.trial_dir(trial) / EVENTS_FILE
+
     def write_trial(self, spec: TrialSpec) -> None:
         """Record a trial before it starts, so that a resumed sweep starts it with the same knobs."""
         folder = self.trial_dir(spec.id)
@@ -92,8 +102,11 @@ class RunFolder:
 
     def read_trials(self) -> list[TrialSpec]:
         """Return every trial that was ever started, by id."""
-        files = sorted((self.path / "trials").glob("*/trial.json"))
-        return [TrialSpec(**json.loads(file.read_text())) for file in files]
+        return [read_trial(file) for file in self.trial_files()]
+
+    def trial_files(self) -> list[Path]:
+        """Return the record of every trial that was ever started, by id."""
+        return sorted((self.path / "trials").glob("*/trial.json"))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -143,6 +156,11 @@ class RunFolder:
                     "now; give another --name, or put the settings back to resume it"
                 )
         write_atomically(self.experiment_file, _provenance() + experiment.to_yaml())
+
+
+def read_trial(file: Path) -> TrialSpec:
+    """Return a trial from its record."""
+    return TrialSpec(**json.loads(file.read_text()))
 
 
 def _try_lock(descriptor: int) -> bool:

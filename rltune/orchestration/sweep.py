@@ -23,7 +23,9 @@ from rltune.orchestration.results import TrialResult, append_result, read_result
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, write_atomically
 from rltune.orchestration.search import Search, is_finite
 from rltune.orchestration.tuning import Dealer, Recorder, drive
+from rltune.orchestration.usage import last_sign
 from rltune.training.base import load_base
+from rltune.training.events import append_event
 from rltune.training.setup import base_key
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,19 @@ class Sweep:
         Raises:
             RunError: The base model could not be measured.
         """
+        append_event(
+            self._folder.events_file,
+            "driver_started",
+            trials_at_once=self.plan.num_concurrent,
+            workers=self.plan.num_workers,
+            last_sign=last_sign(self._folder),
+        )
+        try:
+            self._run()
+        finally:
+            append_event(self._folder.events_file, "driver_ended")
+
+    def _run(self) -> None:
         base = self._base_result()
         if base is not None and not base.is_ok:  # what stopped it may have been put right since
             self._folder.failure_file(BASE_TRIAL).unlink(missing_ok=True)
@@ -94,6 +109,8 @@ class Sweep:
         return find_front(self._results, self._objectives, reference.spread) if reference else None
 
     def _run_tune(self, *, needs_base: bool) -> None:
+        if needs_base:
+            append_event(self._folder.trial_events_file(BASE_TRIAL), "dealt")
         dealer = Dealer(
             self._deal,
             first=self._job(TrialSpec(BASE_TRIAL, {}, {})) if needs_base else None,
@@ -122,6 +139,7 @@ class Sweep:
         with self._lock:
             spec = self._search.ask()
         self._folder.write_trial(spec)
+        append_event(self._folder.trial_events_file(spec.id), "dealt")
         return self._job(spec)
 
     def _job(self, spec: TrialSpec) -> JobSpec:
@@ -139,6 +157,7 @@ class Sweep:
         result = self._judge(job, last, error, duration_s)
         if result is None:  # interrupted: the same command takes it up again
             return
+        append_event(self._folder.trial_events_file(job.trial), "ended")
         with self._lock:
             append_result(self._folder.results_file, result)
             self._results.append(result)

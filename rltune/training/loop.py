@@ -19,6 +19,7 @@ from rltune.rewards.mixture import Mixture
 from rltune.training.base import BaseReference, load_base, measure_base, save_base
 from rltune.training.checkpoint import Part, Progress, load_checkpoint, save_checkpoint
 from rltune.training.evaluation import Pixels, Values, per_prompt, sample_and_score, save_grid, summarise
+from rltune.training.events import EVENTS_FILE, append_event
 from rltune.training.reporter import MetricsFile, Reporter
 from rltune.training.rewards import build_mixture
 from rltune.training.setup import Run, base_key, build_run, with_room
@@ -103,6 +104,7 @@ def train_run(
         RunError: The checkpoint cannot be read.
     """
     run = build_run(config)
+    _note(run, trial_dir, "loaded")
     base = _reference(run, base_dir)
     network = run.model.network
     lora = config.model.lora
@@ -136,6 +138,7 @@ def train_run(
         return
     with closing(MetricsFile(trial_dir / "metrics.jsonl", resume_step=progress.step)) as metrics_file:
         _loop(training, progress, metrics_file)
+    _note(run, trial_dir, "trained")
 
 
 def base_run(config: RunConfig, *, trial_dir: Path, base_dir: Path, reporter: Reporter) -> None:
@@ -146,10 +149,16 @@ def base_run(config: RunConfig, *, trial_dir: Path, base_dir: Path, reporter: Re
         NonFiniteError: A reward is not finite.
     """
     run = build_run(config)
+    _note(run, trial_dir, "loaded")
     base = _reference(run, base_dir)
     if run.workers.is_main:
         _save_samples(run, base.pixels_NHW3, trial_dir / "samples" / "base.png")
     reporter.report({"step": 0.0, "is_final": 1.0, **summarise(base.values, base.values)}, None)
+
+
+def _note(run: Run, trial_dir: Path, event: str, **fields: int) -> None:
+    if run.workers.is_main:
+        append_event(trial_dir / EVENTS_FILE, event, **fields)
 
 
 def _reference(run: Run, base_dir: Path) -> BaseReference:
@@ -193,6 +202,7 @@ def _loop(training: Training, progress: Progress, metrics_file: MetricsFile | No
         training.reporter.report({"step": 0.0, "is_final": 0.0, **summarise(base.values, base.values)}, None)
     elif training.is_over(progress):  # killed after its last checkpoint, before its result was taken
         _report(training, progress, _evaluate(training, progress))
+    _note(training.run, training.trial_dir, "first_step", step=progress.step)
     while not training.is_over(progress):
         try:
             row, progress = _train_step(training, progress)
@@ -303,6 +313,7 @@ def _report(training: Training, progress: Progress, summary: Mapping[str, float]
         save_checkpoint(checkpoint, adapter, training.parts, progress)
     metrics = {name: float(value) for name, value in asdict(progress).items()} | dict(summary)
     training.reporter.report({**metrics, "is_final": float(training.is_over(progress))}, checkpoint)
+    _note(run, training.trial_dir, "reported", step=progress.step)
 
 
 def _evaluated(training: Training) -> AbstractContextManager[None]:
