@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rltune.config.load import Experiment
-from rltune.orchestration.objectives import Front, Objectives, find_front
+from rltune.orchestration.objectives import Front
 from rltune.orchestration.results import TrialResult, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, read_trial
+from rltune.orchestration.sweep import read_front
 from rltune.orchestration.usage import Usage, Work, measure, work_of
-from rltune.training.base import load_base
 from rltune.training.events import NOTICE, Event, read_events
 from rltune.training.reporter import read_metrics
-from rltune.training.setup import base_key
 
 T = TypeVar("T")
 ENDED = ("done", "stopped", "failed")
@@ -121,7 +120,6 @@ class StatusReader:
     def __init__(self, folder: RunFolder, experiment: Experiment) -> None:
         self._folder = folder
         self._experiment = experiment
-        self._shared = experiment.shared
         self._specs = _Cached(read_trial)
         self._digests = _Cached(_digest)
         self._events = _Cached(read_events)
@@ -129,7 +127,7 @@ class StatusReader:
         self._num_steps: dict[str, int] = {BASE_TRIAL: 0}
         self._final: set[str] = set()
         """Trials whose files were read after their results: they change no more."""
-        self._front: tuple[list[TrialResult], Front] | None = None
+        self._front = _Cached(lambda _: read_front(folder, experiment))
 
     def read(self) -> RunStatus:
         """Return where the run stands."""
@@ -138,7 +136,7 @@ class StatusReader:
         all_results = self._results(folder.results_file)
         results = {result.trial: result for result in all_results}
         places = {result.trial: place for place, result in enumerate(all_results)}
-        front = self._find_front(all_results)
+        front = self._front(folder.results_file)
         members = {member.trial for member in front.members} if front else set()
         files = {file.parent.name: file for file in folder.trial_files()}
         specs = {trial: self._specs(file, is_final=trial in self._final) for trial, file in files.items()}
@@ -157,7 +155,7 @@ class StatusReader:
                 TrialStatus(
                     trial=trial,
                     state=_state(result, has_rows=digest.num_rows > 0, is_active=is_active),
-                    step=int(result.metrics["step"]) if _is_stopped(result) else digest.step,
+                    step=digest.step,
                     num_steps=self._steps_of(trial, specs.get(trial)),
                     values=specs[trial].values if trial in specs else {},
                     metrics=result.metrics if result else digest.evaluation,
@@ -191,15 +189,6 @@ class StatusReader:
             ),
         )
 
-    def _find_front(self, results: list[TrialResult]) -> Front | None:
-        if self._front is not None and self._front[0] is results:
-            return self._front[1]
-        reference = load_base(self._folder.base_dir / base_key(self._shared))
-        front = find_front(results, Objectives(self._shared.objective_names), reference.spread) if reference else None
-        if front is not None:
-            self._front = (results, front)
-        return front
-
     def _steps_of(self, trial: str, spec: TrialSpec | None) -> int:
         if trial not in self._num_steps:
             self._num_steps[trial] = self._experiment.concrete(spec.values if spec else {}).num_rounds
@@ -229,10 +218,6 @@ def _stamp(path: Path) -> tuple[int, int]:
     except FileNotFoundError:
         return (0, 0)
     return (found.st_mtime_ns, found.st_size)
-
-
-def _is_stopped(result: TrialResult | None) -> bool:
-    return result is not None and result.state == "stopped"
 
 
 def _state(result: TrialResult | None, *, has_rows: bool, is_active: bool) -> str:
