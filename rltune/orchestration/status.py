@@ -92,7 +92,7 @@ class _Digest:
     """Sum over rows."""
     evaluation: Mapping[str, float] = field(default_factory=dict)
     """The newest row with one."""
-    work: Work = Work()
+    work: Work = field(default_factory=Work)
     last_sign: float = 0.0
 
 
@@ -147,15 +147,14 @@ class StatusReader:
             digest = self._digests(folder.trial_dir(trial) / "metrics.jsonl", is_final=is_final)
             events[trial] = self._events(folder.trial_events_file(trial), is_final=is_final)
             digests[trial] = digest
-            if result is not None and not is_active:
-                self._final.add(trial)
-            elif result is not None and trial != BASE_TRIAL and any(e.event == "ended" for e in events[trial]):
-                self._final.add(trial)
+            has_ended = trial != BASE_TRIAL and any(event.event == "ended" for event in events[trial])
+            if result is not None and (has_ended or not is_active):
+                self._final.add(trial)  # the end is noted just before the result: nothing comes after both
             trials.append(
                 TrialStatus(
                     trial=trial,
                     state=_state(result, has_rows=digest.num_rows > 0, is_active=is_active),
-                    step=digest.step,
+                    step=digest.step or _stopped_at(result),
                     num_steps=self._steps_of(trial, specs.get(trial)),
                     values=specs[trial].values if trial in specs else {},
                     metrics=result.metrics if result else digest.evaluation,
@@ -218,6 +217,10 @@ def _stamp(path: Path) -> tuple[int, int]:
     except FileNotFoundError:
         return (0, 0)
     return (found.st_mtime_ns, found.st_size)
+
+
+def _stopped_at(result: TrialResult | None) -> int:
+    return int(result.metrics["step"]) if result is not None and result.state == "stopped" else 0
 
 
 def _state(result: TrialResult | None, *, has_rows: bool, is_active: bool) -> str:

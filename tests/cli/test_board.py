@@ -9,7 +9,7 @@ from rltune.cli import board
 from rltune.cli.board import watch
 from rltune.orchestration.results import append_result
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
-from rltune.orchestration.status import read_status
+from rltune.orchestration.status import StatusReader, read_status
 from tests.runs import VALUES, experiment, result, write_rows, write_run
 
 BASE = result(BASE_TRIAL, 0.5, 0.0)
@@ -18,7 +18,7 @@ OBJECTIVES = ("brightness", "drift")
 
 def lines_of(folder: RunFolder) -> list[str]:
     status = read_status(folder, experiment())
-    return [line for trial in status.trials for line in board._lines(trial, OBJECTIVES, status)]
+    return [line for trial in status.trials for _, line in board._lines(trial, OBJECTIVES)]
 
 
 def test_each_state_has_its_line(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_every_change_is_printed_once_and_what_ended_before_is_not(tmp_path: Pat
         lambda: append_result(folder.results_file, result(BASE_TRIAL, reason="nan for 'a [red] dog'")),
     )
     with folder.lock():
-        board._print_lines(folder, experiment(), readings)  # type: ignore[arg-type]
+        board._print_lines(StatusReader(folder, experiment()), OBJECTIVES, readings)  # type: ignore[arg-type]
     assert written.getvalue().splitlines() == [  # longer than 40 columns, and not wrapped
         "trial 003 started",
         "trial 003 step 5/10: brightness 0.440, drift 0.125",
