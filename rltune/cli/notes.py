@@ -39,13 +39,14 @@ def stop_line(trial: TrialStatus) -> str:
 
 
 def newest(notes: Sequence[Note], count: int) -> list[Note]:
-    """Return a few notes: of each kind the newest, a failure before a notice, a notice before a stop."""
-    order = tuple(NOTE_STYLES)
-
-    def rank(note: Note) -> tuple[int, bool, int]:
-        return order.index(note.kind), note.place >= 0, -note.place  # what has not ended is the newest
-
-    return sorted(notes, key=rank)[:count]
+    """Return a few notes: the newest of every kind, then the next; failures first, then notices, then stops."""
+    ranked: list[tuple[int, int, Note]] = []
+    for order, kind in enumerate(NOTE_STYLES):
+        # a trial that has not ended has place -1, and is the newest
+        of_kind = sorted((n for n in notes if n.kind == kind), key=lambda n: (n.place >= 0, -n.place))
+        ranked += [(age, order, note) for age, note in enumerate(of_kind)]
+    chosen = sorted(ranked, key=lambda item: item[:2])[:count]
+    return [note for _, _, note in sorted(chosen, key=lambda item: (item[1], item[0]))]
 
 
 def named(trial: TrialStatus) -> str:

@@ -20,6 +20,7 @@ from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
 from rltune.rewards.weights import format_size
 from rltune.training.rewards import try_reward
 from rltune.training.setup import check_options
+from rltune.training.tracking import check_trackers
 
 OWN_WEIGHTS = frozenset({"weights", "head", "model", "clip", "vocab"})
 """Options that name weights other than the published ones."""
@@ -51,6 +52,7 @@ def run_experiment(
             f"fix each with --set, or run 'rltune sweep {path}'"
         )
     check_search(experiment)
+    check_trackers(experiment.shared.track)
     if dry_run:
         _print_plan(experiment, address)
         return

@@ -190,6 +190,7 @@ def _question(experiment: Experiment) -> dict[str, Any]:
     asked = copy.deepcopy(dict(experiment.raw))
     asked.pop("resources", None)
     asked.pop("name", None)
+    asked.pop("track", None)
     search = asked.pop("search", None) or {}
     search.pop("trials", None)
     return {**asked, "search": search}

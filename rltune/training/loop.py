@@ -20,11 +20,12 @@ from rltune.training.base import BaseReference, load_base, measure_base, save_ba
 from rltune.training.checkpoint import Part, Progress, load_checkpoint, save_checkpoint
 from rltune.training.evaluation import Pixels, Values, per_prompt, sample_and_score, save_grid, summarise
 from rltune.training.events import EVENTS_FILE, append_event
-from rltune.training.reporter import MetricsFile, Reporter
+from rltune.training.reporter import MetricsFile, Reporter, RowWriter
 from rltune.training.rewards import build_mixture
 from rltune.training.setup import Run, base_key, build_run, with_room
 from rltune.training.step import MovingAverage, Updater
 from rltune.training.streams import Stream, generator, noise, prompt_indices, torch_seed
+from rltune.training.tracking import TrackedMetrics
 from rltune.training.workers import Stopwatch, peak_gib
 
 logger = logging.getLogger(__name__)
@@ -136,8 +137,9 @@ def train_run(
     if not run.workers.is_main:
         _loop(training, progress, None)
         return
-    with closing(MetricsFile(trial_dir / "metrics.jsonl", resume_step=progress.step)) as metrics_file:
-        _loop(training, progress, metrics_file)
+    metrics_file = MetricsFile(trial_dir / "metrics.jsonl", resume_step=progress.step)
+    with closing(TrackedMetrics(metrics_file, config, trial_dir, resume_step=progress.step)) as rows:
+        _loop(training, progress, rows)
     _note(run, trial_dir, "trained")
 
 
@@ -196,7 +198,7 @@ def _state(run: Run) -> EstimatorState | None:
     return run.estimator.make_state(Setting(run.latent_shape, text_width, run.workers.device, seed))
 
 
-def _loop(training: Training, progress: Progress, metrics_file: MetricsFile | None) -> None:
+def _loop(training: Training, progress: Progress, rows: RowWriter | None) -> None:
     config, base = training.run.config, training.base
     if progress.step == 0:
         training.reporter.report({"step": 0.0, "is_final": 0.0, **summarise(base.values, base.values)}, None)
@@ -210,8 +212,8 @@ def _loop(training: Training, progress: Progress, metrics_file: MetricsFile | No
             raise NonFiniteError(f"step {progress.step + 1}: {error}") from error
         is_due = training.is_over(progress) or progress.step % config.evaluate.every == 0
         summary = _evaluate(training, progress) if is_due else {}
-        if metrics_file is not None:  # before the checkpoint: a resumed run drops rows too many, but cannot add one
-            metrics_file.write(row | summary)
+        if rows is not None:  # before the checkpoint: a resumed run drops rows too many, but cannot add one
+            rows.write(row | summary)
         if is_due:
             _report(training, progress, summary)
 
