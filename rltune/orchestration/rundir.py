@@ -58,6 +58,11 @@ class RunFolder:
         return self.path / "results.jsonl"
 
     @property
+    def study_file(self) -> Path:
+        """The results as an Optuna study, for optuna-dashboard."""
+        return self.path / "study.db"
+
+    @property
     def base_dir(self) -> Path:
         """Measurements of the base model, shared by trials."""
         return self.path / "base"

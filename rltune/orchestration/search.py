@@ -8,7 +8,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from rltune.config.distributions import Choice, Distribution, FloatRange, IntRange, LogFloatRange, Simplex
 from rltune.config.load import Experiment
@@ -155,18 +155,26 @@ class Search:
         self.study.tell(trial, self._objectives.raw_D(result.metrics).tolist())
 
     def _add(self, result: TrialResult) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # constraints of a finished trial are experimental in Optuna 5.0
-            self.study.add_trial(
-                create_trial(
-                    state=TrialState.COMPLETE if result.is_ok else TrialState.FAIL,
-                    values=self._objectives.raw_D(result.metrics).tolist() if result.is_ok else None,
-                    params=dict(result.params),
-                    distributions=self._distributions,
-                    user_attrs={"trial": result.trial},
-                    constraints=dict(result.constraints) or None,
-                )
-            )
+        self.study.add_trial(frozen_trial(result, self._objectives, self._distributions))
+
+
+def frozen_trial(
+    result: TrialResult,
+    objectives: Objectives,
+    distributions: Mapping[str, BaseDistribution],
+    attributes: Mapping[str, Any] | None = None,
+) -> FrozenTrial:
+    """Return a trial that ended as Optuna has it, under its id as ``trial`` and other ``attributes`` of its user's."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # constraints of a finished trial are experimental in Optuna 5.0
+        return create_trial(
+            state=TrialState.COMPLETE if result.is_ok else TrialState.FAIL,
+            values=objectives.raw_D(result.metrics).tolist() if result.is_ok else None,
+            params=dict(result.params),
+            distributions={name: distributions[name] for name in result.params},
+            user_attrs={"trial": result.trial, **(attributes or {})},
+            constraints=dict(result.constraints) or None,
+        )
 
 
 def is_finite(metrics: Mapping[str, float], objectives: Objectives) -> bool:

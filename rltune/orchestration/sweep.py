@@ -22,6 +22,7 @@ from rltune.orchestration.plan import Plan, make_plan
 from rltune.orchestration.results import TrialResult, append_result, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, write_atomically
 from rltune.orchestration.search import Search, is_finite
+from rltune.orchestration.study import StudyFile
 from rltune.orchestration.tuning import Dealer, Recorder, drive
 from rltune.orchestration.usage import last_sign
 from rltune.training.base import load_base
@@ -59,6 +60,7 @@ class Sweep:
         unfinished = [spec for spec in folder.read_trials() if spec.id not in ended and spec.id != BASE_TRIAL]
         trained = [result for result in self._results if result.trial != BASE_TRIAL]
         self._search = Search(experiment, self._objectives, results=trained, unfinished=unfinished)
+        self._study_file = StudyFile(folder.study_file, folder.name, experiment) if experiment.is_searched else None
         self._num_left = max(self.plan.num_trials - len(trained), 0)
 
     @property
@@ -201,6 +203,8 @@ class Sweep:
         return next((result for result in reversed(self._results) if result.trial == BASE_TRIAL), None)
 
     def _write_front(self) -> None:
+        if self._study_file is not None:
+            self._study_file.update(self.results)
         front = self.front()
         if front is not None:
             write_atomically(self._folder.path / "front.json", json.dumps(front_as_dict(front), indent=2))
