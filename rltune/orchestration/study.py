@@ -117,6 +117,8 @@ class StudyFile:
         if "step" in result.metrics:
             attributes["step"] = int(result.metrics["step"])
         trial = frozen_trial(result, self._objectives, self._distributions, attributes)
+        if result.constraints:  # Optuna 5.0 keeps them by name, optuna-dashboard 0.21 looks for the list of before
+            trial.system_attrs = {**trial.system_attrs, "constraints": list(result.constraints.values())}
         if result.ended_at:  # Optuna's times are local and do not say so
             ended = datetime.fromisoformat(result.ended_at).astimezone().replace(tzinfo=None)
             trial.datetime_complete = ended

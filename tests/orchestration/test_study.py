@@ -1,8 +1,10 @@
-import dataclasses
+import json
 import logging
 import sqlite3
+import warnings
 from pathlib import Path
 from typing import Any
+from wsgiref.util import setup_testing_defaults
 
 import optuna
 import pytest
@@ -16,12 +18,7 @@ from tests.runs import experiment, result
 
 PARAMS = {"model.lora.rank": 4, "optim.lr": 1e-3, "simplex[0]": 0.25}
 BASE = result(BASE_TRIAL, 0.5, 0.0)
-STOPPED = dataclasses.replace(
-    result("002", 0.25, 0.125, params=PARAMS),
-    state="stopped",
-    reason="rank 7 of 9",
-    metrics={**result("002", 0.25, 0.125).metrics, "step": 5.0},
-)
+STOPPED = result("002", 0.25, 0.125, reason="rank 7 of 9", stopped_at=5, params=PARAMS)
 RESULTS = [
     BASE,
     result(
@@ -63,7 +60,8 @@ def test_every_trial_is_in_the_study_as_it_ended(tmp_path: Path) -> None:
     assert done.values == [0.7, 0.2]
     assert done.params == PARAMS
     assert done.distributions["optim.lr"] == optuna.distributions.FloatDistribution(1e-4, 1e-2, log=True)
-    assert done.constraints == {"diversity.min": 0.25, "drift.max": -1.0}
+    # by name, and by number as older programs have them
+    assert done.constraints == {"diversity.min": 0.25, "drift.max": -1.0, "0": 0.25, "1": -1.0}
     assert done.user_attrs == {"trial": "003", "state": "ok", "reason": "", "checkpoint": "trials/003/c", "step": 10}
     assert done.duration is not None
     assert done.duration.total_seconds() == 90
@@ -85,7 +83,26 @@ def test_what_is_new_is_appended(tmp_path: Path) -> None:
     assert (tmp_path / "study.db").stat().st_ino == before
 
 
-def _drop_a_trial(path: Path) -> None:
+def test_the_dashboard_shows_ids_metrics_and_constraints(tmp_path: Path) -> None:
+    optuna_dashboard = pytest.importorskip("optuna_dashboard")
+    study_file(tmp_path).update(RESULTS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries beneath it
+        app = optuna_dashboard.wsgi(f"sqlite:///{tmp_path / 'study.db'}")
+        answers: list[str] = []
+        environ: dict[str, Any] = {"PATH_INFO": "/api/studies/1", "QUERY_STRING": "after=0"}
+        setup_testing_defaults(environ)
+        body = b"".join(app(environ, lambda status, headers, *rest: answers.append(status)))
+    assert answers == ["200 OK"]
+    shown = json.loads(body)
+    assert (shown["name"], shown["objective_names"]) == ("mix", ["brightness", "drift"])
+    trials = [{attribute["key"]: attribute["value"] for attribute in trial["user_attrs"]} for trial in shown["trials"]]
+    assert [trial["trial"] for trial in trials] == ["003", "002", "001"]
+    assert [trial["constraints"] for trial in shown["trials"]] == [[0.25, -1.0], [], []]
+    assert [trial["state"] for trial in shown["trials"]] == ["Complete", "Complete", "Fail"]
+
+
+def _change_a_value(path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE trial_values SET value = 9.0")
     connection.close()
@@ -96,7 +113,7 @@ SPOILT: dict[str, Any] = {
     "cut short": lambda path: path.write_bytes(path.read_bytes()[:5000]),
     "empty": lambda path: path.write_bytes(b""),
     "no data base": lambda path: path.write_text("hello" * 2000),
-    "other values": _drop_a_trial,
+    "other values": _change_a_value,
     "more trials": lambda path: StudyFile(path, "mix", experiment()).update(
         [*RESULTS, result("009", 0.1, params=PARAMS)]
     ),
