@@ -44,10 +44,12 @@ def result(
     *,
     constraints: Mapping[str, float] | None = None,
     reason: str = "",
+    stopped_at: int | None = None,
     **fields: Any,
 ) -> TrialResult:
+    """A trial that ended: well, or stopped at a step, or with a reason alone failed."""
     metrics = {
-        "step": 10.0,
+        "step": 10.0 if stopped_at is None else float(stopped_at),
         "eval/brightness": brightness,
         "eval/brightness_se": 0.01,
         "eval/drift": drift,
@@ -59,10 +61,10 @@ def result(
     }
     return TrialResult(
         trial=trial,
-        state="failed" if reason else "ok",
+        state="stopped" if stopped_at is not None else "failed" if reason else "ok",
         values=fields.pop("values", {} if trial == BASE_TRIAL else VALUES),
         params=fields.pop("params", {}),
-        metrics={} if reason else metrics,
+        metrics={} if reason and stopped_at is None else metrics,
         constraints=constraints or {},
         reason=reason,
         **fields,

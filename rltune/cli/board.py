@@ -1,27 +1,33 @@
 """What is seen while a sweep runs: a live table on a terminal, plain lines anywhere else."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import RenderableType
 from rich.live import Live
 
-from rltune.cli.tables import status_view
+from rltune.cli.live import LiveView
+from rltune.cli.notes import named, stop_line
+from rltune.cli.tables import progress_line
 from rltune.cli.terminal import errors
 from rltune.config.load import Experiment
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
-from rltune.orchestration.status import RunStatus, TrialStatus, read_status
+from rltune.orchestration.status import StatusReader, TrialStatus
 
 REFRESH_S = 1.0
+PROGRESS_S = 60.0
+"""Between lines that say where the whole sweep stands, where there is no terminal."""
 
 
 @contextmanager
 def watch(folder: RunFolder, experiment: Experiment) -> Iterator[None]:
     """Show the run on standard error for as long as the block runs. Reads the run folder, touches nothing."""
+    reader = StatusReader(folder, experiment)
+    objectives = experiment.shared.objective_names
     if errors.is_terminal:
         with Live(
-            get_renderable=lambda: _view(folder, experiment),
+            get_renderable=lambda: LiveView(reader.read(), objectives),
             console=errors,
             refresh_per_second=1 / REFRESH_S,
             transient=True,
@@ -29,7 +35,7 @@ def watch(folder: RunFolder, experiment: Experiment) -> Iterator[None]:
             yield
         return
     stop = threading.Event()
-    thread = threading.Thread(target=_print_lines, args=(folder, experiment, stop), daemon=True)
+    thread = threading.Thread(target=_print_lines, args=(reader, objectives, stop), daemon=True)
     thread.start()
     try:
         yield
@@ -38,30 +44,40 @@ def watch(folder: RunFolder, experiment: Experiment) -> Iterator[None]:
         thread.join()
 
 
-def _view(folder: RunFolder, experiment: Experiment) -> RenderableType:
-    return status_view(read_status(folder, experiment), experiment.shared.objective_names)
-
-
-def _print_lines(folder: RunFolder, experiment: Experiment, stop: threading.Event) -> None:
-    seen: set[str] = set()
-    objectives = experiment.shared.objective_names
-    is_first = True
+def _print_lines(reader: StatusReader, objectives: Sequence[str], stop: threading.Event) -> None:
+    seen: set[tuple[int, str]] = set()
+    is_first, progress_at = True, time.monotonic()
     while True:
         is_last = stop.wait(REFRESH_S)
-        status = read_status(folder, experiment)
+        status = reader.read()
         for trial in status.trials:
-            for line in _lines(trial, objectives, status):
-                if line not in seen and not (is_first and trial.state in ("done", "failed")):
-                    errors.print(line, highlight=False, soft_wrap=True, markup=False)
+            for line in _lines(trial, objectives):
+                if line not in seen and not (is_first and trial.has_ended):
+                    _print(line[1])
                 seen.add(line)
+        if time.monotonic() - progress_at >= PROGRESS_S:
+            _print(progress_line(status))
+            progress_at = time.monotonic()
         is_first = False
         if is_last:
             return
 
 
-def _lines(trial: TrialStatus, objectives: tuple[str, ...], status: RunStatus) -> Iterator[str]:
-    name = "base model" if trial.trial == BASE_TRIAL else f"trial {trial.trial}"
-    if trial.state == "failed":
+def _print(line: str) -> None:
+    errors.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _lines(trial: TrialStatus, objectives: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Yield what is to be printed of a trial, once each; notices are numbered, for two may say the same."""
+    yield from ((number, f"{named(trial)}: {text}") for number, text in enumerate(trial.notices, start=1))
+    yield from ((0, line) for line in _state_lines(trial, objectives))
+
+
+def _state_lines(trial: TrialStatus, objectives: Sequence[str]) -> Iterator[str]:
+    name = named(trial)
+    if trial.state == "stopped":
+        yield stop_line(trial)
+    elif trial.state == "failed":
         yield f"{name} failed: {trial.reason}"
     elif trial.metrics:
         scores = ", ".join(f"{objective} {trial.metrics[f'eval/{objective}']:.3f}" for objective in objectives)

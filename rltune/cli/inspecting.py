@@ -7,18 +7,30 @@ from pathlib import Path
 
 from rich.table import Table
 
-from rltune.cli.tables import front_view, status_view
+from rltune.cli.tables import front_view, headline, status_view, usage_view
 from rltune.cli.terminal import console
 from rltune.errors import UserError
 
 
-def show_status(run: Path) -> None:
-    """Print the trial table of a run."""
+def show_status(run: Path, *, with_usage: bool = False) -> None:
+    """Print the trial table of a run, or where its time went.
+
+    Raises:
+        UserError: There is no such run, or it noted nothing of its time.
+    """
     from rltune.orchestration.status import read_status
     from rltune.orchestration.sweep import open_run
 
     folder, experiment = open_run(run)
-    console.print(status_view(read_status(folder, experiment), experiment.shared.objective_names))
+    status = read_status(folder, experiment)
+    if not with_usage:
+        console.print(status_view(status, experiment.shared.objective_names))
+        return
+    if status.usage is None:
+        what = f"nothing is known of its time, got no {folder.events_file.name}"
+        raise UserError(f"{run}: {what}; it is written while a run runs")
+    console.print(headline(status))
+    console.print(usage_view(status.usage))
 
 
 def show_front(run: Path) -> None:

@@ -96,11 +96,14 @@ def train(
 
 
 @app.command()
-def status(run: RunArgument) -> None:
+def status(
+    run: RunArgument,
+    usage: Annotated[bool, typer.Option("--usage", help="Show where the time of its slots went instead.")] = False,
+) -> None:
     """Show the trial table of a running or finished run, from any terminal."""
     from rltune.cli.inspecting import show_status
 
-    show_status(run)
+    show_status(run, with_usage=usage)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
 from rltune.rewards.weights import format_size
 from rltune.training.rewards import try_reward
 from rltune.training.setup import check_options
+from rltune.training.tracking import check_trackers
 
 if TYPE_CHECKING:
     from rltune.orchestration.sweep import Sweep
@@ -59,6 +60,7 @@ def run_experiment(
             f"fix each with --set, or run 'rltune sweep {path}'"
         )
     check_search(experiment)
+    check_trackers(experiment.shared.track)
     folder = RunFolder(storage / (name or experiment.shared.name))
     if dry_run:
         from rltune.orchestration.warmstart import read_lessons

@@ -9,12 +9,21 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from rltune.cli.notes import Note, notes_of
 from rltune.orchestration.objectives import Front
 from rltune.orchestration.results import TrialResult
 from rltune.orchestration.rundir import BASE_TRIAL
 from rltune.orchestration.status import RunStatus, TrialStatus
+from rltune.orchestration.usage import KINDS, Usage
 
-STATE_STYLES = {"done": "green", "failed": "red", "running": "cyan", "starting": "yellow", "interrupted": "yellow"}
+STATE_STYLES = {
+    "done": "green",
+    "stopped": "dim",
+    "failed": "red",
+    "running": "cyan",
+    "starting": "yellow",
+    "interrupted": "yellow",
+}
 FRONT_MARK = "*"
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 UNBOUNDED = 10_000
@@ -42,21 +51,29 @@ class FittedTable:
 
 
 def status_view(status: RunStatus, objectives: Sequence[str]) -> RenderableType:
-    """Return the trial table with a headline above and the failures below."""
-    parts: list[RenderableType] = [_headline(status), _trial_table(status, objectives)]
-    parts += [
-        Text(f"trial {trial.trial} failed: {trial.reason}", style="red") for trial in status.trials if trial.reason
-    ]
-    if any(not trial.is_feasible for trial in status.trials):
+    """Return the trial table with a headline above; notices, and why trials were stopped or failed, below."""
+    return trial_view(status, objectives, status.trials, notes_of(status.trials))
+
+
+def trial_view(
+    status: RunStatus, objectives: Sequence[str], shown: Sequence[TrialStatus], notes: Sequence[Note]
+) -> RenderableType:
+    """Return the table of some trials of a run, with the headline above and notes below."""
+    parts: list[RenderableType] = [headline(status), _trial_table(status, objectives, shown)]
+    parts += [Text(note.text, style=note.style) for note in notes]
+    if any(not trial.is_feasible for trial in shown):
         parts.append(Text("! breaks a constraint, so it is not on the front", style="dim"))
     return Group(*parts)
 
 
-def _headline(status: RunStatus) -> Text:
+def headline(status: RunStatus) -> Text:
+    """Return the whole run in a line."""
     parts = [f"{status.name}: {status.num_ended} of {status.num_trials} trials"]
     if status.front is not None:
         parts.append(f"front {len(status.front.members)}")
         parts.append(f"hypervolume {status.front.hypervolume:.3g}")
+    if status.usage is not None:
+        parts.append(f"utilisation {status.usage.utilisation:.0%}")
     if status.step_s is not None:
         parts.append(f"{status.step_s:.2f} s/step")
     parts.append(f"{format_duration(status.elapsed_s)} elapsed")
@@ -68,12 +85,32 @@ def _headline(status: RunStatus) -> Text:
     return Text(" | ".join(parts), style="bold")
 
 
-def _trial_table(status: RunStatus, objectives: Sequence[str]) -> FittedTable:
-    paths = list(dict.fromkeys(path for trial in status.trials for path in trial.values))
-    return FittedTable(lambda shown: _trial_table_with(shown, status, objectives), paths)
+def progress_line(status: RunStatus) -> str:
+    """Return the sweep in a line, for where there is no terminal."""
+    return headline(status).plain
 
 
-def _trial_table_with(paths: Sequence[str], status: RunStatus, objectives: Sequence[str]) -> Table:
+def usage_view(usage: Usage) -> RenderableType:
+    """Return where the worker-seconds of a run went, the largest share first."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("share", justify="right")
+    table.add_column("worker time", justify="right")
+    table.add_column("spent on")
+    for kind, seconds in sorted(usage.seconds.items(), key=lambda item: -item[1]):
+        style = "bold" if kind == "training" else "dim" if seconds == 0 else None
+        table.add_row(f"{seconds / usage.total_s:.1%}", format_duration(seconds), KINDS[kind], style=style)
+    note = f"Of {format_duration(usage.total_s)}: slots (trials at a time x workers) times the time that drivers ran."
+    return Group(table, Text(note, style="dim"))
+
+
+def _trial_table(status: RunStatus, objectives: Sequence[str], trials: Sequence[TrialStatus]) -> FittedTable:
+    paths = list(dict.fromkeys(path for trial in trials for path in trial.values))
+    return FittedTable(lambda shown: _trial_table_with(shown, status, objectives, trials), paths)
+
+
+def _trial_table_with(
+    paths: Sequence[str], status: RunStatus, objectives: Sequence[str], trials: Sequence[TrialStatus]
+) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("")
     table.add_column("trial")
@@ -84,7 +121,7 @@ def _trial_table_with(paths: Sequence[str], status: RunStatus, objectives: Seque
     for label in short_labels(paths):
         table.add_column(label, justify="right", style="dim")
     base = next((trial.metrics for trial in status.trials if trial.trial == BASE_TRIAL), {})
-    for trial in status.trials:
+    for trial in trials:
         is_base = trial.trial == BASE_TRIAL
         mark = FRONT_MARK if trial.is_on_front else "" if trial.is_feasible else "!"
         table.add_row(

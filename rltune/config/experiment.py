@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
@@ -35,6 +35,7 @@ WHOLE_SWEEP = (
     "constraints",
     "search",
     "resources",
+    "track",
 )
 """What all trials share, or they could not be compared: no distribution may stand here or below."""
 
@@ -82,6 +83,8 @@ class RunConfig(StrictModel):
     """How the distributions are searched."""
     resources: ResourcesConfig = ResourcesConfig()
     """What a trial runs on."""
+    track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Trackers that also receive every trial's figures; ``pip install "rltune[track]"`` has them."""
     seed: Int = Field(0, ge=0, lt=2**32)
     """Seed of training: prompts, noise, K."""
 

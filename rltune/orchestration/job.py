@@ -16,6 +16,7 @@ from rltune.config.experiment import RunConfig
 from rltune.errors import RltuneError
 from rltune.orchestration.loopback import FileTorchConfig
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
+from rltune.training.events import append_event
 from rltune.training.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -70,20 +71,23 @@ class RayReporter:
 def worker(config: dict[str, JobSpec]) -> None:
     """Run one Ray Train worker of the trial under ``spec``."""
     context = ray.train.get_context()
-    run_trial(config["spec"], RayReporter(), is_alone=context.get_world_size() == 1)
+    run_trial(config["spec"], RayReporter(), rank=context.get_world_rank(), count=context.get_world_size())
 
 
-def run_trial(spec: JobSpec, reporter: Reporter, *, is_alone: bool, shelf: "Shelf | None" = None) -> None:
+def run_trial(spec: JobSpec, reporter: Reporter, *, rank: int, count: int, shelf: "Shelf | None" = None) -> None:
     """Run one worker of a trial; what a user must know of its failure goes into ``failure.txt``.
 
     Args:
         spec: The trial.
         reporter: Takes reports and checkpoints.
-        is_alone: Whether the trial has no other worker.
+        rank: Which of the trial's workers this is.
+        count: How many it has.
         shelf: What earlier trials of this process have loaded.
     """
     if Path(spec.work_dir).is_dir():  # Ray puts workers into a folder of its own
         os.chdir(spec.work_dir)
+    if rank == 0:
+        append_event(spec.folder.trial_events_file(spec.trial), "worker_started")
     quiet_libraries()
     failure = spec.folder.failure_file(spec.trial)
     if failure.exists():  # another worker met it before the restart; trying again would meet it again
@@ -93,7 +97,7 @@ def run_trial(spec: JobSpec, reporter: Reporter, *, is_alone: bool, shelf: "Shel
     except RltuneError as error:
         failure.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(failure, f"{error}\n")
-        if not is_alone:
+        if count > 1:
             raise  # the others wait in a collective: only a restart of the group frees them
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import rltune
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import UserError
+from rltune.training.events import EVENTS_FILE
 
 LIBRARIES = ("ray", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "optuna")
 BASE_TRIAL = "000"
@@ -62,6 +63,11 @@ class RunFolder:
         return self.path / "warm_start.jsonl"
 
     @property
+    def study_file(self) -> Path:
+        """The results as an Optuna study, for optuna-dashboard."""
+        return self.path / "study.db"
+
+    @property
     def base_dir(self) -> Path:
         """Measurements of the base model, shared by trials."""
         return self.path / "base"
@@ -103,6 +109,15 @@ class RunFolder:
         """Why a trial failed, written by the worker that met it."""
         return self.trial_dir(trial) / "failure.txt"
 
+    @property
+    def events_file(self) -> Path:
+        """When drivers of the run started and ended."""
+        return self.path / EVENTS_FILE
+
+    def trial_events_file(self, trial: str) -> Path:
+        """When what happened to a trial, and notices about it."""
+        return self.trial_dir(trial) / EVENTS_FILE
+
     def write_trial(self, spec: TrialSpec) -> None:
         """Record a trial before it starts, so that a resumed sweep starts it with the same knobs."""
         folder = self.trial_dir(spec.id)
@@ -117,8 +132,11 @@ class RunFolder:
 
     def read_trials(self) -> list[TrialSpec]:
         """Return every trial that was ever started, by id."""
-        files = sorted((self.path / "trials").glob("*/trial.json"))
-        return [TrialSpec(**json.loads(file.read_text())) for file in files]
+        return [read_trial(file) for file in self.trial_files()]
+
+    def trial_files(self) -> list[Path]:
+        """Return the record of every trial that was ever started, by id."""
+        return sorted((self.path / "trials").glob("*/trial.json"))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -170,6 +188,11 @@ class RunFolder:
         write_atomically(self.experiment_file, _provenance() + experiment.to_yaml())
 
 
+def read_trial(file: Path) -> TrialSpec:
+    """Return a trial from its record."""
+    return TrialSpec(**json.loads(file.read_text()))
+
+
 def _try_lock(descriptor: int) -> bool:
     """Take the lock, trying for a second: ``rltune status`` holds it for a moment to see whether it is free."""
     for _ in range(10):
@@ -197,6 +220,7 @@ def _question(experiment: Experiment) -> dict[str, Any]:
     asked = copy.deepcopy(dict(experiment.raw))
     asked.pop("resources", None)
     asked.pop("name", None)
+    asked.pop("track", None)
     search = asked.pop("search", None) or {}
     search.pop("trials", None)
     return {**asked, "search": search}

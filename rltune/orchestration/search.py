@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseGASampler
-from optuna.trial import TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from rltune.config.distributions import Choice, Distribution, FloatRange, IntRange, LogFloatRange, Simplex
 from rltune.config.load import Experiment
@@ -191,19 +191,8 @@ class Search:
         self.study.tell(trial, self._objectives.raw_D(result.metrics).tolist())
 
     def _add(self, result: TrialResult) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # constraints of a finished trial are experimental in Optuna 5.0
-            self.study.add_trial(
-                create_trial(
-                    state=TrialState.COMPLETE if result.is_ok else TrialState.FAIL,
-                    values=self._objectives.raw_D(result.metrics).tolist() if result.is_ok else None,
-                    params=dict(result.params),
-                    distributions=self._distributions,
-                    system_attrs=self._generation(),
-                    user_attrs={"trial": result.trial},
-                    constraints=dict(result.constraints) or None,
-                )
-            )
+        frozen = frozen_trial(result, self._objectives, self._distributions, system=self._generation())
+        self.study.add_trial(frozen)
 
     def _generation(self) -> dict[str, Any]:
         """Return what a genetic sampler notes at a trial; it breeds only from trials whose generation it knows."""
@@ -214,6 +203,30 @@ class Search:
         size = sampler.population_size
         assert size is not None, "make_sampler gives it"
         return {sampler._get_generation_key(): num_before // size}
+
+
+def frozen_trial(
+    result: TrialResult,
+    objectives: Objectives,
+    distributions: Mapping[str, BaseDistribution],
+    attributes: Mapping[str, Any] | None = None,
+    system: Mapping[str, Any] | None = None,
+) -> FrozenTrial:
+    """Return a trial that ended as Optuna has it, under its id as ``trial`` and other ``attributes`` of its user's.
+
+    ``system`` are the attributes that a sampler notes at its trials.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # constraints of a finished trial are experimental in Optuna 5.0
+        return create_trial(
+            state=TrialState.COMPLETE if result.is_ok else TrialState.FAIL,
+            values=objectives.raw_D(result.metrics).tolist() if result.is_ok else None,
+            params=dict(result.params),
+            distributions={name: distributions[name] for name in result.params},
+            user_attrs={"trial": result.trial, **(attributes or {})},
+            system_attrs=dict(system or {}),
+            constraints=dict(result.constraints) or None,
+        )
 
 
 def is_finite(metrics: Mapping[str, float], objectives: Objectives) -> bool:

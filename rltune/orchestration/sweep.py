@@ -25,10 +25,13 @@ from rltune.orchestration.plan import Plan, make_plan
 from rltune.orchestration.results import TrialResult, append_result, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, write_atomically
 from rltune.orchestration.search import Search, is_finite
+from rltune.orchestration.study import StudyFile
 from rltune.orchestration.tuning import Dealer, Overseer, Recorder, train_trainable
+from rltune.orchestration.usage import last_sign
 from rltune.orchestration.warm import warm_trainable
 from rltune.orchestration.warmstart import keep_lessons, read_lessons
 from rltune.training.base import load_base
+from rltune.training.events import append_event
 from rltune.training.setup import base_key
 
 logger = logging.getLogger(__name__)
@@ -76,6 +79,7 @@ class Sweep:
         unfinished = [spec for spec in folder.read_trials() if spec.id not in ended and spec.id != BASE_TRIAL]
         trained = [result for result in self._results if result.trial != BASE_TRIAL]
         self._search = Search(experiment, self._objectives, results=trained, unfinished=unfinished, lessons=lessons)
+        self._study_file = StudyFile(folder.study_file, folder.name, experiment) if experiment.is_searched else None
         self._num_left = max(self.plan.num_trials - len(trained), 0)
 
     @property
@@ -97,6 +101,19 @@ class Sweep:
         Raises:
             RunError: The base model could not be measured, or the run folder can no longer be written.
         """
+        append_event(
+            self._folder.events_file,
+            "driver_started",
+            trials_at_once=self.plan.num_concurrent,
+            workers=self.plan.num_workers,
+            last_sign=last_sign(self._folder),
+        )
+        try:
+            self._run()
+        finally:
+            append_event(self._folder.events_file, "driver_ended")
+
+    def _run(self) -> None:
         base = self._base_result()
         if base is not None and not base.is_ok:  # what stopped it may have been put right since
             self._folder.failure_file(BASE_TRIAL).unlink(missing_ok=True)
@@ -167,6 +184,8 @@ class Sweep:
         return find_front(self._results, self._objectives, reference.spread) if reference else None
 
     def _run_tune(self, *, needs_base: bool) -> None:
+        if needs_base:
+            append_event(self._folder.trial_events_file(BASE_TRIAL), "dealt")
         dealer = Dealer(
             self._deal,
             first=self._job(TrialSpec(BASE_TRIAL, {}, {})) if needs_base else None,
@@ -198,6 +217,7 @@ class Sweep:
         with self._lock:
             spec = self._search.ask()
         self._folder.write_trial(spec)
+        append_event(self._folder.trial_events_file(spec.id), "dealt")
         return self._job(spec)
 
     def _job(self, spec: TrialSpec) -> JobSpec:
@@ -231,6 +251,7 @@ class Sweep:
         result = self._judge(job, last, error, duration_s)
         if result is None:  # interrupted: the same command takes it up again
             return
+        append_event(self._folder.trial_events_file(job.trial), "ended")
         with self._lock:
             append_result(self._folder.results_file, result)
             self._results.append(result)
@@ -282,6 +303,8 @@ class Sweep:
         return next((result for result in reversed(self._results) if result.trial == BASE_TRIAL), None)
 
     def _write_front(self) -> None:
+        if self._study_file is not None:
+            self._study_file.update(self.results)
         front = self.front()
         if front is not None:
             write_atomically(self._folder.path / "front.json", json.dumps(front_as_dict(front), indent=2))

@@ -145,7 +145,7 @@ class WarmWorker:
 
     def _run(self, spec: JobSpec, gate: _Gate) -> None:
         try:
-            run_trial(spec, _WarmReporter(spec, gate), shelf=self._shelf, is_alone=self._size == 1)
+            run_trial(spec, _WarmReporter(spec, gate), rank=self._rank, count=self._size, shelf=self._shelf)
         except Abandoned:
             gate.end(None)
         except BaseException as error:  # noqa: BLE001  # it is raised again where the trainable asks

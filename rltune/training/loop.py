@@ -19,12 +19,14 @@ from rltune.rewards.mixture import Mixture
 from rltune.training.base import BaseReference, load_base, measure_base, save_base
 from rltune.training.checkpoint import Part, Progress, load_checkpoint, save_checkpoint
 from rltune.training.evaluation import Pixels, Values, per_prompt, sample_and_score, save_grid, summarise
+from rltune.training.events import EVENTS_FILE, append_event
 from rltune.training.loading import Shelf
-from rltune.training.reporter import MetricsFile, Reporter
+from rltune.training.reporter import MetricsFile, Reporter, RowWriter
 from rltune.training.rewards import build_mixture
 from rltune.training.setup import Run, base_key, build_run, with_room
 from rltune.training.step import MovingAverage, Updater
 from rltune.training.streams import Stream, generator, noise, prompt_indices, torch_seed
+from rltune.training.tracking import TrackedMetrics
 from rltune.training.workers import Stopwatch, peak_gib
 
 logger = logging.getLogger(__name__)
@@ -107,6 +109,7 @@ def train_run(
     """
     torch.manual_seed(torch_seed(config.seed, Stream.PROCESS))  # whatever ran before in this process
     run = build_run(config, shelf)
+    _note(run, trial_dir, "loaded")
     base = _reference(run, base_dir)
     network = run.model.network
     lora = config.model.lora
@@ -138,8 +141,10 @@ def train_run(
     if not run.workers.is_main:
         _loop(training, progress, None)
         return
-    with closing(MetricsFile(trial_dir / "metrics.jsonl", resume_step=progress.step)) as metrics_file:
-        _loop(training, progress, metrics_file)
+    metrics_file = MetricsFile(trial_dir / "metrics.jsonl", resume_step=progress.step)
+    with closing(TrackedMetrics(metrics_file, config, trial_dir, resume_step=progress.step)) as rows:
+        _loop(training, progress, rows)
+    _note(run, trial_dir, "trained")
 
 
 def base_run(
@@ -152,10 +157,16 @@ def base_run(
         NonFiniteError: A reward is not finite.
     """
     run = build_run(config, shelf)
+    _note(run, trial_dir, "loaded")
     base = _reference(run, base_dir)
     if run.workers.is_main:
         _save_samples(run, base.pixels_NHW3, trial_dir / "samples" / "base.png")
     reporter.report({"step": 0.0, "is_final": 1.0, **summarise(base.values, base.values)}, None)
+
+
+def _note(run: Run, trial_dir: Path, event: str, **fields: int) -> None:
+    if run.workers.is_main:
+        append_event(trial_dir / EVENTS_FILE, event, **fields)
 
 
 def _reference(run: Run, base_dir: Path) -> BaseReference:
@@ -193,12 +204,13 @@ def _state(run: Run) -> EstimatorState | None:
     return run.estimator.make_state(Setting(run.latent_shape, text_width, run.workers.device, seed))
 
 
-def _loop(training: Training, progress: Progress, metrics_file: MetricsFile | None) -> None:
+def _loop(training: Training, progress: Progress, rows: RowWriter | None) -> None:
     config, base = training.run.config, training.base
     if progress.step == 0:
         training.reporter.report({"step": 0.0, "is_final": 0.0, **summarise(base.values, base.values)}, None)
     elif training.is_over(progress):  # killed after its last checkpoint, before its result was taken
         _report(training, progress, _evaluate(training, progress))
+    _note(training.run, training.trial_dir, "first_step", step=progress.step)
     while not training.is_over(progress):
         try:
             row, progress = _train_step(training, progress)
@@ -206,8 +218,8 @@ def _loop(training: Training, progress: Progress, metrics_file: MetricsFile | No
             raise NonFiniteError(f"step {progress.step + 1}: {error}") from error
         is_due = training.is_over(progress) or progress.step % config.evaluate.every == 0
         summary = _evaluate(training, progress) if is_due else {}
-        if metrics_file is not None:  # before the checkpoint: a resumed run drops rows too many, but cannot add one
-            metrics_file.write(row | summary)
+        if rows is not None:  # before the checkpoint: a resumed run drops rows too many, but cannot add one
+            rows.write(row | summary)
         if is_due:
             _report(training, progress, summary)
 
@@ -309,6 +321,7 @@ def _report(training: Training, progress: Progress, summary: Mapping[str, float]
         save_checkpoint(checkpoint, adapter, training.parts, progress)
     metrics = {name: float(value) for name, value in asdict(progress).items()} | dict(summary)
     training.reporter.report({**metrics, "is_final": float(training.is_over(progress))}, checkpoint)
+    _note(run, training.trial_dir, "reported", step=progress.step)
 
 
 def _evaluated(training: Training) -> AbstractContextManager[None]:

@@ -18,6 +18,14 @@ class Reporter(Protocol):
         ...
 
 
+class RowWriter(Protocol):
+    """Receives one row a step, from the main worker."""
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Take a row; ``step`` is its number."""
+        ...
+
+
 class FolderReporter:
     """Keeps every report, and the newest checkpoints in a folder; for a run in this process."""
 

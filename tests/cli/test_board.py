@@ -9,7 +9,8 @@ from rltune.cli import board
 from rltune.cli.board import watch
 from rltune.orchestration.results import append_result
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
-from rltune.orchestration.status import read_status
+from rltune.orchestration.status import StatusReader, read_status
+from rltune.training.events import append_event
 from tests.runs import VALUES, experiment, result, write_rows, write_run
 
 BASE = result(BASE_TRIAL, 0.5, 0.0)
@@ -18,7 +19,7 @@ OBJECTIVES = ("brightness", "drift")
 
 def lines_of(folder: RunFolder) -> list[str]:
     status = read_status(folder, experiment())
-    return [line for trial in status.trials for line in board._lines(trial, OBJECTIVES, status)]
+    return [line for trial in status.trials for _, line in board._lines(trial, OBJECTIVES)]
 
 
 def test_each_state_has_its_line(tmp_path: Path) -> None:
@@ -33,6 +34,19 @@ def test_each_state_has_its_line(tmp_path: Path) -> None:
             "trial 002 failed: step 3: 'a [red] dog'",
             "trial 003 step 5/10: brightness 0.440, drift 0.125",
             "trial 004 started",
+        ]
+
+
+def test_a_stopped_trial_and_notices_have_their_lines(tmp_path: Path) -> None:
+    stopped = result("001", 0.7, 0.25, reason="rank 7 of 9 at step 5", stopped_at=5)
+    folder = write_run(tmp_path / "mix", experiment(), [BASE, stopped], started=["002"])
+    append_event(folder.trial_events_file("002"), "dealt")
+    append_event(folder.trial_events_file("002"), "notice", text="went back to step 5")
+    with folder.lock():
+        assert lines_of(folder)[1:] == [
+            "trial 001 stopped at 5/10: rank 7 of 9 at step 5",
+            "trial 002: went back to step 5",
+            "trial 002 started",
         ]
 
 
@@ -74,13 +88,43 @@ def test_every_change_is_printed_once_and_what_ended_before_is_not(tmp_path: Pat
         lambda: append_result(folder.results_file, result(BASE_TRIAL, reason="nan for 'a [red] dog'")),
     )
     with folder.lock():
-        board._print_lines(folder, experiment(), readings)  # type: ignore[arg-type]
+        board._print_lines(StatusReader(folder, experiment()), OBJECTIVES, readings)  # type: ignore[arg-type]
     assert written.getvalue().splitlines() == [  # longer than 40 columns, and not wrapped
         "trial 003 started",
         "trial 003 step 5/10: brightness 0.440, drift 0.125",
         "trial 003 step 10/10: brightness 0.600, drift 0.200",
         "base model failed: nan for 'a [red] dog'",
     ]
+
+
+def test_the_same_notice_twice_is_two_lines(tmp_path: Path, written: io.StringIO) -> None:
+    folder = write_run(tmp_path / "mix", experiment(), [BASE], started=["001"])
+
+    def notice() -> None:
+        append_event(folder.trial_events_file("001"), "notice", text="out of memory")
+
+    with folder.lock():
+        readings = Readings(lambda: None, notice, lambda: None, notice, lambda: None)
+        board._print_lines(StatusReader(folder, experiment()), OBJECTIVES, readings)  # type: ignore[arg-type]
+    assert written.getvalue().splitlines() == ["trial 001 started", *["trial 001: out of memory"] * 2]
+
+
+def test_where_the_sweep_stands_is_said_once_a_minute(
+    tmp_path: Path, written: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(
+        tmp_path / "mix", experiment(), [BASE, result("001", 0.7, 0.1, duration_s=60.0)], started=["002"]
+    )
+    moments = iter([0, 30, 59, 61, 61, 100, 120, 122, 122])
+    monkeypatch.setattr(board.time, "monotonic", lambda: next(moments))
+    with folder.lock():
+        readings = Readings(*[lambda: None] * 6)
+        board._print_lines(StatusReader(folder, experiment()), OBJECTIVES, readings)  # type: ignore[arg-type]
+    assert list(moments) == []
+    lines = [line for line in written.getvalue().splitlines() if line.startswith("mix: ")]
+    assert len(lines) == 2  # at 61 and 122
+    assert lines[0].startswith("mix: 1 of 4 trials | front 2 | hypervolume ")
+    assert "about 3 min 00 s left" in lines[0]
 
 
 def test_the_end_of_the_block_is_still_shown(tmp_path: Path, written: io.StringIO) -> None:

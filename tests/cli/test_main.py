@@ -10,8 +10,11 @@ import pytest
 
 from rltune import __version__
 from rltune.errors import RunError
+from rltune.orchestration.rundir import BASE_TRIAL
+from rltune.training import tracking
 from tests.cli.conftest import Call
 from tests.config.test_schema import EXPERIMENTS
+from tests.runs import experiment, result, write_rows, write_run
 
 HELP = """
 import sys, typer.main
@@ -230,6 +233,38 @@ def test_a_folder_that_is_no_run_is_said_so(call: Call, tmp_path: Path, command:
     assert (code, out) == (2, "")
     assert f"{tmp_path}: not a run folder, it has no experiment.yaml" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_status_says_where_the_time_went(call: Call, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "mix", experiment(), [result(BASE_TRIAL, 0.5)], started=["001"])
+    code, _, error = call("status", folder.path, "--usage")
+    assert code == 2
+    assert "nothing is known of its time, got no events.jsonl" in error
+    write_rows(folder, "001", [{"step": 1, "step_s": 30.0}])
+    rows = [
+        {"time": 1000, "event": "driver_started", "trials_at_once": 2, "workers": 1},
+        {"time": 1060, "event": "driver_ended"},
+    ]
+    folder.events_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, output, _ = call("status", folder.path, "--usage")
+    assert code == 0
+    lines = [" ".join(line.split()) for line in output.splitlines()]
+    assert any("utilisation 25%" in line for line in lines)  # 30 s of two slots for a minute
+    assert "25.0% 30 s training steps" in lines
+    assert any(line.startswith("Of 2 min 00 s: slots") for line in lines)
+    assert "utilisation 25%" in " ".join(call("status", folder.path)[1].split())
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_anything_starts(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "find_spec", lambda name: None)
+    path = tmp_path / "mix.yaml"
+    path.write_text("rewards: {brightness: {}}\ntrack: [wandb]\n")
+    code, _, error = call("train", path, "--storage", tmp_path / "runs")
+    assert code == 2
+    assert 'track: wandb is not installed; pip install "rltune[track]"' in " ".join(error.split())
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import optuna
 import pytest
 
 from rltune.config.load import load_experiment
 from rltune.orchestration.results import read_results
+from rltune.orchestration.status import read_status
+from rltune.orchestration.sweep import open_run
+from rltune.training.events import read_events
 from rltune.training.reporter import read_metrics
 from tests.orchestration.processes import (
     LOOPBACK_HEX,
@@ -59,6 +63,21 @@ def test_a_sweep_gives_front_and_exports_and_listens_on_loopback_alone(
     # lines are printed at intervals, in which six small steps may all pass
     assert re.search(r"trial 001 step [36]/6", output)
     assert "Traceback" not in output
+    noted = [event.event for event in read_events(run / "trials" / "001" / "events.jsonl")]
+    assert [name for name in noted if name != "reported"] == [
+        "dealt",
+        "worker_started",
+        "loaded",
+        "first_step",
+        "trained",
+        "ended",
+    ]
+    usage = read_status(*open_run(run)).usage
+    assert usage is not None
+    assert all(usage.seconds[kind] > 0 for kind in ("training", "evaluation", "starting", "loading", "base"))
+    assert sum(usage.seconds.values()) == pytest.approx(usage.total_s)
+    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{run / 'study.db'}")
+    assert sorted(trial.user_attrs["trial"] for trial in study.trials) == ["001", "002", "003"]
     # the folder says again what was run, and the same command finds nothing left to do
     assert load_experiment(run / "experiment.yaml").space == load_experiment(path).space
     again = start("sweep", str(path))

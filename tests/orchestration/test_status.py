@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from rltune.orchestration import status as status_module
 from rltune.orchestration.results import append_result
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
-from rltune.orchestration.status import RunStatus, TrialStatus, read_status
+from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
+from rltune.orchestration.status import RunStatus, StatusReader, TrialStatus, read_status
+from rltune.training.events import append_event
 from tests.runs import VALUES, experiment, result, write_rows, write_run
 
 BASE = result(BASE_TRIAL, 0.5, 0.0)
@@ -101,6 +103,71 @@ def test_lines_that_are_being_written_are_left_out(folder: RunFolder) -> None:
     _, trials = read(folder)
     assert trials["003"].step == 6
     assert trials["004"].state == "interrupted"
+
+
+def test_a_stopped_trial_has_ended_where_it_was_stopped(tmp_path: Path) -> None:
+    stopped = result("001", 0.7, 0.2, reason="rank 7 of 9", stopped_at=5, duration_s=50.0)
+    folder = write_run(tmp_path / "mix", experiment(), [BASE, stopped])
+    status, trials = read(folder)
+    trial = trials["001"]
+    assert (trial.state, trial.step, trial.num_steps, trial.reason) == ("stopped", 5, 10, "rank 7 of 9")
+    assert trial.has_ended
+    assert (status.num_ended, status.trial_s) == (1, 50.0)
+
+
+def test_notices_and_usage_come_from_events(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def happens(moment: float, path: Path, event: str, **fields: object) -> None:
+        monkeypatch.setattr(time, "time", lambda: moment)
+        append_event(path, event, **fields)
+
+    happens(100, folder.events_file, "driver_started", trials_at_once=2, workers=1)
+    happens(100, folder.trial_events_file("003"), "dealt")
+    happens(101, folder.trial_events_file("003"), "worker_started")
+    happens(103, folder.trial_events_file("003"), "first_step")
+    happens(104, folder.trial_events_file("003"), "notice", text="went back to step 4")
+    happens(110, folder.events_file, "driver_ended")
+    status, trials = read(folder)
+    assert trials["003"].notices == ("went back to step 4",)
+    assert status.usage is not None
+    assert status.usage.total_s == 20
+    assert status.usage.seconds["training"] == 1.5  # the rows of trial 003
+    assert status.usage.seconds["loading"] == 2
+
+
+def test_reading_again_sees_all_that_is_new(folder: RunFolder) -> None:
+    reader = StatusReader(folder, experiment())
+    with folder.lock():
+        for read_again in (reader.read, lambda: read_status(folder, experiment())):
+            assert [trial.state for trial in read_again().trials] == ["done", "done", "failed", "running", "starting"]
+        write_rows(folder, "004", [{"step": 1}])
+        write_rows(folder, "003", [*ROWS, {"step": 7, "eval/brightness": 0.95, "eval/drift": 0.0}])
+        append_event(folder.trial_events_file("003"), "notice", text="note")
+        append_event(folder.trial_events_file("003"), "ended")
+        append_result(folder.results_file, result("003", 0.95, 0.0))
+        folder.write_trial(TrialSpec("005", VALUES, {}))
+        status = reader.read()
+        for now in (status, reader.read()):
+            assert now.trials == read_status(folder, experiment()).trials
+            assert now.front is not None
+            assert [member.trial for member in now.front.members] == ["003"]
+    assert [trial.state for trial in status.trials] == ["done", "done", "failed", "done", "running", "starting"]
+    assert [trial.place for trial in status.trials] == [0, 1, 2, 3, -1, -1]
+    assert status.trials[3].notices == ("note",)
+    assert reader.read().trials[-1].state == "interrupted"
+
+
+def test_files_of_ended_trials_are_not_read_again(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = StatusReader(folder, experiment())
+    for trial in ("001", "002"):
+        append_event(folder.trial_events_file(trial), "ended")
+    with folder.lock():
+        reader.read()
+        looked_at: list[Path] = []
+        stamp = status_module._stamp
+        monkeypatch.setattr(status_module, "_stamp", lambda path: (looked_at.append(path), stamp(path))[1])
+        reader.read()
+    assert not [path for path in looked_at if path.parent.name in ("001", "002")]
+    assert folder.trial_dir("003") / "metrics.jsonl" in looked_at
 
 
 def test_elapsed_and_time_left(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from rltune.diffusion.lora import load_lora_state
 from rltune.errors import NonFiniteError, RunError, UserError
 from rltune.estimators.alignprop import AlignProp
 from rltune.training.evaluation import sample_and_score
+from rltune.training.events import read_events
 from rltune.training.loop import base_run
 from rltune.training.reporter import FolderReporter, read_metrics
 from rltune.training.setup import NUM_CALIBRATION_IMAGES, build_run
@@ -118,6 +119,15 @@ def test_micro_batches_add_up_to_the_whole_batch(make_config: Make, tmp_path: Pa
         # Adam turns rounding of tiny gradients into steps of lr: agreement to a hundredth of the step taken
         gain = abs(whole.reports[-1][name] - whole.reports[0][name])
         assert split.reports[-1][name] == pytest.approx(whole.reports[-1][name], abs=1e-2 * gain + 1e-6)
+
+
+def test_what_happens_to_a_run_is_noted(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
+    config = make_config(optim={"steps": 4}, evaluate={"every": 2})
+    train(config, tmp_path, base_dir=base_dir)
+    train(config, tmp_path, base_dir=base_dir, resume_from=tmp_path / "checkpoints" / "step-000002")
+    noted = [(event.event, event.fields.get("step")) for event in read_events(tmp_path / "trial" / "events.jsonl")]
+    first = [("loaded", None), ("first_step", 0), ("reported", 2), ("reported", 4), ("trained", None)]
+    assert noted == [*first, ("loaded", None), ("first_step", 2), ("reported", 4), ("trained", None)]
 
 
 def test_a_base_run_reports_the_base_model_once(make_config: Make, tmp_path: Path) -> None:

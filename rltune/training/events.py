@@ -1,0 +1,63 @@
+"""``events.jsonl``: when something happened to a trial or a run, and what its user should be told of it.
+
+A trial's file has ``dealt`` and ``ended`` from the sweep, ``worker_started``, ``loaded``, ``first_step``, ``reported``
+and ``trained`` from its main worker, and ``notice`` with a ``text`` from anyone. A run's own file has
+``driver_started`` and ``driver_ended``.
+"""
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+EVENTS_FILE = "events.jsonl"
+NOTICE = "notice"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened."""
+
+    time: float
+    """Seconds since the epoch."""
+    event: str
+    fields: dict[str, Any]
+    """What else is known of it: ``step``, ``text``."""
+
+
+def append_event(path: Path, event: str, **fields: Any) -> None:
+    """Append one event, now. A disk that does not take it costs the line, never the trial."""
+    line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab+", buffering=0) as file:
+            if _is_torn(file.fileno()):
+                line = "\n" + line
+            file.write(line.encode())  # a single write at the end: lines of several processes do not mix
+    except OSError as error:
+        logger.debug("%s: the event %s was not written: %s", path, event, error)
+
+
+def _is_torn(descriptor: int) -> bool:
+    """Whether a kill or a full disk cut the last line short."""
+    size = os.fstat(descriptor).st_size
+    return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+
+
+def read_events(path: Path) -> list[Event]:
+    """Return a file's events, oldest first, leaving out lines that were cut short; [] where there is none."""
+    if not path.is_file():
+        return []
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            events.append(Event(float(row.pop("time")), str(row.pop("event")), row))
+        except (ValueError, KeyError, AttributeError, TypeError):  # cut short, or not of ours
+            continue
+    return sorted(events, key=lambda event: event.time)
