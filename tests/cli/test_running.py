@@ -50,6 +50,24 @@ def test_every_shipped_experiment_can_be_planned(
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_plan_says_where_a_setting_is_searched_and_what_comes_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dry_run(ROOT / "experiments" / "estimators_searched.yaml", tmp_path, is_sweep=True)
+    plan = plan_of(capsys.readouterr().err)
+    assert plan["searched"] == (
+        "estimator.name; estimator.k where estimator.name is 'alignprop' or 'draft'; "
+        "estimator.draw where estimator.name is 'alignprop'; optim.lr"
+    )
+    assert plan["first"] == "3 point(s) of the file"
+
+
+def test_a_run_that_cannot_teach_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"search\.warm_start: not a run folder, .* got 'nowhere'"):
+        dry_run(ROOT / "experiments" / "mix.yaml", tmp_path, "search.warm_start=nowhere", is_sweep=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_plan_says_what_will_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [
         "search.trials=5",

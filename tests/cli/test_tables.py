@@ -6,10 +6,10 @@ import pytest
 from rich.console import Console, RenderableType
 
 from rltune.cli.tables import format_duration, format_value, front_view, gain_view, short_labels, status_view
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
+from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
 from rltune.orchestration.status import read_status
-from rltune.orchestration.sweep import read_front
-from tests.runs import experiment, result, write_rows, write_run
+from rltune.orchestration.sweep import front_as_csv, read_front
+from tests.runs import VALUES, experiment, result, write_rows, write_run
 
 WIDTHS = pytest.mark.parametrize("width", [60, 100])
 
@@ -101,6 +101,24 @@ def test_a_row_shows_its_mark_and_knobs(folder: RunFolder) -> None:
     rows = {name: next(line.split() for line in lines if re.match(rf"[*! ] *{name} ", line)) for name in ("001", "003")}
     assert " ".join(rows["001"]) == "* 001 done 0/10 0.713 (+0.213) 0.250 (+0.250) 4 0.25 0.75 0.001"
     assert rows["003"][0] == "!"
+
+
+def test_a_knob_that_a_trial_does_not_have_is_blank(tmp_path: Path) -> None:
+    optim = {"steps": 10, "batch": 4, "lr": {"log_float": [1e-4, 1e-2], "when": {"model.lora.rank": 4}}}
+    asked = experiment(optim=optim)
+    without = {path: value for path, value in {**VALUES, "model.lora.rank": 8}.items() if path != "optim.lr"}
+    results = [result(BASE_TRIAL, 0.5), result("001", 0.7), result("002", 0.6, -0.5, values=without)]
+    folder = write_run(tmp_path / "mix", asked, results)
+    folder.write_trial(TrialSpec("002", without, {}))
+    front = read_front(folder, asked)
+    assert front is not None
+    for view in (status_view(read_status(folder, asked), ["brightness"]), front_view(front)):
+        rows = {
+            name: next(line.rstrip() for line in render(view, 160) if f" {name} " in line) for name in ("001", "002")
+        }
+        assert rows["001"].split()[-4:] == ["4", "0.25", "0.75", "0.001"]
+        assert rows["002"].split()[-3:] == ["8", "0.25", "0.75"]
+    assert front_as_csv(front).splitlines()[2].split(",")[-4:] == ["8", "", "0.25", "0.75"]
 
 
 def test_an_active_run_says_so(folder: RunFolder) -> None:
