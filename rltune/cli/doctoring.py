@@ -112,6 +112,7 @@ def _reward_weights() -> Iterator[Finding]:
 
 def _cluster(address: str | None) -> Iterator[Finding]:
     from rltune.orchestration.cluster import connect, find_address
+    from rltune.orchestration.nodes import describe
 
     found = find_address(address)
     if found is None:
@@ -119,8 +120,7 @@ def _cluster(address: str | None) -> Iterator[Finding]:
         return
     try:
         with connect(address) as cluster:
-            gpus = f"{cluster.num_gpus:g} GPUs"
-            yield Finding(OK, f"Ray cluster {found}: {cluster.num_nodes} nodes, {cluster.num_cpus:g} CPUs, {gpus}")
+            yield Finding(OK, f"Ray cluster {found}: {describe(cluster.nodes)}")
             if cluster.dashboard_url:
                 yield Finding(OK, f"dashboard {cluster.dashboard_url}")
     except RltuneError as error:

@@ -61,16 +61,6 @@ class Cluster:
         """Nodes, those included that run no worker."""
         return len(self.nodes)
 
-    @property
-    def num_cpus(self) -> float:
-        """CPUs that Ray may hand out."""
-        return sum(node.num_cpus for node in self.nodes)
-
-    @property
-    def num_gpus(self) -> float:
-        """GPUs that Ray may hand out."""
-        return sum(node.num_gpus for node in self.nodes)
-
 
 def find_address(address: str | None) -> str | None:
     """Return where to attach: the option, else ``RAY_ADDRESS``, else a cluster that runs on this machine, else None."""
