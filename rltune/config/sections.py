@@ -209,6 +209,9 @@ class EvaluateConfig(StrictModel):
     """Images per prompt, always from the same seeds."""
     judges: tuple[Text, ...] = ("diversity", "drift")
     """Measured but never trained on; a reward that is not in ``rewards`` may be one."""
+    select: Text = "last"
+    """Which of a trial's checkpoints counts and is exported: ``last``, or the best by an objective, reward or judge,
+    named, among those evaluated that keep every constraint; the last where none does."""
 
 
 class ConstraintConfig(StrictModel):

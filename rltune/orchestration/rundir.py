@@ -71,6 +71,11 @@ class RunFolder:
         """Ray Tune's own files; nothing is read back from them."""
         return self.path / ".ray"
 
+    @property
+    def stop_file(self) -> Path:
+        """Asks every trial to write a checkpoint and leave, once it is there."""
+        return self.path / ".stop"
+
     def trial_dir(self, trial: str) -> Path:
         """A trial's folder."""
         return self.path / "trials" / trial

@@ -17,13 +17,14 @@ from rltune.config.load import Experiment, load_experiment
 from rltune.errors import RunError, UserError
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.job import JobSpec
-from rltune.orchestration.objectives import Front, Objectives, find_front, violations
+from rltune.orchestration.objectives import Front, Objectives, find_front
 from rltune.orchestration.plan import Plan, make_plan
 from rltune.orchestration.results import TrialResult, append_result, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, write_atomically
 from rltune.orchestration.search import Search, is_finite
 from rltune.orchestration.tuning import Dealer, Recorder, drive
 from rltune.training.base import load_base
+from rltune.training.selection import violations
 from rltune.training.setup import base_key
 
 logger = logging.getLogger(__name__)
@@ -247,4 +248,4 @@ def front_as_csv(front: Front) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith(("eval/", "gain/")) or name in ("step", "images_seen")
+    return name.startswith(("eval/", "gain/")) or name in ("step", "selected_step", "images_seen")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -13,14 +14,16 @@ import torch
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora import add_lora, lora_parameters, lora_state
-from rltune.errors import NonFiniteError, RunError, UserError
+from rltune.errors import NonFiniteError, OutOfMemory, RunError, StorageError, UserError, writing
 from rltune.estimators.base import Batch, EstimatorState, Regularisers, Round, Setting, Stateful, Tally
 from rltune.rewards.mixture import Mixture
 from rltune.training.base import BaseReference, load_base, measure_base, save_base
-from rltune.training.checkpoint import Part, Progress, load_checkpoint, save_checkpoint
+from rltune.training.checkpoint import Evaluated, Part, Progress, load_checkpoint, report_of, save_checkpoint
 from rltune.training.evaluation import Pixels, Values, per_prompt, sample_and_score, save_grid, summarise
+from rltune.training.memory import memory_named
 from rltune.training.reporter import MetricsFile, Reporter
 from rltune.training.rewards import build_mixture
+from rltune.training.selection import Selection
 from rltune.training.setup import Run, base_key, build_run, with_room
 from rltune.training.step import MovingAverage, Updater
 from rltune.training.streams import Stream, generator, noise, prompt_indices, torch_seed
@@ -43,6 +46,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     average: MovingAverage
     state: EstimatorState | None
+    selection: Selection
     trial_dir: Path
     reporter: Reporter
 
@@ -60,6 +64,10 @@ class Training:
         """Whether the steps or the reward queries are used up."""
         optim = self.run.config.optim
         return progress.step >= optim.steps or (optim.queries is not None and progress.queries >= optim.queries)
+
+    def is_due(self, progress: Progress) -> bool:
+        """Whether the run is evaluated here."""
+        return self.is_over(progress) or progress.step % self.run.config.evaluate.every == 0
 
 
 @dataclass(frozen=True)
@@ -84,11 +92,14 @@ def train_run(
     base_dir: Path,
     reporter: Reporter,
     resume_from: Path | None = None,
-) -> None:
-    """Train one LoRA as ``config`` says, from its last checkpoint if there is one.
+    max_eval_batch: int | None = None,
+) -> bool:
+    """Train one LoRA as ``config`` says, from its last checkpoint if there is one, and return whether it is trained.
 
     Reports ``eval/*`` and ``step`` at step 0 (the base model's), every ``evaluate.every`` steps and at the end, the
-    last with ``is_final`` 1.
+    last with ``is_final`` 1. Where ``evaluate.select`` names something, ``eval/*`` are those of ``selected_step``, the
+    best so far. It is not trained where the reporter asked it to stop: the last report then has ``is_preempted`` 1,
+    and the run goes on from that checkpoint as if nothing had been.
 
     Args:
         config: A concrete experiment.
@@ -96,13 +107,16 @@ def train_run(
         base_dir: Where measurements of the base model are shared between trials.
         reporter: Takes results and checkpoints.
         resume_from: A checkpoint of this very experiment.
+        max_eval_batch: Images sampled at a time without gradient at most, where memory is known to be short.
 
     Raises:
         UserError: Weights, prompts or a setting are not usable on this machine.
         NonFiniteError: A reward or gradient is not finite, or the gradient is exactly zero.
-        RunError: The checkpoint cannot be read.
+        OutOfMemory: A batch does not fit.
+        StorageError: A file cannot be written, for the machine's fault.
+        RunError: The checkpoint cannot be read, or a reward failed.
     """
-    run = build_run(config)
+    run = replace(build_run(config), max_eval_batch=max_eval_batch)
     base = _reference(run, base_dir)
     network = run.model.network
     lora = config.model.lora
@@ -124,31 +138,54 @@ def train_run(
         )
     if config.resources.compile:
         network.compile()
-    run = replace(run, sampler=with_room(run, config))
+    with memory_named(run, is_evaluation=False):
+        run = replace(run, sampler=with_room(run, config))
     average = MovingAverage(parameters, optim.ema)
-    training = Training(run, base, mixture, tuple(parameters), optimizer, average, _state(run), trial_dir, reporter)
+    selection = Selection(config, summarise(base.values, base.values))
+    state = _state(run)
+    training = Training(
+        run, base, mixture, tuple(parameters), optimizer, average, state, selection, trial_dir, reporter
+    )
+    progress = _resume(training, resume_from)
+    if not run.workers.is_main:
+        return _loop(training, progress, None)
+    with closing(MetricsFile(trial_dir / "metrics.jsonl", resume_step=progress.step)) as metrics_file:
+        return _loop(training, progress, metrics_file)
+
+
+def _resume(training: Training, resume_from: Path | None) -> Progress:
     progress = Progress(step=0, images_seen=0)
     if resume_from is not None:
-        progress = load_checkpoint(resume_from, network, training.parts)
-        logger.info("resumed at step %d of %d", progress.step, optim.steps)
-    if not run.workers.is_main:
-        _loop(training, progress, None)
-        return
-    with closing(MetricsFile(trial_dir / "metrics.jsonl", resume_step=progress.step)) as metrics_file:
-        _loop(training, progress, metrics_file)
+        resumed = load_checkpoint(resume_from, training.run.model.network, training.parts)
+        training.selection.resume(resumed.last, resumed.selected)
+        progress = resumed.progress
+        logger.info("resumed at step %d of %d", progress.step, training.run.config.optim.steps)
+    steps = training.run.workers.gather([progress.step])
+    if len(set(steps)) > 1:
+        raise RunError(
+            f"the workers would go on from different checkpoints, at steps {', '.join(map(str, steps))}; --storage "
+            "must be shared by all nodes"
+        )
+    return progress
 
 
-def base_run(config: RunConfig, *, trial_dir: Path, base_dir: Path, reporter: Reporter) -> None:
+def base_run(
+    config: RunConfig, *, trial_dir: Path, base_dir: Path, reporter: Reporter, max_eval_batch: int | None = None
+) -> None:
     """Measure the base model as ``config`` evaluates it: trial 0 of a sweep, and the reference of all others.
 
     Raises:
         UserError: Weights, prompts or a setting are not usable on this machine.
         NonFiniteError: A reward is not finite.
+        OutOfMemory: A batch does not fit.
+        StorageError: A file cannot be written, for the machine's fault.
+        RunError: A reward failed.
     """
-    run = build_run(config)
+    run = replace(build_run(config), max_eval_batch=max_eval_batch)
     base = _reference(run, base_dir)
     if run.workers.is_main:
-        _save_samples(run, base.pixels_NHW3, trial_dir / "samples" / "base.png")
+        with writing(trial_dir):
+            _save_samples(run, base.pixels_NHW3, trial_dir / "samples" / "base.png")
     reporter.report({"step": 0.0, "is_final": 1.0, **summarise(base.values, base.values)}, None)
 
 
@@ -164,17 +201,19 @@ def _reference(run: Run, base_dir: Path) -> BaseReference:
                 "--storage must be shared by all nodes"
             )
         return base
-    base = measure_base(
-        run.sampler,
-        run.rewards,
-        run.workers,
-        calibration_images=run.calibration_images,
-        eval_images=run.eval_images,
-        judges=run.config.evaluate.judges,
-        batch_size=run.eval_batch,
-    )
+    with memory_named(run, is_evaluation=True):
+        base = measure_base(
+            run.sampler,
+            run.rewards,
+            run.workers,
+            calibration_images=run.calibration_images,
+            eval_images=run.eval_images,
+            judges=run.config.evaluate.judges,
+            batch_size=run.eval_batch,
+        )
     if run.workers.is_main:
-        save_base(folder, base)
+        with writing(folder):
+            save_base(folder, base)
     return base
 
 
@@ -187,26 +226,37 @@ def _state(run: Run) -> EstimatorState | None:
     return run.estimator.make_state(Setting(run.latent_shape, text_width, run.workers.device, seed))
 
 
-def _loop(training: Training, progress: Progress, metrics_file: MetricsFile | None) -> None:
-    config, base = training.run.config, training.base
+def _loop(training: Training, progress: Progress, metrics_file: MetricsFile | None) -> bool:
+    base, last = training.base, training.selection.last
     if progress.step == 0:
         training.reporter.report({"step": 0.0, "is_final": 0.0, **summarise(base.values, base.values)}, None)
+    elif training.is_due(progress) and (last is None or last.step != progress.step):
+        summary = _evaluate(training, progress)  # stopped before it could
+        if metrics_file is not None:
+            metrics_file.amend(progress.step, summary)
+        _report(training, progress)
     elif training.is_over(progress):  # killed after its last checkpoint, before its result was taken
-        _report(training, progress, _evaluate(training, progress))
+        _report(training, progress)
     while not training.is_over(progress):
         try:
-            row, progress = _train_step(training, progress)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"step {progress.step + 1}: {error}") from error
-        is_due = training.is_over(progress) or progress.step % config.evaluate.every == 0
+            with memory_named(training.run, is_evaluation=False):
+                row, progress, is_stopping = _train_step(training, progress)
+        except (NonFiniteError, OutOfMemory) as error:
+            error.args = (f"step {progress.step + 1}: {error}",)
+            raise
+        is_due = training.is_due(progress) and not is_stopping
         summary = _evaluate(training, progress) if is_due else {}
         if metrics_file is not None:  # before the checkpoint: a resumed run drops rows too many, but cannot add one
             metrics_file.write(row | summary)
-        if is_due:
-            _report(training, progress, summary)
+        if is_due or is_stopping:
+            _report(training, progress, is_preempted=is_stopping)
+        if is_stopping:
+            return False
+    return True
 
 
-def _train_step(training: Training, progress: Progress) -> tuple[dict[str, float], Progress]:
+def _train_step(training: Training, progress: Progress) -> tuple[dict[str, float], Progress, bool]:
+    """Train for a round, and return its numbers, how far the run is now, and whether a worker is asked to stop."""
     run, mixture, step = training.run, training.mixture, progress.step
     config, workers = run.config, run.workers
     stopwatch = Stopwatch(workers.device)
@@ -243,8 +293,9 @@ def _train_step(training: Training, progress: Progress) -> tuple[dict[str, float
         )
     )
     training.average.update()
-    totals = torch.cat([tally.totals, torch.tensor([tally.num_queries, tally.num_calls], dtype=torch.float64)])
-    *sums, queries, calls = workers.sum(totals.to(workers.device)).tolist()
+    counts = [tally.num_queries, tally.num_calls, training.reporter.is_stopping()]  # all workers must agree on it
+    totals = torch.cat([tally.totals, torch.tensor(counts, dtype=torch.float64)])
+    *sums, queries, calls, num_stopping = workers.sum(totals.to(workers.device)).tolist()
     step_s = time.perf_counter() - start
     progress = Progress(
         step=step + 1,
@@ -256,7 +307,7 @@ def _train_step(training: Training, progress: Progress) -> tuple[dict[str, float
     row |= {"grad_norm": update.norms[0], "k": tally.num_active, "workers": workers.count, "step_s": step_s}
     row |= {"cpu_s": time.process_time() - cpu_start}  # of this process: a busy machine does not change it
     row |= {f"{part}_s": seconds for part, seconds in stopwatch.seconds.items()}
-    return row | {"peak_gib": peak_gib(workers.device), **asdict(progress)}, progress
+    return row | {"peak_gib": peak_gib(workers.device), **asdict(progress)}, progress, num_stopping > 0
 
 
 def _draw_batch(run: Run, first: int, count: int) -> Batch:
@@ -283,26 +334,59 @@ def _draw_batch(run: Run, first: int, count: int) -> Batch:
 def _evaluate(training: Training, progress: Progress) -> dict[str, float]:
     run, base = training.run, training.base
     start = time.perf_counter()
-    with _evaluated(training):
+    with memory_named(run, is_evaluation=True), _evaluated(training):
         samples = sample_and_score(run.sampler, run.eval_images, run.rewards, run.workers, batch_size=run.eval_batch)
     values = per_prompt(samples, base.pixels_NHW3, run.eval_images, run.config.evaluate.judges)
     if run.workers.is_main:
         path = training.trial_dir / "samples" / f"step-{progress.step:06d}.png"
-        _save_samples(run, samples.pixels_NHW3, path)
-        _save_values(values, base.values, path.with_suffix(".json"))
-    return {**summarise(values, base.values), "eval_s": time.perf_counter() - start}
+        with writing(path):
+            _save_samples(run, samples.pixels_NHW3, path)
+            _save_values(values, base.values, path.with_suffix(".json"))
+    summary = summarise(values, base.values)
+    training.selection.take(Evaluated(progress.step, summary), lambda: _adapter(training))
+    return {**summary, "eval_s": time.perf_counter() - start}
 
 
-def _report(training: Training, progress: Progress, summary: Mapping[str, float]) -> None:
-    run = training.run
-    checkpoint = None
-    if run.workers.is_main:
-        checkpoint = Path(tempfile.mkdtemp(prefix="rltune-"))
-        with _evaluated(training):
-            adapter = lora_state(run.model.network)
-        save_checkpoint(checkpoint, adapter, training.parts, progress)
-    metrics = {name: float(value) for name, value in asdict(progress).items()} | dict(summary)
-    training.reporter.report({**metrics, "is_final": float(training.is_over(progress))}, checkpoint)
+def _adapter(training: Training) -> dict[str, torch.Tensor]:
+    with _evaluated(training):
+        return lora_state(training.run.model.network)
+
+
+def _report(training: Training, progress: Progress, *, is_preempted: bool = False) -> None:
+    """Report where the run is, with the evaluation that counts so far, and from the main worker a checkpoint."""
+    selection = training.selection
+    metrics = report_of(progress, selection.counted)
+    metrics |= {"is_final": float(training.is_over(progress) and not is_preempted)}
+    metrics |= {"is_preempted": float(is_preempted)}
+    if not training.run.workers.is_main:
+        training.reporter.report(metrics, None)
+        return
+    checkpoint = _temporary_folder()
+    try:
+        save_checkpoint(
+            checkpoint,
+            _adapter(training),
+            training.parts,
+            progress,
+            last=selection.last,
+            selected=selection.selected,
+        )
+        with writing(training.trial_dir):
+            training.reporter.report(metrics, checkpoint)
+    except BaseException:  # also what a reporter raises to end the run here
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        raise
+
+
+def _temporary_folder() -> Path:
+    try:
+        root = tempfile.gettempdir()
+    except FileNotFoundError as error:  # it has tried to write to each
+        raise StorageError(
+            f"no temporary folder can be written ({error.strerror}); the same command resumes"
+        ) from error
+    with writing(root):
+        return Path(tempfile.mkdtemp(prefix="rltune-", dir=root))
 
 
 def _evaluated(training: Training) -> AbstractContextManager[None]:

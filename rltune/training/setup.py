@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 NUM_CALIBRATION_IMAGES = 32
 """Images of the first training prompts, in turn, that the unit of a reward is measured on."""
 
+EVAL_BATCH = 16
+"""Images sampled at a time without gradient at least, where memory is not known to be short."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -42,6 +45,8 @@ class Run:
     eval_images: ImageSet
     calibration_images: ImageSet
     latent_shape: tuple[int, int, int]
+    max_eval_batch: int | None = None
+    """Images sampled at a time without gradient at most, where more did not fit into memory before."""
 
     @property
     def model(self) -> ModelFamily:
@@ -51,7 +56,8 @@ class Run:
     @property
     def eval_batch(self) -> int:
         """Images sampled at a time without gradient."""
-        return max(16, self.micro_batch)
+        batch = max(EVAL_BATCH, self.micro_batch)
+        return batch if self.max_eval_batch is None else min(batch, self.max_eval_batch)
 
     @property
     def local_batch(self) -> int:
@@ -243,6 +249,7 @@ def base_key(config: RunConfig) -> str:
     """Return a name for the measurements of the base model that this experiment shares with others like it."""
     parts = config.model_dump(mode="json", include={"prompts": True, "sampler": True, "evaluate": True})
     del parts["evaluate"]["every"]
+    del parts["evaluate"]["select"]
     parts["model"] = [config.model.base, config.model.revision]
     # the user's own may compare images too; a run is read where their code is not, so nobody asks them
     if not any(is_own(name, section) or compares_images(name, section) for name, section in config.rewards.items()):
