@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 from rltune.config.clashes import Known, find_clashes
@@ -67,6 +68,8 @@ def _named(snapshot: Path) -> set[str] | None:
         return set()
     try:
         content = json.loads(snapshot.read_text())
+        if content["ray_version"] != version("ray"):  # its fields may be others
+            return None
         return {str(row["checkpoint_dir_name"]) for row in content["checkpoint_results"]}
     except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -212,8 +212,8 @@ def why_not_whole(folder: Path) -> str:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints in a folder and in those directly below it, newest first: names sort by time."""
-    names = ("checkpoint_*", "*/checkpoint_*", "step-??????")
-    found = {path for name in names for path in folder.glob(name) if path.is_dir()}
+    names = ("checkpoint_*", "step-??????")  # Ray Train's and FolderReporter's
+    found = {path for name in names for at in (name, f"*/{name}") for path in folder.glob(at) if path.is_dir()}
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 

@@ -76,7 +76,7 @@ def test_an_evaluation_that_does_not_fit_says_so(
 ) -> None:
     train(make_config(), tmp_path / "first", base_dir=base_dir)  # the base model is measured
     monkeypatch.setattr("rltune.training.evaluation.draw_images", raising(MEMORY[0]))
-    with pytest.raises(OutOfMemory, match="sampling 16 images at a time without gradient on cpu: .*images_per_prompt"):
+    with pytest.raises(OutOfMemory, match=r"sampling 16 images at a time without gradient on cpu: .*images_per_prompt"):
         train(make_config(), tmp_path, base_dir=base_dir)
     assert read_metrics(tmp_path / "trial" / "metrics.jsonl")[-1]["step"] == 1  # the file is closed and whole
 
