@@ -60,7 +60,7 @@ for name, raw in json.loads((root / "configs.json").read_text()).items():
 """
 
 
-def train_in_processes(configs: Mapping[str, RunConfig], root: Path, count: int) -> None:
+def train_in_processes(configs: Mapping[str, RunConfig], root: Path, count: int, *, script: str = WORKER) -> None:
     """Train one after the other with ``count`` processes and a gloo group, as Ray Train and torchrun start them."""
     root.mkdir()
     raw = {name: config.model_dump(mode="json") for name, config in configs.items()}
@@ -73,7 +73,7 @@ def train_in_processes(configs: Mapping[str, RunConfig], root: Path, count: int)
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path])}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
-        command = [sys.executable, "-c", WORKER, str(root)]
+        command = [sys.executable, "-c", script, str(root)]
         processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
     for process in processes:
         _, stderr = process.communicate(timeout=300)

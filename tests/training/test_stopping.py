@@ -10,7 +10,7 @@ import torch
 from rltune.training.checkpoint import ADAPTER_FILE, SELECTED_FILE, TRAINER_FILE, read_checkpoint_meta
 from rltune.training.loop import train_run
 from rltune.training.reporter import FolderReporter, read_metrics
-from tests.training.runs import Make, train
+from tests.training.runs import Make, train, train_in_processes
 
 POLICY: dict[str, Any] = {"sampler": {"eta": 1.0}, "prompts": {"images_per_prompt": 2}}
 CASES: dict[str, dict[str, Any]] = {
@@ -103,6 +103,28 @@ def flat(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): flat(item) for key, item in value.items()}
     return [flat(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+STOPPED_BY_ONE = """
+import json, os, sys
+from pathlib import Path
+from rltune.config.experiment import RunConfig
+from rltune.training.reporter import FolderReporter
+from tests.training.test_stopping import Stopping, trained_until
+root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+for name, raw in json.loads((root / "configs.json").read_text()).items():
+    after = 1 if rank == 1 else 99
+    trained_until(RunConfig.model_validate(raw), root / name, root / "base", after, None)
+"""
+
+
+def test_one_worker_that_is_asked_to_stop_is_enough(make_config: Make, tmp_path: Path) -> None:
+    config = make_config(resources={"workers": 2}, optim={"steps": 3})
+    root = tmp_path / "two"
+    train_in_processes({"run": config}, root, 2, script=STOPPED_BY_ONE)  # both come back
+    (checkpoint,) = (root / "run" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-000001"
+    assert [row["step"] for row in read_metrics(root / "run" / "trial" / "metrics.jsonl")] == [1]
 
 
 def test_a_reporter_that_raises_ends_the_run_and_leaves_nothing_open_or_behind(
