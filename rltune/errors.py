@@ -1,7 +1,10 @@
 """The exceptions a user can meet. The command line prints them as one message, without a traceback."""
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 
 class RltuneError(Exception):
@@ -53,10 +56,65 @@ class NonFiniteError(RunError):
     """A reward, loss or gradient that is not finite, or a gradient that is exactly zero."""
 
 
+class OutOfMemory(RunError):  # noqa: N818 - what the libraries call their own ends in Error
+    """Memory was used up by a batch of images.
+
+    Args:
+        message: What a user reads.
+        is_evaluation: Whether images were drawn without gradient, so that only a smaller batch of those would help.
+    """
+
+    def __init__(self, message: str, *, is_evaluation: bool = False) -> None:
+        super().__init__(message)
+        self.is_evaluation = is_evaluation
+
+
+_MEMORY_PHRASES = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception means that memory, of the device or the machine, was used up.
+
+    PyTorch has a class for it on a GPU; its CPU allocator and CUDA's libraries raise a RuntimeError that says so.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(phrase in str(error).lower() for phrase in _MEMORY_PHRASES)
+
+
 class StorageError(RunError):
-    """A disk that is full, read-only or gone; not the fault of what was run."""
+    """A file that could not be written: no fault of the experiment, which goes on once there is room again."""
 
 
-def storage_error(error: OSError, path: object) -> StorageError:
-    """Return what an ``OSError`` at ``path`` means for a run."""
-    return StorageError(f"{error.filename or path}: {error.strerror}; put it right, the same command resumes")
+_STORAGE_FAULTS = {
+    errno.ENOSPC: "no space left on device; free some",
+    errno.EDQUOT: "the disk quota is used up; free some",
+    errno.EROFS: "the file system is read-only; make it writable",
+    errno.EACCES: "permission denied; make it writable",
+    errno.EIO: "the device failed to read or write; see to the disk",
+    errno.ENOENT: "no such file or folder, it was there before; bring it back",
+    errno.ESTALE: "the file server no longer knows it; mount it again",
+}
+"""errno -> what happened and what to do, of faults that are the machine's."""
+
+
+def storage_error(error: OSError, path: Path | str) -> StorageError | None:
+    """Return what a user should read of a failed write at ``path``, or None where the machine is not at fault."""
+    words = _STORAGE_FAULTS.get(error.errno or 0)
+    return None if words is None else StorageError(f"{error.filename or path}: {words}, the same command resumes")
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Say of a write below ``path`` that fails for the machine's fault what happened, and where.
+
+    Raises:
+        StorageError: The disk is full, read-only, broken or gone.
+    """
+    try:
+        yield
+    except OSError as error:
+        fault = storage_error(error, path)
+        if fault is None:
+            raise
+        raise fault from error

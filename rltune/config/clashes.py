@@ -228,6 +228,11 @@ def _name_clashes(config: "RunConfig") -> Iterator[Clash]:
         if name not in measured:
             remedy = f"name a reward or a judge, or add it to evaluate.judges; {suggest(name, measured)}"
             yield Clash(where, f"nothing measures this, got {name!r}", remedy, ("rewards", "evaluate.judges"))
+    select = config.evaluate.select
+    if select not in ("last", *measured):
+        remedy = f"write last, or name a reward or a judge; {suggest(select, ('last', *measured))}"
+        what = f"nothing measures this, got {select!r}"
+        yield Clash("evaluate.select", what, remedy, ("rewards", "evaluate.judges"))
     for where, names in (("objectives", config.objectives), ("evaluate.judges", config.evaluate.judges)):
         for i, name in enumerate(names):
             if name in names[:i]:

@@ -212,6 +212,9 @@ class EvaluateConfig(StrictModel):
     confirm: Literal["auto"] | Annotated[Int, Field(ge=0)] = "auto"
     """Fresh prompts, behind the ``prompts`` of ``prompts.eval``, that members of the front are measured on again at the
     end of a sweep, with other noise; ``auto`` is as many as ``prompts``, 0 is off."""
+    select: Text = "last"
+    """Which of a trial's checkpoints counts and is exported: ``last``, or the best by an objective, reward or judge,
+    named, among those evaluated that keep every constraint; the last where none does."""
 
 
 class ConstraintConfig(StrictModel):

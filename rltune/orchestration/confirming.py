@@ -13,10 +13,11 @@ import ray.train
 from rltune.config.load import Experiment
 from rltune.errors import RltuneError, RunError
 from rltune.orchestration.job import JobSpec, make_ray_job, quiet_libraries
-from rltune.orchestration.objectives import Front, Objectives, find_front, violations
+from rltune.orchestration.objectives import Front, Objectives, find_front
 from rltune.orchestration.results import TrialResult, append_line
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
 from rltune.training.reporter import read_json_lines
+from rltune.training.selection import violations
 
 logger = logging.getLogger(__name__)
 

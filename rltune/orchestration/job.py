@@ -6,15 +6,17 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from rltune.config.clashes import Known
 from rltune.config.experiment import RunConfig
-from rltune.errors import RltuneError
+from rltune.errors import OutOfMemory, RltuneError, RunError, StorageError, writing
 from rltune.orchestration.loopback import FileTorchConfig
+from rltune.orchestration.recovery import memory_kills, plan_retry, read_retry, resume_point, tidy_storage
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
 from rltune.training.events import append_event
 from rltune.training.reporter import Reporter
@@ -26,7 +28,10 @@ MAX_FAILURES = 2
 """Restarts of a trial whose worker, controller or node died."""
 MAX_LOSSES = 20
 """The same where workers may come and go: every node that dies counts as one."""
-CHECKPOINTS_KEPT = 2
+TROUBLE = "trouble"
+"""Key of a report that says why nothing can go on."""
+CHECKPOINTS_KEPT = 3
+"""With one of them broken two are still whole: Ray counts it among those it keeps until the job starts anew."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +65,84 @@ class JobSpec:
 
 
 class RayReporter:
-    """Hands metrics and checkpoints to Ray Train."""
+    """Hands metrics and checkpoints to Ray Train.
+
+    Args:
+        stop_file: Asks every trial of the run to stop once it is there.
+    """
+
+    def __init__(self, stop_file: Path) -> None:
+        self._stop_file = stop_file
+        self.has_trouble = False
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         """Report from every worker; Ray copies the folder to the run's storage."""
         taken = ray.train.Checkpoint.from_directory(str(checkpoint)) if checkpoint else None
         ray.train.report(dict(metrics), checkpoint=taken, delete_local_checkpoint_after_upload=True)
 
+    def trouble(self, text: str) -> None:
+        """Report why the trial cannot go on; a trial alone calls it, not one of several workers."""
+        self.has_trouble = True
+        ray.train.report({TROUBLE: text})
+
+    def is_stopping(self) -> bool:
+        """Return whether the sweep is being stopped or a node of this trial is to go."""
+        return self._stop_file.exists() or _is_node_going()
+
+
+def _is_node_going() -> bool:
+    """Return whether Ray has told this worker that a node of its job is to be taken away.
+
+    ``ray.train.get_preemption_info`` says the same, and waits for all workers each time: every step would cost a round
+    trip. The loop makes all agree anyway.
+    """
+    try:
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        return get_train_context().preemption_context.preemption_info is not None
+    except (ImportError, AttributeError, RuntimeError):  # not public: another version of Ray may have it elsewhere
+        return False
+
+
+class MemoryWatch(UserCallback):  # type: ignore[misc]  # ray has no types
+    """Lets a trial whose worker was killed to free memory start once more with smaller batches.
+
+    It runs in the job's controller: a worker that is killed has no time for it.
+    """
+
+    def __init__(self, spec: JobSpec) -> None:
+        self._spec = spec
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Plan it once; Ray Train restarts the workers."""
+        kills = memory_kills(worker_exceptions.values())
+        if kills and read_retry(self._spec.folder.trial_dir(self._spec.trial)) is None:
+            _plan_retry(self._spec, self._spec.run_config, kills[0], is_evaluation=False)
+
+
+class TrialReporter(Reporter, Protocol):
+    """A reporter that can also say why a trial cannot go on, through no fault of its own."""
+
+    def trouble(self, text: str) -> None:
+        """Pass on to the sweep, which ends with it."""
+        ...
+
 
 def worker(config: dict[str, JobSpec]) -> None:
     """Run one Ray Train worker of the trial under ``spec``."""
+    spec = config["spec"]
     context = ray.train.get_context()
-    run_trial(config["spec"], RayReporter(), rank=context.get_world_rank(), count=context.get_world_size())
+    reporter = RayReporter(spec.folder.stop_file)
+    is_trained = run_trial(spec, reporter, rank=context.get_world_rank(), count=context.get_world_size())
+    folder = spec.folder
+    if is_trained or reporter.has_trouble or folder.stop_file.exists() or folder.failure_file(spec.trial).exists():
+        return
+    # a job that returns is over; one whose workers fail while their node goes starts again on another
+    raise RunError(f"trial {spec.trial}: its node is being taken away; it goes on elsewhere")
 
 
-def run_trial(spec: JobSpec, reporter: Reporter, *, rank: int, count: int, shelf: "Shelf | None" = None) -> None:
-    """Run one worker of a trial; what a user must know of its failure goes into ``failure.txt``.
+def run_trial(spec: JobSpec, reporter: TrialReporter, *, rank: int, count: int, shelf: "Shelf | None" = None) -> bool:
+    """Run one worker of a trial, and return whether the trial came to its end.
 
     Args:
         spec: The trial.
@@ -83,41 +150,99 @@ def run_trial(spec: JobSpec, reporter: Reporter, *, rank: int, count: int, shelf
         rank: Which of the trial's workers this is.
         count: How many it has.
         shelf: What earlier trials of this process have loaded.
+
+    Raises:
+        RltuneError: As ``attempt``.
     """
     if Path(spec.work_dir).is_dir():  # Ray puts workers into a folder of its own
         os.chdir(spec.work_dir)
     if rank == 0:
         append_event(spec.folder.trial_events_file(spec.trial), "worker_started")
     quiet_libraries()
-    failure = spec.folder.failure_file(spec.trial)
-    if failure.exists():  # another worker met it before the restart; trying again would meet it again
-        return
+    if spec.folder.failure_file(spec.trial).exists():
+        return False  # another worker met it before the restart; trying again would meet it again
     try:
-        _train(spec, reporter, shelf)
-    except RltuneError as error:
-        failure.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(failure, f"{error}\n")
+        return attempt(spec, reporter, rank=rank, count=count, shelf=shelf)
+    except StorageError as error:
         if count > 1:
             raise  # the others wait in a collective: only a restart of the group frees them
+        reporter.trouble(str(error))
+        return False
 
 
-def _train(spec: JobSpec, reporter: Reporter, shelf: "Shelf | None") -> None:
+def attempt(spec: JobSpec, reporter: Reporter, *, rank: int, count: int, shelf: "Shelf | None" = None) -> bool:
+    """Train the trial under ``spec`` from where it is, and return whether it came to its end.
+
+    A fault of the experiment is written to ``failure.txt``. Where memory ran out for the first time, it is written
+    down how to try again.
+
+    Raises:
+        StorageError: The run folder cannot be written; no fault of the trial's.
+        OutOfMemory: Memory ran out, and the trial is to be started once more.
+        RltuneError: Any fault, where other workers wait for this one: only a restart of all frees them.
+    """
+    folder, trial_dir = spec.folder, spec.folder.trial_dir(spec.trial)
+    if not folder.experiment_file.is_file():
+        raise StorageError(f"{folder.path}: the run folder is gone; bring it back, the same command resumes")
+    retry = read_retry(trial_dir)
+    config = retry.apply(spec.run_config) if retry and spec.trial != BASE_TRIAL else spec.run_config
+    try:
+        max_eval_batch = retry.eval_batch if retry else None
+        return _train(spec, config, reporter, rank=rank, max_eval_batch=max_eval_batch, shelf=shelf)
+    except StorageError:
+        raise
+    except RltuneError as error:
+        if isinstance(error, OutOfMemory) and retry is None:
+            with writing(trial_dir):
+                is_planned = _plan_retry(spec, config, str(error), is_evaluation=error.is_evaluation)
+            if is_planned:
+                raise
+        failure = folder.failure_file(spec.trial)
+        with writing(failure):
+            failure.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(failure, f"{error}\n")
+        if count > 1:
+            raise  # the others wait in a collective: only a restart of the group frees them
+    return False
+
+
+def _plan_retry(spec: JobSpec, config: RunConfig, reason: str, *, is_evaluation: bool) -> bool:
+    from rltune.training.rewards import compares_images
+
+    kinds = {config.kind_of(name) for name, section in config.rewards.items() if compares_images(name, section)}
+    trial_dir, known = spec.folder.trial_dir(spec.trial), Known(group_rewards=tuple(kinds))
+    return plan_retry(trial_dir, config, known, reason, is_evaluation=is_evaluation)
+
+
+def _train(
+    spec: JobSpec,
+    config: RunConfig,
+    reporter: Reporter,
+    *,
+    rank: int,
+    max_eval_batch: int | None,
+    shelf: "Shelf | None",
+) -> bool:
     # imported here and not above: a trial's driver and controller load this module too, and diffusers takes seconds
     from rltune.training.loop import base_run, train_run
 
     folder = spec.folder
     places: dict[str, Any] = {"trial_dir": folder.trial_dir(spec.trial), "base_dir": folder.base_dir}
+    places |= {"reporter": reporter, "max_eval_batch": max_eval_batch}
     if spec.trial == BASE_TRIAL:
-        base_run(spec.run_config, reporter=reporter, shelf=shelf, **places)
-        return
-    found = sorted((folder.checkpoints_dir(spec.trial) / spec.train_name).glob("checkpoint_*"))
-    resume_from = found[-1] if found else None
-    train_run(spec.run_config, reporter=reporter, resume_from=resume_from, shelf=shelf, **places)
+        base_run(config, shelf=shelf, **places)
+        return True
+    # not Ray's own idea of it, which knows nothing of what became of the files
+    checkpoint = resume_point(folder.trial_dir(spec.trial), folder.checkpoints_dir(spec.trial), is_main=rank == 0)
+    return train_run(config, resume_from=checkpoint, shelf=shelf, **places)
 
 
 def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrainer:
     """Return the Ray Train job of a trial; it goes on from the trial's last checkpoint if there is one."""
     wanted = spec.run_config.resources
+    storage = spec.folder.checkpoints_dir(spec.trial)
+    storage.mkdir(parents=True, exist_ok=True)
+    tidy_storage(storage / spec.train_name, num_to_keep=CHECKPOINTS_KEPT)
     return make_ray_job(
         worker,
         {"spec": spec},
@@ -125,7 +250,7 @@ def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrai
         name=spec.train_name,
         storage=spec.folder.checkpoints_dir(spec.trial),
         workers=(wanted.min_workers, wanted.workers) if wanted.min_workers else wanted.workers,
-        callbacks=callbacks,
+        callbacks=[*(callbacks or []), MemoryWatch(spec)],
     )
 
 

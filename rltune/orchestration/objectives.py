@@ -1,4 +1,4 @@
-"""From a trial's metrics to what is searched over: objectives with a direction, constraints, front.
+"""From a trial's metrics to what is searched over: objectives with a direction, front.
 
 N: trials. D: objectives.
 """
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rltune.config.experiment import RunConfig
 from rltune.orchestration.results import TrialResult
 from rltune.orchestration.rundir import BASE_TRIAL
 from rltune.pareto.front import non_dominated
@@ -39,26 +38,6 @@ class Objectives:
         """Return the objectives of trials, signs turned so that larger is better."""
         rows = [self.raw_D(result.metrics) for result in results]
         return np.array(rows).reshape(len(rows), len(self.names)) * self.signs_D
-
-
-def violations(config: RunConfig, metrics: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
-    """Return by how much each constraint is broken: at most 0 where it holds, in the metric's own unit.
-
-    ``min_ratio_to_base: q`` asks for at least q times the base model's value; of a negative value (a cost, such as
-    minus kilobytes) it asks for at most 1/q times the cost.
-    """
-    broken = {}
-    for name, bound in config.constraints.items():
-        value = metrics[f"eval/{name}"]
-        if bound.min is not None:
-            broken[f"{name}.min"] = bound.min - value
-        if bound.max is not None:
-            broken[f"{name}.max"] = value - bound.max
-        if bound.min_ratio_to_base is not None:
-            reference = base[f"eval/{name}"]
-            ratio = bound.min_ratio_to_base if reference >= 0 else 1 / bound.min_ratio_to_base
-            broken[f"{name}.min_ratio_to_base"] = ratio * reference - value
-    return broken
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rltune.errors import RunError, UserError, storage_error
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.confirming import confirmed_front, read_confirmations, run_confirmation
 from rltune.orchestration.job import JobSpec
-from rltune.orchestration.objectives import Front, Objectives, find_front, violations
+from rltune.orchestration.objectives import Front, Objectives, find_front
 from rltune.orchestration.plan import Plan, make_plan
 from rltune.orchestration.results import TrialResult, append_result, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, write_atomically
@@ -32,6 +32,7 @@ from rltune.orchestration.warm import warm_trainable
 from rltune.orchestration.warmstart import keep_lessons, read_lessons
 from rltune.training.base import load_base
 from rltune.training.events import append_event
+from rltune.training.selection import violations
 from rltune.training.setup import base_key
 
 logger = logging.getLogger(__name__)
@@ -376,4 +377,4 @@ def front_as_csv(front: Front) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith(("eval/", "gain/")) or name in ("step", "images_seen")
+    return name.startswith(("eval/", "gain/")) or name in ("step", "selected_step", "images_seen")

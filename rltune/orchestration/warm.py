@@ -21,7 +21,7 @@ from ray.train.torch.config import _setup_torch_process_group
 from ray.tune import PlacementGroupFactory
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rltune.orchestration.job import CHECKPOINTS_KEPT, JobSpec, backend_of, run_trial, worker_resources
+from rltune.orchestration.job import CHECKPOINTS_KEPT, TROUBLE, JobSpec, backend_of, run_trial, worker_resources
 from rltune.orchestration.nodes import ACCELERATOR_PREFIX, WorkerNeed
 from rltune.orchestration.plan import Plan
 from rltune.orchestration.tuning import SPEC
@@ -38,11 +38,11 @@ class _Gate:
     """Where a worker's loop and the trainable meet: a report goes out, and the loop waits to be let go on."""
 
     def __init__(self) -> None:
-        self._reports: queue.Queue[dict[str, float] | BaseException | None] = queue.Queue()
+        self._reports: queue.Queue[Mapping[str, Any] | BaseException | None] = queue.Queue()
         self._answers: queue.Queue[bool] = queue.Queue()
         self._is_waiting = False
 
-    def report(self, metrics: Mapping[str, float]) -> None:
+    def report(self, metrics: Mapping[str, Any]) -> None:
         """Called by the loop: hand over a report and wait."""
         self._reports.put(dict(metrics))
         if not self._answers.get():
@@ -52,7 +52,7 @@ class _Gate:
         """Called by the loop's thread when it is over."""
         self._reports.put(error)
 
-    def next(self) -> dict[str, float] | None:
+    def next(self) -> Mapping[str, Any] | None:
         """Let the loop go on, and return its next report; None when it is over. Raises what ended it."""
         if self._is_waiting:
             self._answers.put(True)
@@ -74,6 +74,7 @@ class _WarmReporter:
 
     def __init__(self, spec: JobSpec, gate: _Gate) -> None:
         self._folder = spec.folder.checkpoints_dir(spec.trial) / spec.train_name
+        self._stop_file = spec.folder.stop_file
         self._gate = gate
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
@@ -82,6 +83,14 @@ class _WarmReporter:
             name = datetime.now(UTC).strftime("checkpoint_%Y-%m-%d_%H-%M-%S.%f")
             keep_newest(checkpoint, self._folder / name, count=CHECKPOINTS_KEPT)
         self._gate.report(metrics)
+
+    def is_stopping(self) -> bool:
+        """Return whether the sweep is being stopped."""
+        return self._stop_file.exists()
+
+    def trouble(self, text: str) -> None:
+        """Hand over why nothing can go on."""
+        self._gate.report({TROUBLE: text})
 
 
 class WarmWorker:
@@ -132,7 +141,7 @@ class WarmWorker:
         self._thread = threading.Thread(target=self._run, args=(spec, self._gate), daemon=True)
         self._thread.start()
 
-    def next(self) -> dict[str, float] | None:
+    def next(self) -> Mapping[str, Any] | None:
         """Return the next report, or None when the trial is over; raises what ended it."""
         return self._gate.next()
 
@@ -174,7 +183,8 @@ class WarmTrial(tune.Trainable):  # type: ignore[misc]  # ray has no types
         report = ray.get([worker.next.remote() for worker in self._workers])[0]
         if report is None:  # it ended without a report: failure.txt says why
             return {"done": True}
-        return {**report, "done": bool(report.get("is_final") or report.get("is_preempted"))}
+        is_over = any(report.get(key) for key in ("is_final", "is_preempted", TROUBLE))
+        return {**report, "done": is_over}
 
     def cleanup(self) -> None:
         """End the gang."""

@@ -15,10 +15,11 @@ from rltune.config.distributions import is_in, show
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import UserError
-from rltune.orchestration.objectives import Objectives, violations
+from rltune.orchestration.objectives import Objectives
 from rltune.orchestration.results import TrialResult, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
 from rltune.orchestration.search import is_finite, params_of
+from rltune.training.selection import violations
 from rltune.training.setup import base_settings
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rltune.errors import NonFiniteError, RunError
+from rltune.errors import NonFiniteError, RltuneError, RunError, is_out_of_memory
 from rltune.rewards.base import Reward, check_batch, sees_group
 from rltune.rewards.clip import embeddings_kept
 from rltune.rewards.scalarise import Chebyshev, Scalarisation, WeightedSum
@@ -226,9 +226,10 @@ def score(name: str, reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]
     Raises:
         ValueError: The reward answers in another shape than ``(B,)``.
         NonFiniteError: A score is not finite; the message names the reward and the prompts.
+        RunError: The reward fails.
     """
     with torch.autocast(images_B3HW.device.type, enabled=False):
-        return _checked(f"reward {name!r}", reward(images_B3HW.float(), prompts), prompts)
+        return _checked(f"reward {name!r}", _asked(name, reward, images_B3HW.float(), prompts), prompts)
 
 
 def in_groups(
@@ -259,7 +260,20 @@ def features(reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> Ten
 def measure(name: str, reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
     """Return the reward's metric ``(B,)`` as ``score`` returns its scores."""
     with torch.autocast(images_B3HW.device.type, enabled=False):
-        return _checked(f"metric of reward {name!r}", reward.metric(images_B3HW.float(), prompts), prompts)
+        values_B = _asked(name, reward.metric, images_B3HW.float(), prompts)
+        return _checked(f"metric of reward {name!r}", values_B, prompts)
+
+
+def _asked(
+    name: str, read: Callable[[Tensor, Sequence[str]], Tensor], images_B3HW: Tensor, prompts: Sequence[str]
+) -> Tensor:
+    """Return a reward's answer; whatever it fails with names it, but for memory, which other batches may not use up."""
+    try:
+        return read(images_B3HW, prompts)
+    except Exception as error:
+        if isinstance(error, RltuneError) or is_out_of_memory(error):
+            raise
+        raise RunError(f"reward {name!r}: it failed with {type(error).__name__}: {error}") from error
 
 
 def _checked(what: str, values_B: Tensor, prompts: Sequence[str]) -> Tensor:

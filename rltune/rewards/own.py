@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rltune.errors import RunError, UserError
+from rltune.errors import RunError, UserError, is_out_of_memory
 from rltune.rewards.base import Reward, check_batch, sees_group
 from rltune.rewards.loading import load_object
 from rltune.rewards.wrappers import features_of
@@ -113,9 +113,9 @@ def scored(
     try:
         with torch.set_grad_enabled(torch.is_grad_enabled() and is_differentiable):
             score_B = read(images_B3HW, list(prompts))
-    except torch.OutOfMemoryError:  # whoever called tries again with fewer images
-        raise
     except Exception as error:
+        if is_out_of_memory(error):  # whoever called tries again with fewer images
+            raise
         raise RunError(f"reward {name!r}: it failed with {type(error).__name__}: {error}") from error
     if not isinstance(score_B, Tensor) or score_B.shape != (len(prompts),):
         got = f"one of {tuple(score_B.shape)}" if isinstance(score_B, Tensor) else f"a {type(score_B).__name__}"

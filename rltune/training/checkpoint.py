@@ -1,21 +1,25 @@
 """What a run needs to go on as if it had never stopped: adapters, optimiser, random state, progress; one folder."""
 
+import hashlib
+import io
 import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
-from rltune.diffusion.lora import load_lora_state
-from rltune.errors import RunError
+from rltune.errors import RunError, writing
 
 ADAPTER_FILE = "adapter.safetensors"
+"""The adapters as they are at the checkpoint's own step."""
+SELECTED_FILE = "selected.safetensors"
+"""The adapters that ``evaluate.select`` chose, where they are those of an earlier step."""
 TRAINER_FILE = "trainer.pt"
 META_FILE = "checkpoint.json"
 
@@ -33,6 +37,58 @@ class Progress:
     """Passes of an image through the network, over all workers; see ``Tally``."""
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """An evaluation on held-out prompts."""
+
+    step: int
+    """Rounds done when it was made."""
+    metrics: Mapping[str, float]
+    """``eval/NAME``, ``gain/NAME`` and their standard errors."""
+
+
+@dataclass(frozen=True)
+class Selected:
+    """An evaluation with the adapters that gave it."""
+
+    evaluated: Evaluated
+    adapter: Mapping[str, Tensor]
+    """peft's key names."""
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What a checkpoint says of itself."""
+
+    progress: Progress
+    last: Evaluated | None = None
+    """The last evaluation before it or at it."""
+    selected: Evaluated | None = None
+    """The evaluation that ``evaluate.select`` chose; None where the last one counts."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Name -> sha256 of every other file of the folder."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a report at this point says: how far the run is, and what the adapters it hands on were measured at."""
+        return report_of(self.progress, self.selected or self.last)
+
+
+def report_of(progress: Progress, counted: Evaluated | None) -> dict[str, float]:
+    """Return a run's progress with the metrics that count for it, and the step they were measured at."""
+    metrics = {name: float(value) for name, value in asdict(progress).items()}
+    return metrics if counted is None else metrics | dict(counted.metrics) | {"selected_step": float(counted.step)}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a run goes on."""
+
+    progress: Progress
+    last: Evaluated | None = None
+    selected: Selected | None = None
+
+
 class Part(Protocol):
     """Something that a checkpoint holds: an optimiser, a moving average, what an estimator learns."""
 
@@ -46,55 +102,79 @@ class Part(Protocol):
 
 
 def save_checkpoint(
-    folder: Path, adapter: Mapping[str, torch.Tensor], parts: Mapping[str, Part], progress: Progress
+    folder: Path,
+    adapter: Mapping[str, Tensor],
+    parts: Mapping[str, Part],
+    progress: Progress,
+    *,
+    last: Evaluated | None = None,
+    selected: Selected | None = None,
 ) -> None:
     """Write a checkpoint; ``folder`` appears whole or not at all.
 
     Args:
         folder: Where to.
-        adapter: What was evaluated and is exported, peft's key names.
+        adapter: The present values of what is evaluated and exported, peft's key names.
         parts: What training goes on with. The network's own adapters are ``parts`` too where they are not ``adapter``.
         progress: How far the run has come.
+        last: The last evaluation.
+        selected: What ``evaluate.select`` chose; None where the last one counts.
+
+    Raises:
+        StorageError: There is no room, or the folder cannot be written.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(dict(adapter), partial / ADAPTER_FILE)
     trainer = {
         "parts": {name: part.state_dict() for name, part in parts.items()},
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    torch.save(trainer, partial / TRAINER_FILE)
-    (partial / META_FILE).write_text(json.dumps(asdict(progress)))
-    for path in partial.iterdir():
-        _flush(path)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    _flush(folder.parent)
+    buffer = io.BytesIO()  # the libraries' own writers do not say that a disk is full
+    torch.save(trainer, buffer)
+    contents = {ADAPTER_FILE: save(dict(adapter)), TRAINER_FILE: buffer.getvalue()}
+    if selected is not None and selected.evaluated.step != progress.step:
+        contents[SELECTED_FILE] = save(dict(selected.adapter))
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    meta = CheckpointMeta(progress, last, selected.evaluated if selected else None, files)
+    contents[META_FILE] = _meta_text(asdict(meta)).encode()
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        with writing(folder):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for name, content in contents.items():
+                (partial / name).write_bytes(content)
+                _flush(partial / name)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+            _flush(folder.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, network: nn.Module, parts: Mapping[str, Part]) -> Progress:
-    """Put a checkpoint's state into freshly built objects of the same shapes, and return how far it had come.
+def load_checkpoint(folder: Path, network: nn.Module, parts: Mapping[str, Part]) -> Resumed:
+    """Put a checkpoint's state into freshly built objects of the same shapes, and return where it goes on.
 
-    The adapters are loaded first, then ``parts`` in their order.
+    The adapters are loaded first, then ``parts`` in their order. A checkpoint that is not whole changes nothing.
 
     Raises:
-        RunError: The checkpoint cannot be read, or belongs to another adapter.
+        RunError: The checkpoint is not whole, or belongs to another adapter.
     """
+    # peft takes seconds to import, which drivers that only look at checkpoints need not wait for
+    from rltune.diffusion.lora import load_lora_state
+
     try:
-        meta = json.loads((folder / META_FILE).read_text())
+        meta = _whole(folder)
         load_lora_state(network, load_file(folder / ADAPTER_FILE))
         trainer = torch.load(folder / TRAINER_FILE, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(trainer["parts"][name])
-        progress = Progress(**meta)
-    except Exception as error:  # a truncated file fails in as many ways as it has readers
+        selected = None if meta.selected is None else Selected(meta.selected, _handed_on(folder, meta))
+    except Exception as error:  # what does not fit fails in as many ways as it has readers
         raise RunError(f"checkpoint {folder}: cannot be resumed from ({error}); delete this folder to go on") from error
     torch.set_rng_state(trainer["torch_rng"])
     if trainer["cuda_rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(trainer["cuda_rng"])
-    return progress
+    return Resumed(meta.progress, meta.last, selected)
 
 
 def keep_newest(checkpoint: Path, target: Path, *, count: int) -> None:
@@ -114,9 +194,94 @@ def keep_newest(checkpoint: Path, target: Path, *, count: int) -> None:
         shutil.rmtree(old)
 
 
-def load_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the adapters of a checkpoint, peft's key names."""
-    return load_file(folder / ADAPTER_FILE)
+def load_adapter(folder: Path) -> dict[str, Tensor]:
+    """Return the adapters that a checkpoint hands on, peft's key names: the selected, or else the present.
+
+    Raises:
+        RunError: The checkpoint is not whole.
+    """
+    try:
+        return _handed_on(folder, _whole(folder))
+    except (ValueError, OSError) as error:
+        raise RunError(f"checkpoint {folder}: is not whole ({error}); train it again") from error
+
+
+def read_checkpoint_meta(folder: Path) -> CheckpointMeta:
+    """Return what a checkpoint says of itself; its other files are not looked at.
+
+    Raises:
+        RunError: It cannot be read.
+    """
+    try:
+        return _read_meta(folder)
+    except (ValueError, OSError) as error:
+        raise RunError(f"checkpoint {folder}: cannot be read ({error})") from error
+
+
+def why_not_whole(folder: Path) -> str:
+    """Return what is wrong with a checkpoint's files, empty where nothing is."""
+    try:
+        _whole(folder)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoints in a folder and in those directly below it, newest first: names sort by time."""
+    names = ("checkpoint_*", "step-??????")  # Ray Train's and FolderReporter's
+    found = {path for name in names for at in (name, f"*/{name}") for path in folder.glob(at) if path.is_dir()}
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """Return the newest checkpoint of ``list_checkpoints`` that is whole, and why those newer than it are not."""
+    passed: dict[Path, str] = {}
+    for path in list_checkpoints(folder):
+        why = why_not_whole(path)
+        if not why:
+            return path, passed
+        passed[path] = why
+    return None, passed
+
+
+def _whole(folder: Path) -> CheckpointMeta:
+    """Return what a checkpoint says of itself once every file has been found as it was written."""
+    meta = _read_meta(folder)
+    for name, expected in meta.files.items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise ValueError(f"{name} is not as it was written")
+    return meta
+
+
+def _handed_on(folder: Path, meta: CheckpointMeta) -> dict[str, Tensor]:
+    return load_file(folder / (SELECTED_FILE if SELECTED_FILE in meta.files else ADAPTER_FILE))
+
+
+def _meta_text(content: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"content": content, "sha256": digest}, indent=1)
+
+
+def _read_meta(folder: Path) -> CheckpointMeta:
+    if not (folder / META_FILE).is_file():
+        raise ValueError(f"{META_FILE} is missing")
+    try:
+        text = (folder / META_FILE).read_bytes().decode()
+        content = json.loads(text)["content"]
+        is_as_written = _meta_text(content) == text
+    except (ValueError, LookupError, TypeError):
+        is_as_written = False
+    if not is_as_written:
+        raise ValueError(f"{META_FILE} is not as it was written")
+    last, selected = (
+        None if content[name] is None else Evaluated(content[name]["step"], content[name]["metrics"])
+        for name in ("last", "selected")
+    )
+    return CheckpointMeta(Progress(**content["progress"]), last, selected, content["files"])
 
 
 def _flush(path: Path) -> None:

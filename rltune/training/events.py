@@ -61,3 +61,15 @@ def read_events(path: Path) -> list[Event]:
         except (ValueError, KeyError, AttributeError, TypeError):  # cut short, or not of ours
             continue
     return sorted(events, key=lambda event: event.time)
+
+
+def note_event(trial_dir: Path, text: str) -> None:
+    """Append a notice for the trial's user, unless it is the last one there: a restart may meet the same again."""
+    path = trial_dir / EVENTS_FILE
+    if read_notices(trial_dir)[-1:] != [text]:
+        append_event(path, NOTICE, text=text)
+
+
+def read_notices(trial_dir: Path) -> list[str]:
+    """Return the texts of a trial's notices, oldest first."""
+    return [str(event.fields["text"]) for event in read_events(trial_dir / EVENTS_FILE) if event.event == NOTICE]

@@ -2,9 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from rltune.errors import writing
 
 
 class Reporter(Protocol):
@@ -13,7 +15,14 @@ class Reporter(Protocol):
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         """Take the metrics of a point of the run and, from the main worker, the folder of its checkpoint.
 
-        The folder may be moved or copied; the caller does not use it again.
+        The folder may be moved or copied; the caller does not use it again. An exception ends the run here, as it is;
+        a folder that is still there is then removed.
+        """
+        ...
+
+    def is_stopping(self) -> bool:
+        """Return whether the run should write a checkpoint and return. Asked on every worker once a step; one is
+        enough.
         """
         ...
 
@@ -23,6 +32,10 @@ class RowWriter(Protocol):
 
     def write(self, row: Mapping[str, float]) -> None:
         """Take a row; ``step`` is its number."""
+        ...
+
+    def amend(self, step: int, more: Mapping[str, float]) -> None:
+        """Add to the row of a step that was written before."""
         ...
 
 
@@ -46,6 +59,10 @@ class FolderReporter:
         for old in self.checkpoints()[: -self._num_to_keep]:
             shutil.rmtree(old)
 
+    def is_stopping(self) -> bool:
+        """Never ask a run to stop."""
+        return False
+
     def checkpoints(self) -> list[Path]:
         """Return the checkpoints that are there, oldest first."""
         return sorted(self._folder.glob("step-??????"))
@@ -57,24 +74,43 @@ class FolderReporter:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one line a step. Opened for a resumed run, it forgets the steps that will be done again."""
+    """``metrics.jsonl``: one line a step. Opened for a resumed run, it forgets the steps that will be done again.
+
+    Raises:
+        StorageError: There is no room, or the file cannot be written; so does every method.
+    """
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
+        self._path = path
         kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._rewrite(kept)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append one line and flush it."""
-        self._file.write(json.dumps(dict(row)) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            self._file.write(json.dumps(dict(row)) + "\n")
+            self._file.flush()
+
+    def amend(self, step: int, more: Mapping[str, float]) -> None:
+        """Add to the line of a step, if it is there: to one that was stopped before its evaluation."""
+        rows = [row | dict(more) if row["step"] == step else row for row in read_metrics(self._path)]
+        with writing(self._path):
+            self._file.close()
+            self._rewrite(rows)
+            self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with writing(self._path):
+            self._file.close()
+
+    def _rewrite(self, rows: Sequence[Mapping[str, float]]) -> None:
+        partial = self._path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        partial.replace(self._path)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 NUM_CALIBRATION_IMAGES = 32
 """Images of the first training prompts, in turn, that the unit of a reward is measured on."""
 
+EVAL_BATCH = 16
+"""Images sampled at a time without gradient at least, where memory is not known to be short."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -45,6 +48,8 @@ class Run:
     latent_shape: tuple[int, int, int]
     images_together: int
     """Consecutive training images that stay on one worker."""
+    max_eval_batch: int | None = None
+    """Images sampled at a time without gradient at most, where more did not fit into memory before."""
 
     @property
     def model(self) -> ModelFamily:
@@ -54,7 +59,8 @@ class Run:
     @property
     def eval_batch(self) -> int:
         """Images sampled at a time without gradient."""
-        return max(16, self.micro_batch)
+        batch = max(EVAL_BATCH, self.micro_batch)
+        return batch if self.max_eval_batch is None else min(batch, self.max_eval_batch)
 
     @property
     def local_images(self) -> range:
@@ -251,7 +257,7 @@ def base_key(config: RunConfig) -> str:
 def base_settings(config: RunConfig) -> dict[str, Any]:
     """Return the settings that decide what is measured of the base model, in JSON's types."""
     parts = config.model_dump(mode="json", include={"prompts": True, "sampler": True, "evaluate": True})
-    for key in ("every", "confirm"):
+    for key in ("every", "confirm", "select"):
         del parts["evaluate"][key]
     parts["model"] = [config.model.base, config.model.revision]
     # the user's own may compare images too; a run is read where their code is not, so nobody asks them

@@ -251,6 +251,12 @@ class TrackedMetrics:
             if has_picture and name in self._trackers:
                 self._try(name, partial(tracker.log_picture, SAMPLES, picture, step))
 
+    def amend(self, step: int, more: Mapping[str, float]) -> None:
+        """Add to the row of a step that is there already; trackers get the addition alone."""
+        self._file.amend(step, more)
+        for name, tracker in list(self._trackers.items()):
+            self._try(name, partial(tracker.log, dict(more), step))
+
     def close(self) -> None:
         """Finish the trackers; close the file."""
         for name, tracker in list(self._trackers.items()):

@@ -192,6 +192,10 @@ VALUES: list[tuple[str, list[str]]] = [
     ("objectives: [alignment]", ["x.yaml:2 objectives[0]: nothing measures this, got 'alignment'; name a reward or"]),
     ("objectives: [drift, drift]", ["objectives[1]: stands here twice, got 'drift'"]),
     ("constraints: {divresity: {min: 0}}", ["nothing measures this, got 'divresity'"]),
+    (
+        "evaluate: {select: diversty}",
+        ["x.yaml:2 evaluate.select: nothing measures this, got 'diversty'; write last, or name a reward or a judge"],
+    ),
     ("constraints: {drift: {}}", ["constraints.drift: needs a bound, got none; give min_ratio_to_base, min or max"]),
     (
         "constraints: {drift: {min: 2, max: 1}}",

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from rltune.config.experiment import RunConfig
-from rltune.orchestration.objectives import Front, Objectives, find_front, violations
+from rltune.orchestration.objectives import Front, Objectives, find_front
 from rltune.orchestration.results import TrialResult
 from rltune.orchestration.rundir import BASE_TRIAL
+from rltune.training.selection import violations
 from tests.runs import result
 
 BOTH = Objectives(("brightness", "drift"))

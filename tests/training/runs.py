@@ -62,7 +62,12 @@ for name, raw in json.loads((root / "configs.json").read_text()).items():
 
 
 def train_in_processes(
-    configs: Mapping[str, RunConfig], root: Path, count: int, *, resume_from: Path | None = None
+    configs: Mapping[str, RunConfig],
+    root: Path,
+    count: int,
+    *,
+    resume_from: Path | None = None,
+    script: str = WORKER,
 ) -> None:
     """Train one after the other with ``count`` processes and a gloo group, as Ray Train and torchrun start them."""
     root.mkdir()
@@ -76,7 +81,7 @@ def train_in_processes(
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path])}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
-        command = [sys.executable, "-c", WORKER, str(root), *([str(resume_from)] if resume_from else [])]
+        command = [sys.executable, "-c", script, str(root), *([str(resume_from)] if resume_from else [])]
         processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
     for process in processes:
         _, stderr = process.communicate(timeout=300)
