@@ -172,8 +172,10 @@ def _question(experiment: Experiment) -> dict[str, Any]:
     asked = copy.deepcopy(dict(experiment.raw))
     asked.pop("resources", None)
     asked.pop("name", None)
+    asked.pop("stop", None)
     search = asked.pop("search", None) or {}
-    search.pop("trials", None)
+    for name in ("trials", "prune", "grace", "reduction"):
+        search.pop(name, None)
     return {**asked, "search": search}
 
 
