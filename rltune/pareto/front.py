@@ -19,11 +19,14 @@ def non_dominated(values_ND: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         ValueError: ``values_ND`` is not a matrix of finite numbers with at least one column.
     """
     points_ND = as_points(values_ND)
-    is_front_N = np.ones(len(points_ND), dtype=np.bool_)
-    for i, point_D in enumerate(points_ND):
-        is_as_good_N = (points_ND >= point_D).all(axis=1)
-        is_better_N = (points_ND > point_D).any(axis=1)
-        is_front_N[i] = not (is_as_good_N & is_better_N).any()
+    is_front_N = np.zeros(len(points_ND), dtype=np.bool_)
+    # who dominates comes before in the order of a dictionary, largest first: the first of those left is on the front
+    left = np.lexsort(-points_ND.T[::-1])
+    while left.size:
+        point_D, rest_ND = points_ND[left[0]], points_ND[left[1:]]
+        is_front_N[left[0]] = True
+        is_dominated = (rest_ND <= point_D).all(axis=1) & (rest_ND < point_D).any(axis=1)
+        left = left[1:][~is_dominated]
     return is_front_N
 
 
