@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from search_simulated import BASE, DEVIATION, MIX, measured
 
 from rltune.config.clashes import Known
 from rltune.config.load import load_experiment
@@ -23,7 +24,6 @@ from rltune.orchestration.results import TrialResult, append_result
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
 from rltune.orchestration.search import SAMPLERS, Search
 from rltune.orchestration.stopping import Rules
-from search_simulated import BASE, DEVIATION, MIX, measured
 
 
 def main() -> None:
