@@ -48,7 +48,7 @@ class Clash:
 
 def find_clashes(config: "RunConfig", known: Known, *, must_find_files: bool) -> list[Clash]:
     """Return everything that does not go together in an experiment whose values are each right by themselves."""
-    clashes = [*_clashes(config), *_unknown_names(config, known), *_not_built(config)]
+    clashes = [*_clashes(config), *_unknown_names(config, known)]
     clashes += [*_estimator_clashes(config, known), *group_clashes(config, known), *_taken_names(config, known)]
     if must_find_files:
         clashes += _missing_files(config)
@@ -83,6 +83,7 @@ def _clashes(config: "RunConfig") -> Iterator[Clash]:
         yield Clash("search.points", what, "delete them, or take another sampler", ("search.sampler",))
     yield from _name_clashes(config)
     yield from _constraint_clashes(config)
+    yield from _stopping_clashes(config)
 
 
 def _worker_clashes(config: "RunConfig") -> Iterator[Clash]:
@@ -260,6 +261,28 @@ def _constraint_clashes(config: "RunConfig") -> Iterator[Clash]:
             yield Clash(keys[1], f"must not be above max {bound.max}, got {bound.min}", "swap them", keys[2:])
 
 
+def _stopping_clashes(config: "RunConfig") -> Iterator[Clash]:
+    """Rules that could never stop anything."""
+    grace, every = config.search.grace, config.evaluate.every
+    if config.search.prune and config.first_rung >= config.num_rounds:
+        what = f"a trial has ended at step {config.num_rounds}, before any are compared, got {config.first_rung}"
+        others = ("optim.steps", "optim.queries", "optim.batch", "search.prune")
+        if grace is None:
+            remedy = "lower it, or set search.prune: false"
+            yield Clash("evaluate.every", what, remedy, ("search.grace", *others))
+        else:
+            yield Clash("search.grace", what, "lower it, or set search.prune: false", others)
+    elif config.search.prune and grace is not None and grace % every:
+        what = f"must be a multiple of evaluate.every, {every} steps, got {grace}"
+        yield Clash("search.grace", what, f"write {(grace // every + 1) * every}", ("evaluate.every", "search.prune"))
+    if config.stop.broken_constraint is not None and not config.constraints:
+        what = f"there is no constraint to break, got {config.stop.broken_constraint}"
+        yield Clash("stop.broken_constraint", what, "name one under constraints, or leave it out", ("constraints",))
+    if config.stop.gpu_hours is not None and config.resources.gpus_per_worker == 0:
+        what = f"trials that use no GPU spend no GPU-hours, got {config.stop.gpu_hours:g}"
+        yield Clash("stop.gpu_hours", what, "write stop.hours instead", ("resources.gpus_per_worker",))
+
+
 def _unknown_names(config: "RunConfig", known: Known) -> Iterator[Clash]:
     checks: list[tuple[str, str, str, tuple[str, ...], tuple[str, ...]]] = []
     for name, reward in config.rewards.items():
@@ -273,11 +296,6 @@ def _unknown_names(config: "RunConfig", known: Known) -> Iterator[Clash]:
     for kind, where, name, names, others in checks:
         if names and name not in names:
             yield Clash(where, f"unknown {kind}, got {name!r}", suggest(name, names), others)
-
-
-def _not_built(config: "RunConfig") -> Iterator[Clash]:
-    if config.search.prune:
-        yield Clash("search.prune", "pruning is not available yet, got true", "set prune: false")
 
 
 def _missing_files(config: "RunConfig") -> Iterator[Clash]:

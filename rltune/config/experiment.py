@@ -22,6 +22,7 @@ from rltune.config.sections import (
     RewardConfig,
     SamplerConfig,
     SearchConfig,
+    StopConfig,
     Text,
 )
 
@@ -34,6 +35,7 @@ WHOLE_SWEEP = (
     "objectives",
     "constraints",
     "search",
+    "stop",
     "resources",
     "track",
 )
@@ -81,6 +83,8 @@ class RunConfig(StrictModel):
     """What a trial must keep to be feasible, by reward or judge."""
     search: SearchConfig = SearchConfig()
     """How the distributions are searched."""
+    stop: StopConfig = StopConfig()
+    """When to end a trial, or the whole sweep, early."""
     resources: ResourcesConfig = ResourcesConfig()
     """What a trial runs on."""
     track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
@@ -98,6 +102,11 @@ class RunConfig(StrictModel):
         """Greatest number of rounds a run can take: every image costs at least one reward query."""
         queries = self.optim.queries
         return self.optim.steps if queries is None else min(self.optim.steps, -(-queries // self.optim.batch))
+
+    @property
+    def first_rung(self) -> int:
+        """Training step at which pruning first compares trials."""
+        return self.search.grace or self.evaluate.every
 
     def kind_of(self, reward: str) -> str:
         """What a reward of this experiment is: a registered name, or ``module:function``."""

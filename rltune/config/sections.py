@@ -237,7 +237,12 @@ class SearchConfig(StrictModel):
     trials: Int = Field(16, ge=1)
     """Trials, the base model not counted; a grid ends with its last combination."""
     prune: Bool = False
-    """Stop trials early that fall behind. Not available yet."""
+    """Stop trials early that fall behind the others at the same training step (MO-ASHA), by all objectives at once."""
+    grace: Int | None = Field(None, ge=1)
+    """Training steps after which trials are first compared; a multiple of ``evaluate.every``. Left out: the first
+    evaluation."""
+    reduction: Int = Field(3, ge=2, le=10)
+    """Of the trials compared, the best 1 / reduction go on, up to reduction times as many steps."""
     seed: Int = Field(0, ge=0, lt=2**32)
     """Seed of the search."""
     points: tuple[dict[str, Any], ...] = Field(
@@ -247,6 +252,24 @@ class SearchConfig(StrictModel):
     values; what one leaves out is drawn."""
     warm_start: Text | None = None
     """Folder of another run, whose trials teach the search before its first; they are no trials of this one."""
+
+
+class StopConfig(StrictModel):
+    """When to end before the last step or trial; what is left out never ends anything."""
+
+    broken_constraint: Int | None = Field(None, ge=1)
+    """Stop a trial that breaks the same constraint at so many evaluations in a row."""
+    diverged: Float | None = Field(1.0, ge=0)
+    """Stop a trial that is worse than the base model in every objective, by more than so many of its standard
+    deviations over prompts."""
+    hours: Float | None = Field(None, gt=0)
+    """Start no further trial once the sweep has run for so long."""
+    gpu_hours: Float | None = Field(None, gt=0)
+    """Start no further trial once trials have taken so many GPU-hours."""
+    stalled_trials: Int | None = Field(None, ge=1)
+    """Start no further trial once so many have ended in a row without the hypervolume growing."""
+    stalled_growth: Float = Field(0.01, ge=0)
+    """Growth over those trials that does not count, as a share of the hypervolume."""
 
 
 class ResourcesConfig(StrictModel):

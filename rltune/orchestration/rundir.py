@@ -221,8 +221,10 @@ def _question(experiment: Experiment) -> dict[str, Any]:
     asked.pop("resources", None)
     asked.pop("name", None)
     asked.pop("track", None)
+    asked.pop("stop", None)
     search = asked.pop("search", None) or {}
-    search.pop("trials", None)
+    for name in ("trials", "prune", "grace", "reduction"):
+        search.pop(name, None)
     return {**asked, "search": search}
 
 

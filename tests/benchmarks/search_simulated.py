@@ -1,15 +1,25 @@
-"""Search samplers on simulated trials: hypervolume against the number of trials, without training anything.
+"""Search samplers and early stopping on simulated trials: hypervolume against compute, without training anything.
 
-The space, the objectives and the constraints are those of experiments/mix.yaml; a trial is a formula. It has the shape
-of what was measured on the built-in model: rewards rise with the push (learning rate, rank, K) and saturate, reward
-weights trade them off with diminishing returns, too much push loses alignment and then the prompt, and the best
-learning rate depends on rank and K. The search is the one that a sweep uses (rltune.orchestration.search.Search).
+The space, the objectives and the constraints are those of experiments/mix.yaml; a trial is a formula, evaluated four
+times on its way. Trials run as in a sweep, two at a time: the search (rltune.orchestration.search.Search) is asked
+while others run, the rules (rltune.orchestration.stopping.Rules) see every evaluation, and a stopped trial enters
+search and front with what it was by then. What it left undone goes into further trials.
+
+Two problems. ``measured`` has the shape of what was measured on the built-in model (runs of experiments/mix.yaml and
+mixtures.yaml): rewards rise with the push (learning rate, rank, K) times the steps and saturate, somewhat slower at
+first than later, reward weights trade them off with diminishing returns, and too much push loses alignment and then
+the prompt, later than it gains. ``crossing`` is made to be hard on early stopping, and nothing was chosen on it: deep
+gradients rise late and end higher, so that learning curves cross, what breaks breaks late, small adapters want higher
+learning rates, and noise is three times as large.
 
     python tests/benchmarks/search_simulated.py --samplers random tpe nsga2 nsga3 quasi_random --seeds 20
 """
 
 import argparse
+import heapq
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,88 +29,197 @@ from rltune.config.clashes import Known
 from rltune.config.load import load_experiment
 from rltune.orchestration.objectives import Objectives, violations
 from rltune.orchestration.results import TrialResult
+from rltune.orchestration.rundir import TrialSpec
 from rltune.orchestration.search import SAMPLERS, Search
+from rltune.orchestration.stopping import Rules
 from rltune.pareto.hypervolume import hypervolume
 
 MIX = Path(__file__).parents[2] / "experiments" / "mix.yaml"
 BASE = {"aesthetic": 5.87, "alignment": 0.877, "compressibility": -2.26, "diversity": 0.15, "faithful": 0.96}
 """Of the built-in model, and below the deviation over prompts (runs/mix)."""
-DEVIATION = {"aesthetic": 0.89, "alignment": 0.018, "compressibility": 0.30}
-NOISE = 0.05
-"""Of a deviation: what another training seed changes."""
-SHOWN = (8, 16, 24, 32, 48)
+DEVIATION = {"aesthetic": 0.89, "alignment": 0.018, "compressibility": 0.30, "diversity": 0.08, "faithful": 0.05}
+REWARDS = ("aesthetic", "alignment", "compressibility")
+SHOWN = (0.1, 0.2, 0.3, 0.4, 0.6, 1.0)
+"""Shares of the compute of all trials at which hypervolumes are shown."""
+
+Metrics = dict[str, float]
 
 
-def simulate(values: dict[str, Any], rng: np.random.Generator) -> dict[str, float]:
-    """Return the metrics of a trial with these knobs."""
-    weight = {name: values[f"rewards.{name}.weight"] for name in DEVIATION}
+def measured(values: Mapping[str, Any], share: float) -> Metrics:
+    """Return the metrics without noise of a trial with these knobs after a share of its steps."""
+    weight = {name: values[f"rewards.{name}.weight"] for name in REWARDS}
     depth, rank = values["estimator.k"] / 12, values["model.lora.rank"] / 16
-    push = values["optim.lr"] / 1e-3 * (0.4 + 0.6 * rank**0.5) * (0.5 + 0.5 * depth)
+    push = values["optim.lr"] / 1e-3 * (0.4 + 0.6 * rank**0.5) * (0.5 + 0.5 * depth) * share**1.2
     rise, excess = 1 - np.exp(-2.5 * push), max(0.0, push - 0.7)
-    gain = {name: weight[name] ** 0.8 * rise for name in DEVIATION}
-    metrics = {
+    gain = {name: weight[name] ** 0.8 * rise for name in REWARDS}
+    return {
         "aesthetic": BASE["aesthetic"]
         + 2.4 * gain["aesthetic"] * (0.6 + 0.4 * depth)
-        - 0.6 * weight["compressibility"],
+        - 0.6 * weight["compressibility"] * rise,
         "alignment": BASE["alignment"] + 0.014 * gain["alignment"] - 0.016 * gain["aesthetic"] - 0.05 * excess,
         "compressibility": BASE["compressibility"] + 0.28 * gain["compressibility"] - 0.06 * gain["aesthetic"],
         "diversity": BASE["diversity"] * (1 - 0.5 * excess),
         "faithful": BASE["faithful"] * (1 - 0.6 * excess - 0.1 * gain["compressibility"]),
     }
-    noisy = {name: metrics[name] + NOISE * DEVIATION[name] * rng.standard_normal() for name in DEVIATION}
-    return metrics | noisy
 
 
-def curve(sampler: str, seed: int, num_trials: int) -> tuple[np.ndarray, float]:
-    """Return the hypervolume after each trial, in deviations of the base model, and the seconds of search."""
-    overrides = [f"search={{sampler: {sampler}, seed: {seed}, trials: {num_trials}}}"]
-    experiment = load_experiment(MIX, overrides, Known())
+def crossing(values: Mapping[str, Any], share: float) -> Metrics:
+    """Return the metrics without noise of a trial with these knobs after a share of its steps."""
+    weight = {name: values[f"rewards.{name}.weight"] for name in REWARDS}
+    depth, rank = values["estimator.k"] / 12, np.log2(values["model.lora.rank"]) / 4
+    miss = np.log(values["optim.lr"] / (1.2e-3 - 0.8e-3 * rank))  # the best rate is 1e-3 at rank 2, 4e-4 at rank 16
+    height = np.exp(-1.5 * miss**2) * (0.5 + 0.3 * depth + 0.2 * rank)
+    late = 0.2 + 0.5 * depth  # share of the steps at which half the rise is done
+    rise = (share**3 / (share**3 + late**3)) * (1 + late**3) * height
+    excess = max(0.0, miss) * share**4 * (0.6 + 0.4 * depth)
+    gain = {name: rise * weight[name] / (0.3 + 0.7 * weight[name]) for name in REWARDS}
+    return {
+        "aesthetic": BASE["aesthetic"] + 2.0 * gain["aesthetic"] - 1.0 * gain["compressibility"] - 0.3 * excess,
+        "alignment": BASE["alignment"] + 0.02 * gain["alignment"] - 0.01 * gain["aesthetic"] - 0.03 * excess,
+        "compressibility": BASE["compressibility"] + 0.3 * gain["compressibility"] - 0.1 * gain["alignment"],
+        "diversity": BASE["diversity"] * (1 - 0.4 * excess),
+        "faithful": BASE["faithful"] * (1 - 0.3 * excess - 0.08 * gain["compressibility"]),
+    }
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A formula in the place of training."""
+
+    metrics: Callable[[Mapping[str, Any], float], Metrics]
+    noise: float
+    """What another training seed changes at the end, in deviations."""
+
+
+PROBLEMS = {"measured": Problem(measured, 0.05), "crossing": Problem(crossing, 0.15)}
+
+
+@dataclass
+class Trial:
+    """A trial on its way."""
+
+    spec: TrialSpec
+    luck: dict[str, float]
+    """Of its training seed: the part of the noise that all of its evaluations share, which grows as it trains."""
+    step: int = 0
+
+
+@dataclass
+class Curve:
+    """What a sweep came to."""
+
+    steps: list[int] = field(default_factory=list)
+    """Training steps of all trials when a trial ended."""
+    volumes: list[float] = field(default_factory=list)
+    """Hypervolume then, in deviations of the base model."""
+    num_stopped: int = 0
+    search_s: float = 0.0
+
+    def at(self, steps: float) -> float:
+        """Return the hypervolume when so many steps were trained."""
+        ended = int(np.searchsorted(self.steps, steps, side="right"))
+        return self.volumes[ended - 1] if ended else 1.0
+
+
+def sweep(
+    problem: Problem,
+    overrides: list[str],
+    *,
+    seed: int,
+    num_trials: int,
+    num_slots: int,
+    search_type: Callable[..., Search] = Search,
+) -> Curve:
+    """Run trials until the training steps of ``num_trials`` whole ones are spent."""
+    experiment = load_experiment(MIX, [*overrides, f"search.seed={seed}", f"search.trials={num_trials}"], Known())
     shared = experiment.shared
+    num_steps, every = shared.optim.steps, shared.evaluate.every
     objectives = Objectives(shared.objective_names)
-    search = Search(experiment, objectives)
+    search = search_type(experiment, objectives)
     rng = np.random.default_rng(seed)
     base = {f"eval/{name}": value for name, value in BASE.items()}
+    rules = Rules(shared, objectives, base, DEVIATION)
     scale = np.array([DEVIATION[name] for name in objectives.names])
-    origin = np.array([BASE[name] for name in objectives.names])
-    points, volumes, search_s = [np.zeros(len(scale))], [], 0.0
-    for _ in range(num_trials):
+    origin = objectives.raw_D(base)
+    points, curve, spent = [np.zeros(len(scale))], Curve(), 0
+
+    def ask() -> Trial:
         start = time.perf_counter()
         spec = search.ask()
-        search_s += time.perf_counter() - start
-        metrics = {f"eval/{name}": float(value) for name, value in simulate(dict(spec.values), rng).items()}
-        broken = violations(shared, metrics, base)
-        result = TrialResult(spec.id, "ok", spec.values, spec.params, metrics=metrics, constraints=broken)
-        start = time.perf_counter()
-        search.tell(result)
-        search_s += time.perf_counter() - start
-        if result.is_feasible:
-            points.append((objectives.raw_D(metrics) - origin) / scale)
-        volumes.append(hypervolume(np.array(points), np.full(len(scale), -1.0)))
-    return np.array(volumes), search_s
+        curve.search_s += time.perf_counter() - start
+        return Trial(spec, {name: float(rng.standard_normal()) for name in REWARDS})
+
+    # (step of its slot at which a trial is evaluated next, slot); a slot starts a bit later than the one before
+    running = {slot: ask() for slot in range(num_slots)}
+    due = [(every + slot / num_slots, slot) for slot in range(num_slots)]
+    while spent < num_trials * num_steps:
+        now, slot = heapq.heappop(due)
+        trial = running[slot]
+        trial.step += every
+        spent += every
+        share = trial.step / num_steps
+        metrics = {f"eval/{name}": value for name, value in problem.metrics(trial.spec.values, share).items()}
+        for name in REWARDS:
+            noise = 0.8 * share * trial.luck[name] + 0.6 * float(rng.standard_normal())
+            metrics[f"eval/{name}"] += problem.noise * DEVIATION[name] * noise
+        is_final = trial.step >= num_steps
+        row = {"step": float(trial.step), "is_final": float(is_final), **metrics}
+        reason = rules.on_report(trial.spec.id, row)
+        if is_final or reason:
+            broken = violations(shared, metrics, base)
+            state = "stopped" if reason else "ok"
+            spec = trial.spec
+            result = TrialResult(spec.id, state, spec.values, spec.params, row, broken, reason or "")
+            start = time.perf_counter()
+            search.tell(result)
+            curve.search_s += time.perf_counter() - start
+            curve.num_stopped += bool(reason)
+            if result.is_feasible:
+                points.append((objectives.raw_D(metrics) - origin) / scale)
+            curve.steps.append(spent)
+            curve.volumes.append(hypervolume(np.array(points), np.full(len(scale), -1.0)))
+            running[slot] = ask()
+        heapq.heappush(due, (now + every, slot))
+    return curve
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [name for name in SAMPLERS if name != "grid"]
     parser.add_argument("--samplers", nargs="+", choices=names, default=names)
+    parser.add_argument("--problem", choices=PROBLEMS, default="measured")
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--trials", type=int, default=48)
+    parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
     options = parser.parse_args()
-    shown = [count for count in SHOWN if count < options.trials] + [options.trials]
-    titles = "".join(f" {count} trials |" for count in shown)
-    print(f"| sampler |{titles} trials to random's end | share | search, s a trial |\n|{'---|' * (len(shown) + 4)}")
+    setting = ["optim.steps=40", "evaluate.every=10", *options.overrides]
+    problem = PROBLEMS[options.problem]
+    budget = 40 * options.trials
+    titles = "".join(f" {share:.0%} |" for share in SHOWN)
+    print(f"| sampler | stopping |{titles} to random's end | trials, stopped | search, s a trial |")
+    print(f"|{'---|' * (len(SHOWN) + 5)}", flush=True)
     goal = None
     for sampler in dict.fromkeys(("random", *options.samplers)):
-        runs = [curve(sampler, seed, options.trials) for seed in range(options.seeds)]
-        curves = np.array([volumes for volumes, _ in runs])
-        low, middle, high = np.quantile(curves, [0.25, 0.5, 0.75], axis=0)
-        goal = middle[-1] if goal is None else goal
-        cells = "".join(f" {middle[n - 1]:.2f} ({low[n - 1]:.2f} to {high[n - 1]:.2f}) |" for n in shown)
-        reached = np.flatnonzero(middle >= goal)
-        when = str(reached[0] + 1) if len(reached) else "never"
-        share = f"{(reached[0] + 1) / options.trials:.0%}" if len(reached) else "-"
-        seconds = np.mean([search_s for _, search_s in runs]) / options.trials
-        print(f"| `{sampler}` |{cells} {when} | {share} | {seconds:.3f} |", flush=True)
+        for prune in ("false", "true"):
+            overrides = [*setting, f"search.sampler={sampler}", f"search.prune={prune}"]
+            seeds = range(options.first_seed, options.first_seed + options.seeds)
+            curves = [
+                sweep(problem, overrides, seed=seed, num_trials=options.trials, num_slots=options.slots)
+                for seed in seeds
+            ]
+            grid = np.arange(0, budget + 1, 10)
+            low, middle, high = np.quantile([[c.at(s) for s in grid] for c in curves], [0.25, 0.5, 0.75], axis=0)
+            goal = middle[-1] if goal is None else goal
+            at = [int(share * (len(grid) - 1)) for share in SHOWN]
+            cells = "".join(f" {middle[i]:.2f} ({low[i]:.2f} to {high[i]:.2f}) |" for i in at)
+            reached = np.flatnonzero(middle >= goal)
+            when = f"{grid[reached[0]] / budget:.0%}" if len(reached) else "never"
+            ended, stopped = (np.mean(x) for x in zip(*((len(c.steps), c.num_stopped) for c in curves), strict=True))
+            seconds = sum(c.search_s for c in curves) / sum(len(c.steps) for c in curves)
+            name = "MO-ASHA" if prune == "true" else "none"
+            print(f"| `{sampler}` | {name} |{cells} {when} | {ended:.0f}, {stopped:.0f} | {seconds:.3f} |", flush=True)
 
 
 if __name__ == "__main__":

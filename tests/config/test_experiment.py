@@ -53,6 +53,10 @@ def test_objectives_are_every_reward_unless_they_are_named() -> None:
         {"estimator": {"activation_gib": 0, "checkpoint": "serial"}},
         {"optim": {"ema": 0, "queries": 1}},
         {"regularize": {"drift": 1e6, "flatness_weights": 1, "flatness_image": 10}},
+        {"search": {"prune": True, "grace": 40}, "evaluate": {"every": 20}, "optim": {"steps": 41}},
+        {"search": {"prune": False, "grace": 30}, "evaluate": {"every": 20}},
+        {"stop": {"broken_constraint": 1}, "constraints": {"a": {"min": 0}}},
+        {"stop": {"gpu_hours": 1}},
     ],
 )
 def test_what_just_fits_is_valid(sections: dict[str, Any]) -> None:
@@ -75,7 +79,8 @@ def test_what_just_fits_is_valid(sections: dict[str, Any]) -> None:
         ({"sampler": {"width": 96}}, "sampler.width: needs sampler.height beside it"),
         ({"rewards": {}}, "rewards: there is nothing to train on"),
         ({"rewards": {"a": {"weight": 0}}}, "rewards.a.weight: no reward has a positive weight"),
-        ({"search": {"prune": True}}, "search.prune: pruning is not available yet"),
+        ({"search": {"prune": True, "grace": 100}}, "search.grace: a trial has ended at step 100, before any are"),
+        ({"stop": {"broken_constraint": 1}}, "stop.broken_constraint: there is no constraint to break"),
         ({"rewards": {"a": {"relative": {"positive": "x"}}}}, "rewards.a.relative.positive: needs negative words"),
         ({"rewards": {"reward": {"reward": "a"}}}, "rewards.reward: something else is reported under this name"),
         (
@@ -111,6 +116,11 @@ def test_a_run_has_no_more_rounds_than_its_queries_pay_for(optim: dict[str, int]
     assert run(optim=optim).num_rounds == rounds
 
 
+def test_trials_are_first_compared_at_the_first_evaluation_unless_told_otherwise() -> None:
+    assert run(evaluate={"every": 7}).first_rung == 7
+    assert run(evaluate={"every": 7}, search={"grace": 14}).first_rung == 14
+
+
 def test_a_reward_is_what_its_key_says_unless_it_says_otherwise() -> None:
     config = run(rewards={"a": {}, "b": {"reward": "c"}, "d": {"reward": "my_rewards:redness", "weight": 0}})
     assert [config.kind_of(name) for name in config.rewards] == ["a", "c", "my_rewards:redness"]
@@ -119,8 +129,8 @@ def test_a_reward_is_what_its_key_says_unless_it_says_otherwise() -> None:
 
 
 def test_several_clashes_are_raised_together() -> None:
-    with pytest.raises(ValidationError, match=r"estimator\.k: (.|\n)*optim\.batch: (.|\n)*search\.prune: "):
-        run(estimator={"k": 21}, optim={"batch": 1}, resources={"workers": 2}, search={"prune": True})
+    with pytest.raises(ValidationError, match=r"estimator\.k: (.|\n)*optim\.batch: (.|\n)*search\.grace: "):
+        run(estimator={"k": 21}, optim={"batch": 1}, resources={"workers": 2}, search={"prune": True, "grace": 21})
 
 
 def test_a_run_cannot_be_changed() -> None:

@@ -201,6 +201,36 @@ VALUES: list[tuple[str, list[str]]] = [
         "constraints: {drift: {min: 2, max: 1}}",
         ["constraints.drift.min: must not be above max 1.0, got 2.0; swap them"],
     ),
+    # stopping that could never happen
+    (
+        "search: {prune: true, grace: 30}\nevaluate: {every: 20}",
+        ["x.yaml:2 search.grace: must be a multiple of evaluate.every, 20 steps, got 30; write 40"],
+    ),
+    (
+        "search: {prune: true, grace: 40}\noptim: {steps: 40}",
+        [
+            "x.yaml:2 search.grace: a trial has ended at step 40, before any are compared, got 40; "
+            "lower it, or set search.prune: false"
+        ],
+    ),
+    (
+        "search: {prune: true}\noptim: {steps: 30, queries: 100, batch: 10}\nevaluate: {every: 10}",
+        ["x.yaml:4 evaluate.every: a trial has ended at step 10, before any are compared, got 10; lower it, or set"],
+    ),
+    ("search: {reduction: 1}", ["search.reduction: must be a whole number from 2 to 10, got 1; the default is 3"]),
+    (
+        "stop: {broken_constraint: 2}",
+        [
+            "x.yaml:2 stop.broken_constraint: there is no constraint to break, got 2; "
+            "name one under constraints, or leave it out"
+        ],
+    ),
+    (
+        "stop: {gpu_hours: 8}\nresources: {gpus_per_worker: 0}",
+        ["stop.gpu_hours: trials that use no GPU spend no GPU-hours, got 8; write stop.hours instead"],
+    ),
+    ("stop: {hours: 0}", ["stop.hours: must be a number, above 0, got 0"]),
+    ("stop: {hours: {float: [1, 2]}}", ["stop.hours: "]),
     # names nobody knows
     (
         "estimator: {name: alingprop}",
@@ -217,7 +247,6 @@ VALUES: list[tuple[str, list[str]]] = [
     ("prompts: {eval: heldout}", ["prompts.eval: no such file, got 'heldout'"]),
     ("prompts: {train: builtn}", ["no such file, got 'builtn'"]),
     # not built yet
-    ("search: {prune: true}", ["search.prune: pruning is not available yet, got true; set prune: false"]),
     (
         "resources: {executor: warm, workers: 2, min_workers: 1}",
         ["resources.min_workers: workers of the warm executor neither come nor go, got 1; leave it out, or write"],

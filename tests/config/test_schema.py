@@ -167,7 +167,7 @@ def test_paths_lead_to_what_stands_there() -> None:
         ("optim.betas.1", "a number, at least 0 and below 1"),
         ("evaluate.judges.3", "text"),
         ("prompts.train", "text or a list of items, each text"),
-        ("search", "a section with any of the keys sampler, trials, prune, seed, points, warm_start"),
+        ("search", "a section with any of the keys sampler, trials, prune, grace, reduction, seed, points, warm_start"),
     ],
 )
 def test_a_value_is_described_in_words(path: str, words: str) -> None:

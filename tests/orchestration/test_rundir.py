@@ -100,6 +100,8 @@ def test_the_same_experiment_claims_its_folder_again(tmp_path: Path) -> None:
     folder.claim(experiment(resources={"workers": 2, "concurrent": 3}))
     folder.claim(experiment(track=["tensorboard"]))
     folder.claim(experiment(track=[]))
+    folder.claim(experiment(stop={"hours": 2, "stalled_trials": 5}))
+    folder.claim(experiment(search={**SEARCHED["search"], "prune": True, "grace": 5, "reduction": 2}))
 
 
 @pytest.mark.parametrize("search", [{"trials": 9}, {"trials": 4}, {}, None])

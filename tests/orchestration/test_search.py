@@ -194,6 +194,37 @@ def test_the_study_knows_directions_values_and_constraints() -> None:
     assert trial.user_attrs["trial"] == "001"
 
 
+def stopped(spec: TrialSpec, step: float) -> TrialResult:
+    result = toy(spec)
+    return replace(result, state="stopped", metrics={**result.metrics, "step": step}, reason="it fell behind")
+
+
+def test_a_stopped_trial_tells_its_values_behind_all_that_went_on(first: list[TrialSpec]) -> None:
+    live = Search(asked(), BOTH)
+    specs = [live.ask(), live.ask()]
+    early = replace(stopped(specs[0], 20.0), constraints={"drift.max": -0.25})
+    live.tell(early)
+    live.tell(replace(stopped(specs[1], 75.0), constraints={}))
+    rebuilt = Search(asked(), BOTH, results=[early, replace(stopped(specs[1], 75.0), constraints={})])
+    for search in (live, rebuilt):
+        one, other = search.study.trials
+        assert one.state == other.state == TrialState.COMPLETE
+        assert one.values == list(BOTH.raw_D(early.metrics))
+        # of the 100 steps that a trial has here
+        assert one.constraints == {"drift.max": -0.25, "stopped": pytest.approx(0.8)}
+        assert other.constraints == {"stopped": pytest.approx(0.25)}
+        assert search.study.best_trials == []
+
+
+@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "grid"])
+def test_a_search_that_may_learn_from_stopped_trials_alone_goes_on(sampler: str) -> None:
+    search = Search(asked(sampler), BOTH)
+    for turn in range(10):
+        spec = search.ask()
+        search.tell(stopped(spec, 10.0 * (1 + turn)) if turn != 9 else toy(spec))
+    assert [trial.state for trial in search.study.trials] == [TrialState.COMPLETE] * 10
+
+
 @pytest.mark.parametrize(("objective", "sign"), [("brightness", 1), ("drift", -1)])
 def test_a_search_moves_to_where_the_objective_is_better(objective: str, sign: int) -> None:
     misses = []
