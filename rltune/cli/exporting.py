@@ -9,7 +9,7 @@ def export_pick(run: Path, pick: str) -> None:
     """Export the LoRA that ``pick`` names and say where it is and how to load it."""
     from rltune.orchestration.exporting import export_trial, pick_trial
     from rltune.orchestration.job import quiet_libraries
-    from rltune.orchestration.sweep import open_run
+    from rltune.orchestration.rundir import open_run
 
     quiet_libraries()
     folder, experiment = open_run(run)

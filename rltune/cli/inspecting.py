@@ -18,8 +18,8 @@ def show_status(run: Path, *, with_usage: bool = False) -> None:
     Raises:
         UserError: There is no such run, or it noted nothing of its time.
     """
+    from rltune.orchestration.rundir import open_run
     from rltune.orchestration.status import read_status
-    from rltune.orchestration.sweep import open_run
 
     folder, experiment = open_run(run)
     status = read_status(folder, experiment)
@@ -39,7 +39,8 @@ def show_front(run: Path) -> None:
     Raises:
         UserError: The base model has no result yet.
     """
-    from rltune.orchestration.sweep import open_run, read_front
+    from rltune.orchestration.fronts import read_front
+    from rltune.orchestration.rundir import open_run
 
     folder, experiment = open_run(run)
     front = read_front(folder, experiment)

@@ -16,7 +16,7 @@ from rltune.config.conditions import condition_in_words
 from rltune.config.distributions import Choice, IntRange
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment, load_experiment
-from rltune.errors import RunError, UserError
+from rltune.errors import RunError, UserError, writing
 from rltune.orchestration.cluster import Cluster, connect, find_address
 from rltune.orchestration.job import quiet_libraries
 from rltune.orchestration.nodes import Node
@@ -68,7 +68,7 @@ def run_experiment(
         read_lessons(experiment, folder)  # says what is wrong with search.warm_start
         _print_plan(experiment, address)
         return
-    with folder.lock(), connect(address) as cluster:
+    with folder.lock(), writing(folder.path), connect(address) as cluster:
         _run(experiment, folder, cluster)
 
 
@@ -129,11 +129,13 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
     with watch(folder, experiment):
         sweep.run()
     table = status_view(read_status(folder, experiment), experiment.shared.objective_names)
-    if sweep.num_left:
+    if sweep.num_left and not sweep.over:
         errors.print(table)
         errors.print(f"{sweep.num_left} trials are left; the same command resumes {folder.path}", highlight=False)
         raise KeyboardInterrupt
     console.print(table)
+    if sweep.over:
+        errors.print(f"ended with {sweep.num_left} trials left: {escape(sweep.over)}", highlight=False, soft_wrap=True)
     if experiment.is_searched:
         _confirm(sweep, experiment)
     front = sweep.front()

@@ -14,10 +14,10 @@ from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import add_lora, load_lora_state
 from rltune.errors import RunError, UserError
 from rltune.export.diffusers import check_reload, write_card, write_lora
+from rltune.orchestration.fronts import read_front
 from rltune.orchestration.objectives import Front
 from rltune.orchestration.results import TrialResult, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
-from rltune.orchestration.sweep import read_front
 from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import draw_images, save_grid, to_uint8
 from rltune.training.loading import load_base_model

@@ -205,6 +205,18 @@ def _try_lock(descriptor: int) -> bool:
     return False
 
 
+def open_run(path: Path) -> tuple[RunFolder, Experiment]:
+    """Return a run folder and its experiment.
+
+    Raises:
+        UserError: There is no run at ``path``.
+    """
+    folder = RunFolder(path)
+    if not folder.experiment_file.is_file():
+        raise UserError(f"{path}: not a run folder, it has no experiment.yaml; name one such as runs/mix")
+    return folder, load_experiment(folder.experiment_file, must_find_files=False)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader finds the old text or the new, never a part."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")

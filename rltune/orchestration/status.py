@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rltune.config.load import Experiment
+from rltune.orchestration.fronts import read_front
 from rltune.orchestration.objectives import Front
 from rltune.orchestration.results import TrialResult, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, read_trial
-from rltune.orchestration.sweep import read_front
 from rltune.orchestration.usage import Usage, Work, measure, work_of
 from rltune.training.events import NOTICE, Event, read_events
 from rltune.training.reporter import read_metrics

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rltune.config.experiment import RunConfig
-from rltune.orchestration.objectives import Objectives, violations
+from rltune.orchestration.objectives import Objectives
 from rltune.pareto.rank import total_rank
+from rltune.training.selection import violations
 
 Array = npt.NDArray[np.float64]
 
@@ -168,25 +169,33 @@ class Rules:
         for row in rows:
             self._record(trial, row)
 
-    def sweep_is_over(self, *, elapsed_s: float = 0.0, gpu_s: float = 0.0, volumes: Sequence[float] = ()) -> str | None:
-        """Return why no further trial should start, or None.
+    def out_of_budget(self, *, elapsed_s: float = 0.0, gpu_s: float = 0.0) -> str | None:
+        """Return which budget of the sweep is spent, or None.
 
         Args:
             elapsed_s: Seconds for which the sweep has run.
             gpu_s: Seconds of trials times GPUs a worker times workers, summed over the trials, those running included.
-            volumes: Hypervolume after each ended trial, in order of ending, the base model's own first.
         """
         stop = self._config.stop
         if stop.hours is not None and elapsed_s >= 3600 * stop.hours:
             return f"stop.hours: {elapsed_s / 3600:.3g} of {stop.hours:g} hours are over"
         if stop.gpu_hours is not None and gpu_s >= 3600 * stop.gpu_hours:
             return f"stop.gpu_hours: {gpu_s / 3600:.3g} of {stop.gpu_hours:g} GPU-hours are spent"
-        if stop.stalled_trials is not None and is_stalled(volumes, stop.stalled_trials, stop.stalled_growth):
-            return (
-                f"stop.stalled_trials: the hypervolume grew by no more than {stop.stalled_growth:.3g} of itself, to "
-                f"{volumes[-1]:.4g}, in the last {stop.stalled_trials} trials"
-            )
         return None
+
+    def stalled(self, volumes: Sequence[float]) -> str | None:
+        """Return that the front no longer grows, or None.
+
+        Args:
+            volumes: Hypervolume after each ended trial, in order of ending, the base model's own first.
+        """
+        stop = self._config.stop
+        if stop.stalled_trials is None or not is_stalled(volumes, stop.stalled_trials, stop.stalled_growth):
+            return None
+        return (
+            f"stop.stalled_trials: the hypervolume grew by no more than {stop.stalled_growth:.3g} of itself, to "
+            f"{volumes[-1]:.4g}, in the last {stop.stalled_trials} trials"
+        )
 
     def _record(self, trial: str, metrics: Mapping[str, float]) -> int | None:
         if not self._counts(metrics):

@@ -1,13 +1,12 @@
 """A sweep: deal trials to Ray Tune, record how each ends, keep front and study up to date. The same call resumes."""
 
-import csv
-import io
 import json
 import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,23 +14,27 @@ from typing import Any
 
 from ray import tune
 
-from rltune.config.load import Experiment, load_experiment
-from rltune.errors import RunError, UserError, storage_error
+from rltune.config.load import Experiment
+from rltune.errors import RunError, StorageError, writing
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.confirming import confirmed_front, read_confirmations, run_confirmation
-from rltune.orchestration.job import JobSpec
+from rltune.orchestration.fronts import front_as_csv, front_as_dict
+from rltune.orchestration.job import TROUBLE, JobSpec
 from rltune.orchestration.objectives import Front, Objectives, find_front
 from rltune.orchestration.plan import Plan, make_plan
 from rltune.orchestration.results import TrialResult, append_result, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, write_atomically
 from rltune.orchestration.search import Search, is_finite
+from rltune.orchestration.stopping import Rules
 from rltune.orchestration.study import StudyFile
 from rltune.orchestration.tuning import Dealer, Overseer, Recorder, train_trainable
 from rltune.orchestration.usage import last_sign
 from rltune.orchestration.warm import warm_trainable
 from rltune.orchestration.warmstart import keep_lessons, read_lessons
-from rltune.training.base import load_base
+from rltune.training.base import BaseReference, load_base
+from rltune.training.checkpoint import list_checkpoints, read_checkpoint_meta, why_not_whole
 from rltune.training.events import append_event
+from rltune.training.reporter import read_metrics
 from rltune.training.selection import violations
 from rltune.training.setup import base_key
 
@@ -74,7 +77,13 @@ class Sweep:
         self._is_leaving = False
         self._trouble: RunError | None = None
         self._stopped: dict[str, str] = {}
+        self._started: dict[str, float] = {}
+        self._rules: Rules | None = None
+        self._volumes: list[float] = []
+        self._base_reference: BaseReference | None = None
+        self._is_out_of_budget = False
         self.over = ""
+        """Why no further trial is started although some are left; empty while they are."""
         self._results = read_results(folder.results_file)
         ended = {result.trial for result in self._results}
         unfinished = [spec for spec in folder.read_trials() if spec.id not in ended and spec.id != BASE_TRIAL]
@@ -82,6 +91,7 @@ class Sweep:
         self._search = Search(experiment, self._objectives, results=trained, unfinished=unfinished, lessons=lessons)
         self._study_file = StudyFile(folder.study_file, folder.name, experiment) if experiment.is_searched else None
         self._num_left = max(self.plan.num_trials - len(trained), 0)
+        self._start = time.monotonic()
 
     @property
     def num_left(self) -> int:
@@ -120,7 +130,8 @@ class Sweep:
             self._folder.failure_file(BASE_TRIAL).unlink(missing_ok=True)
             self._results.remove(base)
             base = None
-        if self._num_left or base is None:
+        self._look_up(self._results)
+        if (self._num_left and not self.over) or base is None:
             self._folder.stop_file.unlink(missing_ok=True)
             # trials end with the connection, and go on from their checkpoints
             with self._leaving_on_sigterm(), suppress(KeyboardInterrupt, _Abort):
@@ -181,8 +192,15 @@ class Sweep:
 
     def search_front(self) -> Front | None:
         """Return the front by the evaluations that trials were chosen by."""
-        reference = load_base(self._folder.base_dir / base_key(self._shared))
+        reference = self._reference
         return find_front(self._results, self._objectives, reference.spread) if reference else None
+
+    @property
+    def _reference(self) -> BaseReference | None:
+        """The base model's measurements, read once they are there."""
+        if self._base_reference is None:
+            self._base_reference = load_base(self._folder.base_dir / base_key(self._shared))
+        return self._base_reference
 
     def _run_tune(self, *, needs_base: bool) -> None:
         if needs_base:
@@ -213,13 +231,25 @@ class Sweep:
         ).fit()
 
     def _deal(self) -> JobSpec | None:
+        self._check_budget()
         if self._is_leaving or self.over:
             return None
-        with self._lock:
+        with self._or_abort(), self._lock:
             spec = self._search.ask()
-        self._folder.write_trial(spec)
+            self._folder.write_trial(spec)
+        self._started[spec.id] = time.monotonic()
         append_event(self._folder.trial_events_file(spec.id), "dealt")
         return self._job(spec)
+
+    @contextmanager
+    def _or_abort(self) -> Iterator[None]:
+        """End the run where the folder cannot be written: it holds all that is known."""
+        try:
+            with writing(self._folder.path):
+                yield
+        except RunError as trouble:
+            self._trouble = trouble
+            raise _Abort from trouble
 
     def _job(self, spec: TrialSpec) -> JobSpec:
         config = self._shared if spec.id == BASE_TRIAL else self._experiment.concrete(spec.values)
@@ -232,21 +262,30 @@ class Sweep:
             is_loopback=self._cluster.is_own,
         )
 
-    def _on_report(self, job: JobSpec, metrics: Mapping[str, Any]) -> bool:
+    def _on_report(self, job: JobSpec, report: Mapping[str, Any]) -> bool:
         """Return whether a trial is to be stopped, and note why."""
-        if job.trial == BASE_TRIAL or metrics.get("is_final") == 1.0:
+        if TROUBLE in report:
+            self._trouble = StorageError(str(report[TROUBLE]))
+            raise _Abort
+        if job.trial == BASE_TRIAL or report.get("is_preempted"):
             return False
-        reason = self.over
+        self._check_budget()
+        rules = self._rules_now()
+        reason = rules.on_report(job.trial, report) if rules else None
+        if report.get("is_final") == 1.0:
+            return False
+        if self.over and self._is_out_of_budget and report.get("step", 0) > 0:
+            reason = self.over
         if reason:
             self._stopped[job.trial] = reason
         return bool(reason)
 
     def _on_end(self, job: JobSpec, last: Mapping[str, Any], error: str, duration_s: float) -> None:
-        try:
+        _, is_storage, what = error.partition("StorageError: ")
+        with self._or_abort():
+            if is_storage:
+                raise StorageError(what)
             self._record(job, last, error, duration_s)
-        except (OSError, RunError) as trouble:
-            self._trouble = trouble if isinstance(trouble, RunError) else storage_error(trouble, self._folder.path)
-            raise _Abort from trouble
 
     def _record(self, job: JobSpec, last: Mapping[str, Any], error: str, duration_s: float) -> None:
         result = self._judge(job, last, error, duration_s)
@@ -256,21 +295,26 @@ class Sweep:
         with self._lock:
             append_result(self._folder.results_file, result)
             self._results.append(result)
+            self._started.pop(result.trial, None)
             if result.trial != BASE_TRIAL:
                 self._search.tell(result)
                 self._num_left -= 1
+        self._look_up([result])
         self._write_front()
 
     def _judge(self, job: JobSpec, last: Mapping[str, Any], error: str, duration_s: float) -> TrialResult | None:
         failure = self._folder.failure_file(job.trial)
         reason = failure.read_text().strip() if failure.exists() else error
-        metrics = {name: float(value) for name, value in last.items() if _is_ours(name)}
         stopped = "" if reason else self._stopped.get(job.trial, "")
         if not reason and not stopped and last.get("is_final") != 1.0:
             return None
-        checkpoint = ""
+        checkpoint, metrics = "", _ours(last)
         if not reason and job.trial != BASE_TRIAL:
-            checkpoint, metrics = self._checkpoint(job, metrics)
+            found = self._checkpoint(job, metrics)
+            if found is None:
+                reason = f"no whole checkpoint of an evaluation is left in {self._folder.checkpoints_dir(job.trial)}"
+            else:
+                checkpoint, metrics = found
         if not reason and not is_finite(metrics, self._objectives):
             reason = f"an objective is missing or a metric is not finite: {metrics}"
         base = self._base_result()
@@ -289,16 +333,53 @@ class Sweep:
             ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
-    def _checkpoint(self, job: JobSpec, metrics: Mapping[str, float]) -> tuple[str, dict[str, float]]:
-        """Return a trial's checkpoint, relative to the run folder, and its metrics.
+    def _checkpoint(self, job: JobSpec, metrics: Mapping[str, float]) -> tuple[str, dict[str, float]] | None:
+        """Return a trial's checkpoint, relative to the run folder, and its metrics; None where none is whole.
 
-        A trial that is stopped trains on for a moment: if what Tune saw last is no longer kept, it is what its newest
-        checkpoint says it is.
+        A trial that is stopped trains on for a moment, and a checkpoint may be broken: where that of the last report
+        is not to be had, the trial is what its newest whole checkpoint says it is.
         """
-        found = latest_checkpoint(self._folder.checkpoints_dir(job.trial) / job.train_name)
-        if found is None:
-            raise RunError(f"trial {job.trial}: no checkpoint is left in {self._folder.checkpoints_dir(job.trial)}")
-        return str(found.relative_to(self._folder.path)), dict(metrics)
+        whole = []
+        for path in list_checkpoints(self._folder.checkpoints_dir(job.trial)):
+            meta = None if why_not_whole(path) else read_checkpoint_meta(path)
+            # one that was written in haste, between evaluations, hands on adapters that nobody has measured
+            if meta is not None and (meta.selected or (meta.last and meta.last.step == meta.progress.step)):
+                whole.append((path, meta.metrics))
+        found = next((row for row in whole if row[1]["step"] == metrics.get("step")), whole[0] if whole else None)
+        return None if found is None else (str(found[0].relative_to(self._folder.path)), _ours(found[1]))
+
+    def _rules_now(self) -> Rules | None:
+        """Return the stopping rules, rebuilt from what all trials have measured so far; None before the base model."""
+        base, reference = self._base_result(), self._reference
+        if self._rules is None and base is not None and base.is_ok and reference is not None:
+            self._rules = Rules(self._shared, self._objectives, base.metrics, reference.spread)
+            for spec in self._folder.read_trials():
+                rows = read_metrics(self._folder.trial_dir(spec.id) / "metrics.jsonl")
+                self._rules.replay(spec.id, rows)
+        return self._rules
+
+    def _look_up(self, ended: Sequence[TrialResult]) -> None:
+        """Take in trials that ended, in turn: has the front stopped to grow?"""
+        if self._shared.stop.stalled_trials is None or self._reference is None:
+            return
+        before = len(self._results) - len(ended)
+        for count in range(before + 1, len(self._results) + 1):
+            front = find_front(self._results[:count], self._objectives, self._reference.spread)
+            self._volumes += [] if front is None else [front.hypervolume]
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        """Note why no further trial should start, once there is a reason."""
+        rules = self._rules_now()
+        if rules is None or self.over:
+            return
+        now = time.monotonic()
+        trials_s = sum(result.duration_s for result in self._results)
+        trials_s += sum(now - start for start in self._started.values())
+        gpu_s = trials_s * self.plan.num_workers * self.plan.num_gpus_per_worker
+        spent = rules.out_of_budget(elapsed_s=now - self._start, gpu_s=gpu_s)
+        self._is_out_of_budget = bool(spent)
+        self.over = spent or rules.stalled(self._volumes) or ""
 
     def _base_result(self) -> TrialResult | None:
         return next((result for result in reversed(self._results) if result.trial == BASE_TRIAL), None)
@@ -312,69 +393,7 @@ class Sweep:
             write_atomically(self._folder.path / "front.csv", front_as_csv(front))
 
 
-def latest_checkpoint(train_dir: Path) -> Path | None:
-    """Return the newest checkpoint that Ray Train left in a job's folder; names sort by time."""
-    found = sorted(path for path in train_dir.glob("checkpoint_*") if path.is_dir())
-    return found[-1] if found else None
-
-
-def open_run(path: Path) -> tuple[RunFolder, Experiment]:
-    """Return a run folder and its experiment.
-
-    Raises:
-        UserError: There is no run at ``path``.
-    """
-    folder = RunFolder(path)
-    if not folder.experiment_file.is_file():
-        raise UserError(f"{path}: not a run folder, it has no experiment.yaml; name one such as runs/mix")
-    return folder, load_experiment(folder.experiment_file, must_find_files=False)
-
-
-def read_front(folder: RunFolder, experiment: Experiment) -> Front | None:
-    """Return a run's front from its folder alone, or None while the base model has no result.
-
-    It is by the fresh measurements of its members where all of them have one.
-    """
-    shared = experiment.shared
-    reference = load_base(folder.base_dir / base_key(shared))
-    if reference is None:
-        return None
-    front = find_front(read_results(folder.results_file), Objectives(shared.objective_names), reference.spread)
-    return front and (confirmed_front(front, experiment, read_confirmations(folder)) or front)
-
-
-def front_as_dict(front: Front) -> dict[str, Any]:
-    """Return the front in JSON's types."""
-    return {
-        "objectives": {
-            name: "maximize" if sign > 0 else "minimize"
-            for name, sign in zip(front.objectives.names, front.objectives.signs_D, strict=True)
-        },
-        "reference_point": dict(zip(front.objectives.names, front.reference_D.tolist(), strict=True)),
-        "hypervolume": front.hypervolume,
-        "knee": front.knee.trial if front.knee else None,
-        "fresh_prompts": front.num_fresh_prompts,
-        "members": [
-            {"trial": member.trial, "values": dict(member.values), "metrics": dict(member.metrics)}
-            for member in front.members
-        ],
-        "dropped": [member.trial for member in front.dropped],
-    }
-
-
-def front_as_csv(front: Front) -> str:
-    """Return the front as a table: trial, objectives and gains over the base with standard errors, knobs."""
-    paths = sorted({path for member in front.members for path in member.values})
-    kinds = ("eval/{}", "eval/{}_se", "gain/{}", "gain/{}_se")
-    columns = [kind.format(name) for name in front.objectives.names for kind in kinds]
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["trial", *columns, *paths])
-    for member in front.members:
-        metrics = [member.metrics[column] for column in columns]
-        writer.writerow([member.trial, *metrics, *(member.values.get(path, "") for path in paths)])
-    return text.getvalue()
-
-
-def _is_ours(name: str) -> bool:
-    return name.startswith(("eval/", "gain/")) or name in ("step", "selected_step", "images_seen")
+def _ours(report: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a result keeps of a report, to which Tune adds its own."""
+    kept = ("step", "selected_step", "images_seen")
+    return {name: float(value) for name, value in report.items() if name.startswith(("eval/", "gain/")) or name in kept}

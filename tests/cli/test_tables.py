@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console, RenderableType
 
 from rltune.cli.tables import format_duration, format_value, front_view, gain_view, short_labels, status_view
+from rltune.orchestration.fronts import front_as_csv, read_front
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
 from rltune.orchestration.status import read_status
-from rltune.orchestration.sweep import front_as_csv, read_front
 from tests.runs import VALUES, experiment, result, write_rows, write_run
 
 WIDTHS = pytest.mark.parametrize("width", [60, 100])

@@ -12,9 +12,9 @@ from rltune.config.load import Experiment
 from rltune.errors import RunError, UserError
 from rltune.export.diffusers import WEIGHT_FILE
 from rltune.orchestration.exporting import Exported, best_picks, export_trial, pick_trial
+from rltune.orchestration.fronts import read_front
 from rltune.orchestration.results import TrialResult, append_result, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
-from rltune.orchestration.sweep import read_front
 from rltune.training.evaluation import draw_images, to_uint8
 from rltune.training.loading import load_base_model
 from rltune.training.loop import base_run, train_run

@@ -15,8 +15,8 @@ import pytest
 
 from rltune.config.load import load_experiment
 from rltune.orchestration.results import read_results
+from rltune.orchestration.rundir import open_run
 from rltune.orchestration.status import read_status
-from rltune.orchestration.sweep import open_run
 from rltune.training.events import read_events
 from rltune.training.reporter import read_metrics
 from tests.orchestration.processes import (

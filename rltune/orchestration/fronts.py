@@ -1,0 +1,59 @@
+"""The Pareto front of a run, read from its folder, and in the forms that others read."""
+
+import csv
+import io
+from typing import Any
+
+from rltune.config.load import Experiment
+from rltune.orchestration.confirming import confirmed_front, read_confirmations
+from rltune.orchestration.objectives import Front, Objectives, find_front
+from rltune.orchestration.results import read_results
+from rltune.orchestration.rundir import RunFolder
+from rltune.training.base import load_base
+from rltune.training.setup import base_key
+
+
+def read_front(folder: RunFolder, experiment: Experiment) -> Front | None:
+    """Return a run's front from its folder alone, or None while the base model has no result.
+
+    It is by the fresh measurements of its members where all of them have one.
+    """
+    shared = experiment.shared
+    reference = load_base(folder.base_dir / base_key(shared))
+    if reference is None:
+        return None
+    front = find_front(read_results(folder.results_file), Objectives(shared.objective_names), reference.spread)
+    return front and (confirmed_front(front, experiment, read_confirmations(folder)) or front)
+
+
+def front_as_dict(front: Front) -> dict[str, Any]:
+    """Return the front in JSON's types."""
+    return {
+        "objectives": {
+            name: "maximize" if sign > 0 else "minimize"
+            for name, sign in zip(front.objectives.names, front.objectives.signs_D, strict=True)
+        },
+        "reference_point": dict(zip(front.objectives.names, front.reference_D.tolist(), strict=True)),
+        "hypervolume": front.hypervolume,
+        "knee": front.knee.trial if front.knee else None,
+        "fresh_prompts": front.num_fresh_prompts,
+        "members": [
+            {"trial": member.trial, "values": dict(member.values), "metrics": dict(member.metrics)}
+            for member in front.members
+        ],
+        "dropped": [member.trial for member in front.dropped],
+    }
+
+
+def front_as_csv(front: Front) -> str:
+    """Return the front as a table: trial, objectives and gains over the base with standard errors, knobs."""
+    paths = sorted({path for member in front.members for path in member.values})
+    kinds = ("eval/{}", "eval/{}_se", "gain/{}", "gain/{}_se")
+    columns = [kind.format(name) for name in front.objectives.names for kind in kinds]
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["trial", *columns, *paths])
+    for member in front.members:
+        metrics = [member.metrics[column] for column in columns]
+        writer.writerow([member.trial, *metrics, *(member.values.get(path, "") for path in paths)])
+    return text.getvalue()
