@@ -47,6 +47,8 @@ class JobSpec:
     """Where the user stands; relative paths of the experiment are meant from there."""
     is_loopback: bool
     """Whether the cluster is our own on one machine, where nothing may listen to the network."""
+    waits_for_base: bool = False
+    """Whether the base model's trial, which was dealt before, measures what this one is compared with."""
 
     @property
     def folder(self) -> RunFolder:
@@ -234,7 +236,14 @@ def _train(
         return True
     # not Ray's own idea of it, which knows nothing of what became of the files
     checkpoint = resume_point(folder.trial_dir(spec.trial), folder.checkpoints_dir(spec.trial), is_main=rank == 0)
-    return train_run(config, resume_from=checkpoint, shelf=shelf, **places)
+    base_failure = folder.failure_file(BASE_TRIAL)
+    return train_run(
+        config,
+        resume_from=checkpoint,
+        shelf=shelf,
+        is_base_coming=lambda: spec.waits_for_base and not base_failure.exists(),
+        **places,
+    )
 
 
 def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrainer:

@@ -85,7 +85,7 @@ def make_plan(experiment: Experiment, nodes: Sequence[Node]) -> Plan:
         min_workers=fewest,
         worker=need,
         num_nodes=sum(node.num_fitting(need) > 0 for node in nodes),
-        num_concurrent=min(concurrent, num_trials),
+        num_concurrent=min(concurrent, num_trials + 1),  # the base model's trial is one more
         num_slots=slots,
         num_steps=config.num_rounds,
         images_per_step=config.optim.batch,

@@ -33,6 +33,7 @@ from rltune.orchestration.warm import warm_trainable
 from rltune.orchestration.warmstart import keep_lessons, read_lessons
 from rltune.training.base import BaseReference, load_base
 from rltune.training.checkpoint import list_checkpoints, read_checkpoint_meta, why_not_whole
+from rltune.training.evaluation import summarise
 from rltune.training.events import append_event
 from rltune.training.reporter import read_metrics
 from rltune.training.selection import violations
@@ -208,7 +209,6 @@ class Sweep:
         dealer = Dealer(
             self._deal,
             first=self._job(TrialSpec(BASE_TRIAL, {}, {})) if needs_base else None,
-            is_first_done=lambda: self._base_result() is not None,
             num_trials=self._num_left,
         )
         is_warm = self._shared.resources.executor == "warm"
@@ -260,6 +260,7 @@ class Sweep:
             num_gpus_per_worker=self.plan.num_gpus_per_worker,
             work_dir=str(Path.cwd()),
             is_loopback=self._cluster.is_own,
+            waits_for_base=self._base_result() is None and base_key(config) == base_key(self._shared),
         )
 
     def _on_report(self, job: JobSpec, report: Mapping[str, Any]) -> bool:
@@ -299,6 +300,8 @@ class Sweep:
             if result.trial != BASE_TRIAL:
                 self._search.tell(result)
                 self._num_left -= 1
+        if result.trial == BASE_TRIAL and not result.is_ok:
+            raise _Abort  # nothing can be compared with it
         self._look_up([result])
         self._write_front()
 
@@ -317,8 +320,6 @@ class Sweep:
                 checkpoint, metrics = found
         if not reason and not is_finite(metrics, self._objectives):
             reason = f"an objective is missing or a metric is not finite: {metrics}"
-        base = self._base_result()
-        reference = metrics if job.trial == BASE_TRIAL or base is None else base.metrics
         spec = self._folder.read_trial(job.trial)
         return TrialResult(
             trial=job.trial,
@@ -326,7 +327,7 @@ class Sweep:
             values=spec.values if spec else {},
             params=spec.params if spec else {},
             metrics={} if reason else metrics,
-            constraints={} if reason else violations(self._shared, metrics, reference),
+            constraints={} if reason else violations(self._shared, metrics, self._base_metrics() or metrics),
             reason=reason or stopped,
             checkpoint="" if reason else checkpoint,
             duration_s=round(duration_s, 3),
@@ -348,11 +349,16 @@ class Sweep:
         found = next((row for row in whole if row[1]["step"] == metrics.get("step")), whole[0] if whole else None)
         return None if found is None else (str(found[0].relative_to(self._folder.path)), _ours(found[1]))
 
+    def _base_metrics(self) -> dict[str, float] | None:
+        """Return what the base model measured: its file is there a moment before its result is recorded."""
+        reference = self._reference
+        return summarise(reference.values, reference.values) if reference else None
+
     def _rules_now(self) -> Rules | None:
         """Return the stopping rules, rebuilt from what all trials have measured so far; None before the base model."""
-        base, reference = self._base_result(), self._reference
-        if self._rules is None and base is not None and base.is_ok and reference is not None:
-            self._rules = Rules(self._shared, self._objectives, base.metrics, reference.spread)
+        base, reference = self._base_metrics(), self._reference
+        if self._rules is None and base is not None and reference is not None:
+            self._rules = Rules(self._shared, self._objectives, base, reference.spread)
             for spec in self._folder.read_trials():
                 rows = read_metrics(self._folder.trial_dir(spec.id) / "metrics.jsonl")
                 self._rules.replay(spec.id, rows)

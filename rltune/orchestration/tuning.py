@@ -29,38 +29,28 @@ def drive(config: dict[str, Any]) -> None:
 
 
 class Dealer(Searcher):  # type: ignore[misc]  # ray has no types
-    """Gives Tune one trial after another, the first of them alone.
+    """Gives Tune one trial after another.
 
     Args:
         deal: Returns the next trial, or None when no more are wanted.
-        first: The base model's trial if it is still to be run; nothing else is dealt until ``first_ended`` says so.
-        is_first_done: Whether the base model has a result.
+        first: The base model's trial if it is still to be run. Others are dealt beside it: they wait for what it
+            measures once they have loaded.
         num_trials: How many trials ``deal`` will be asked for.
     """
 
-    def __init__(
-        self,
-        deal: Callable[[], JobSpec | None],
-        *,
-        first: JobSpec | None,
-        is_first_done: Callable[[], bool],
-        num_trials: int,
-    ) -> None:
+    def __init__(self, deal: Callable[[], JobSpec | None], *, first: JobSpec | None, num_trials: int) -> None:
         super().__init__()
         self._deal = deal
         self._first = first
-        self._is_first_done = is_first_done
         self._num_left = num_trials
 
     def suggest(self, trial_id: str) -> Any:
-        """Return the next trial's config, None to be asked again later, or FINISHED."""
+        """Return the next trial's config, or FINISHED."""
         if self._first is not None:
             spec, self._first = self._first, None
             return {SPEC: spec}
         if self._num_left == 0:
             return Searcher.FINISHED
-        if not self._is_first_done():
-            return None
         dealt = self._deal()
         self._num_left = self._num_left - 1 if dealt else 0
         return {SPEC: dealt} if dealt else Searcher.FINISHED

@@ -167,19 +167,26 @@ class WarmTrial(tune.Trainable):  # type: ignore[misc]  # ray has no types
     """A slot of a sweep: the gang, and the trial that it runs now."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Start the gang and its first trial."""
+        """Start the gang.
+
+        Its first trial begins with the first step: Tune may give that trial to a gang that has become free meanwhile,
+        and throw this one away.
+        """
         self._spec: JobSpec = config[SPEC]
         self._workers = _gang(self._spec)
-        self._begin()
+        self._is_begun = False
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Give the gang its next trial."""
         self._spec = new_config[SPEC]
-        self._begin()
+        self._is_begun = False
         return True
 
     def step(self) -> dict[str, Any]:
         """Train up to the next report, which is the main worker's."""
+        if not self._is_begun:
+            ray.get([worker.start.remote(self._spec) for worker in self._workers])
+            self._is_begun = True
         report = ray.get([worker.next.remote() for worker in self._workers])[0]
         if report is None:  # it ended without a report: failure.txt says why
             return {"done": True}
@@ -196,9 +203,6 @@ class WarmTrial(tune.Trainable):  # type: ignore[misc]  # ray has no types
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Load nothing."""
-
-    def _begin(self) -> None:
-        ray.get([worker.start.remote(self._spec) for worker in self._workers])
 
 
 def warm_trainable(plan: Plan) -> Any:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,6 +31,9 @@ from rltune.training.workers import Stopwatch, peak_gib
 
 logger = logging.getLogger(__name__)
 
+WAIT_S = 0.2
+"""Between looks whether the base model has been measured."""
+
 
 def train_run(
     config: RunConfig,
@@ -40,6 +44,7 @@ def train_run(
     resume_from: Path | None = None,
     max_eval_batch: int | None = None,
     shelf: Shelf | None = None,
+    is_base_coming: Callable[[], bool] = lambda: False,
 ) -> bool:
     """Train one LoRA as ``config`` says, from its last checkpoint if there is one, and return whether it is trained.
 
@@ -56,6 +61,7 @@ def train_run(
         resume_from: A checkpoint of this very experiment.
         max_eval_batch: Images sampled at a time without gradient at most, where memory is known to be short.
         shelf: What earlier runs of this process have loaded; it changes no number.
+        is_base_coming: Whether another run is measuring the base model now, so that this one waits for it.
 
     Raises:
         UserError: Weights, prompts or a setting are not usable on this machine.
@@ -67,7 +73,7 @@ def train_run(
     torch.manual_seed(torch_seed(config.seed, Stream.PROCESS))  # whatever ran before in this process
     run = replace(build_run(config, shelf), max_eval_batch=max_eval_batch)
     _note(run, trial_dir, "loaded")
-    base = _reference(run, base_dir)
+    base = _reference(run, base_dir, is_base_coming)
     network = run.model.network
     lora = config.model.lora
     adapter_seed = torch_seed(config.seed, Stream.ADAPTER)
@@ -154,8 +160,10 @@ def _note(run: Run, trial_dir: Path, event: str, **fields: int) -> None:
         append_event(trial_dir / EVENTS_FILE, event, **fields)
 
 
-def _reference(run: Run, base_dir: Path) -> BaseReference:
+def _reference(run: Run, base_dir: Path, is_base_coming: Callable[[], bool] = lambda: False) -> BaseReference:
     folder = base_dir / base_key(run.config)
+    while load_base(folder) is None and is_base_coming():
+        time.sleep(WAIT_S)
     # the main worker decides for all, so that no worker waits in a collective that the others skipped
     is_there = run.workers.gather([load_base(folder) is not None])[0]
     if is_there:
