@@ -8,8 +8,9 @@ search and front with what it was by then. What it left undone goes into further
 Two problems. ``measured`` has the shape of what was measured on the built-in model (runs of experiments/mix.yaml and
 mixtures.yaml): rewards rise with the push (learning rate, rank, K) times the steps and saturate, reward weights trade
 them off with diminishing returns, and too much push loses alignment and then the prompt, later than it gains.
-``crossing`` is made to be hard on early stopping: deep gradients rise late and end higher, so that learning curves cross, what breaks breaks late, small adapters want higher learning rates, and noise is
-three times as large. Variants were compared on seeds 100 to 115 (``--first-seed 100``), tables are of seeds 0 to 19.
+``crossing`` is made to be hard on early stopping: deep gradients rise late and end higher, so that learning curves
+cross, what breaks breaks late, small adapters want higher learning rates, and noise is three times as large. Variants
+were compared on seeds 100 to 115 (``--first-seed 100``), tables are of seeds 0 to 19.
 
     python tests/benchmarks/search_simulated.py --samplers random tpe nsga2 nsga3 quasi_random --seeds 20
 """
