@@ -263,9 +263,9 @@ class StopConfig(StrictModel):
     """Stop a trial that is worse than the base model in every objective, by more than so many of its standard
     deviations over prompts."""
     hours: Float | None = Field(None, gt=0)
-    """Start no further trial once the sweep has run for so long."""
+    """Once the sweep has run for so long, start no further trial, and stop those that run at their next evaluation."""
     gpu_hours: Float | None = Field(None, gt=0)
-    """Start no further trial once trials have taken so many GPU-hours."""
+    """The same once trials have taken so many GPU-hours."""
     stalled_trials: Int | None = Field(None, ge=1)
     """Start no further trial once so many have ended in a row without the hypervolume growing."""
     stalled_growth: Float = Field(0.01, ge=0)

@@ -4,7 +4,6 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -21,8 +20,6 @@ from rltune.orchestration.rundir import TrialSpec
 logger = logging.getLogger(__name__)
 
 SAMPLERS = ("tpe", "gp", "nsga2", "nsga3", "random", "quasi_random", "grid")
-STOPPED = "stopped"
-"""Constraint that a stopped trial breaks, by the share of its steps that it did not train."""
 SIMPLEX = "simplex"
 """Parameters ``simplex[0]`` .. ``simplex[n-2]`` in [0, 1] stand for n weights."""
 
@@ -186,28 +183,21 @@ class Search:
     def tell(self, result: TrialResult) -> None:
         """Take the end of a trial that was asked for; a failed one teaches nothing.
 
-        A stopped one tells its values as they were, behind every trial that went all the way: it breaks a constraint
-        of its own, the more the earlier it was stopped. Half trained, it is closer to the base model in what training
-        costs as in what it gains, and would pass for a good compromise.
+        A stopped one tells what it was when it was stopped, like any other: it fell behind with these values, and by
+        them it ranks behind here too. To rank it behind every trial that went all the way, or to leave it out, was
+        worse on the simulator (experiments/README.md, Search samplers): most of what is known is then thrown away.
         """
         trial = self._running.pop(result.trial)
         if not result.is_ok:
             self.study.tell(trial, state=TrialState.FAIL)
             return
-        for name, violation in self._constraints(result).items():
+        for name, violation in result.constraints.items():
             trial.set_constraint(name, violation)
         self.study.tell(trial, self._objectives.raw_D(result.metrics).tolist())
 
     def _add(self, result: TrialResult) -> None:
-        known = replace(result, constraints=self._constraints(result))
-        frozen = frozen_trial(known, self._objectives, self._distributions, system=self._generation())
+        frozen = frozen_trial(result, self._objectives, self._distributions, system=self._generation())
         self.study.add_trial(frozen)
-
-    def _constraints(self, result: TrialResult) -> dict[str, float]:
-        if result.state != "stopped":
-            return dict(result.constraints)
-        num_steps = self._experiment.concrete(result.values).num_rounds
-        return {**result.constraints, STOPPED: 1 - result.metrics["step"] / num_steps}
 
     def _generation(self) -> dict[str, Any]:
         """Return what a genetic sampler notes at a trial; it breeds only from trials whose generation it knows."""

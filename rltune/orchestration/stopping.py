@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from rltune.config.experiment import RunConfig
 from rltune.orchestration.objectives import Objectives
+from rltune.pareto.front import non_dominated
 from rltune.pareto.rank import total_rank
 from rltune.training.selection import violations
 
@@ -25,6 +26,10 @@ class Rungs:
     At a rung a trial goes on if it is among the best 1 / reduction of those that have come so far, itself included,
     by non-dominated rank and, within a front, by its place in the epsilon-net. Whoever comes early has few to beat:
     nothing ever waits, which is what makes it asynchronous. Up to ``reduction`` trials at a rung all go on.
+
+    Against the paper, a trial that no other at the rung dominates goes on too. With three objectives half of a sweep
+    may be on that front, and to cut it down to a share cost more than it saved (experiments/README.md, Search
+    samplers): what is cut are trade-offs that nobody else has.
 
     What a rung holds does not depend on who was stopped, or failed later on: a value that was measured at a step shows
     what can be had by then. Reports may therefore be recorded again in any order after a resume.
@@ -57,8 +62,9 @@ class Rungs:
         if num <= self._reduction:
             return None
         rows = [self._records[rung][name] for name in trials]
-        place_N = total_rank(np.array([values_D for values_D, _ in rows]), [violation for _, violation in rows])
-        place = int(place_N[trials.index(trial)])
+        values_ND, violation_N = np.array([values_D for values_D, _ in rows]), np.array([broken for _, broken in rows])
+        num_kept = max(num_kept, int(non_dominated(values_ND[violation_N <= 0]).sum()))  # they have the first places
+        place = int(total_rank(values_ND, violation_N)[trials.index(trial)])
         if place < num_kept:
             return None
         return f"rank {place + 1} of {num} at step {rung}, of which the best {num_kept} go on"
@@ -218,12 +224,3 @@ class Rules:
     def _scale(self, constraint: str) -> float:
         """Return what violations are divided by before they add up: constraints differ in their units."""
         return self._spread[constraint.rpartition(".")[0]] or 1.0
-
-
-def given_back(steps: Sequence[tuple[int, int]]) -> int:
-    """Return how many further trials the training that stopped trials left undone pays for.
-
-    Args:
-        steps: Of each stopped trial, the steps that it took and those that it would have taken.
-    """
-    return int(sum(1 - done / planned for done, planned in steps) + 1e-9)  # thirds must add up

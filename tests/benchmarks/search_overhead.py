@@ -1,12 +1,13 @@
 """Seconds that search, results and front take a trial, over a thousand simulated trials that train nothing.
 
 What a sweep does between trials (rltune.orchestration.sweep), in a folder of its own: ask, write trial.json, tell,
-append to results.jsonl, read every trial.json again, find the front. Means over the first and last trials.
+append to results.jsonl, find and write the front, mirror the study. Means over the first and last trials.
 
     python tests/benchmarks/search_overhead.py
 """
 
 import argparse
+import json
 import tempfile
 import time
 from collections import defaultdict
@@ -19,11 +20,14 @@ from search_simulated import BASE, DEVIATION, MIX, measured
 
 from rltune.config.clashes import Known
 from rltune.config.load import load_experiment
-from rltune.orchestration.objectives import Objectives, find_front, violations
+from rltune.orchestration.fronts import front_as_csv, front_as_dict
+from rltune.orchestration.objectives import Objectives, find_front
 from rltune.orchestration.results import TrialResult, append_result
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
+from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
 from rltune.orchestration.search import SAMPLERS, Search
 from rltune.orchestration.stopping import Rules
+from rltune.orchestration.study import StudyFile
+from rltune.training.selection import violations
 
 
 def main() -> None:
@@ -35,6 +39,7 @@ def main() -> None:
     experiment = load_experiment(MIX, overrides, Known())
     objectives = Objectives(experiment.shared.objective_names)
     base = {f"eval/{name}": value for name, value in BASE.items()}
+    base |= {f"gain/{name}": 0.0 for name in BASE} | {f"{k}/{name}_se": 0.0 for k in ("eval", "gain") for name in BASE}
     rules = Rules(experiment.shared, objectives, base, DEVIATION)
     search = Search(experiment, objectives)
     results = [TrialResult(BASE_TRIAL, "ok", {}, {}, metrics=base)]
@@ -51,6 +56,7 @@ def main() -> None:
         folder = RunFolder(Path(path) / "run")
         folder.path.mkdir()
         append_result(folder.results_file, results[0])
+        study = StudyFile(folder.study_file, folder.name, experiment)
         for _ in range(options.trials):
             with timed("ask"):
                 spec = search.ask()
@@ -58,11 +64,13 @@ def main() -> None:
                 folder.write_trial(spec)
             metrics = {f"eval/{name}": float(value) for name, value in measured(spec.values, 1.0).items()}
             metrics |= {f"eval/{name}": metrics[f"eval/{name}"] + 0.01 * rng.standard_normal() for name in DEVIATION}
+            metrics |= {f"gain/{name}": metrics[f"eval/{name}"] - BASE[name] for name in BASE}
+            metrics |= {f"{kind}/{name}_se": 0.01 for kind in ("eval", "gain") for name in BASE}
             metrics |= {"step": float(experiment.shared.optim.steps)}
             with timed("rules"):
                 rules.on_report(spec.id, metrics)
-            with timed("read every trial.json"):
-                folder.read_trials()
+            with timed("read its trial.json"):
+                folder.read_trial(spec.id)
             broken = violations(experiment.shared, metrics, base)
             results.append(TrialResult(spec.id, "ok", spec.values, spec.params, metrics=metrics, constraints=broken))
             with timed("append to results.jsonl"):
@@ -70,7 +78,13 @@ def main() -> None:
             with timed("tell"):
                 search.tell(results[-1])
             with timed("find the front"):
-                find_front(results, objectives, DEVIATION)
+                front = find_front(results, objectives, DEVIATION)
+            assert front is not None
+            with timed("write the front"):
+                write_atomically(folder.path / "front.json", json.dumps(front_as_dict(front), indent=2))
+                write_atomically(folder.path / "front.csv", front_as_csv(front))
+            with timed("update study.db"):
+                study.update(results)
     num = min(100, options.trials)
     print(f"| part | first {num} trials, s each | last {num} trials, s each |\n|---|---|---|")
     total = np.array([list(times) for times in seconds.values()]).sum(axis=0)
