@@ -91,6 +91,7 @@ def test_a_fixed_k_and_no_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
     text = "rewards: {light: {reward: brightness, weight: 0.5}}\nestimator: {k: 3}\nmixture: {method: win_rate}\n"
     (tmp_path / "x.yaml").write_text(text)
     dry_run(tmp_path / "x.yaml", tmp_path / "runs", is_sweep=False)

@@ -58,7 +58,7 @@ def test_as_many_trials_run_at_a_time_as_fit(
 
 
 def test_no_more_trials_at_a_time_than_there_are() -> None:
-    assert plan(64, trials=3).num_concurrent == 3
+    assert plan(64, trials=3).num_concurrent == 4  # the base model is one more
 
 
 def test_images_are_counted_as_by_hand() -> None:
@@ -77,7 +77,7 @@ def test_the_end_is_always_evaluated(every: int, num_evaluations: int) -> None:
 
 def test_without_distributions_there_is_one_trial() -> None:
     made = make_plan(experiment(FIXED, search={"trials": 9}), [Node(8)])
-    assert (made.num_trials, made.num_concurrent) == (1, 1)
+    assert (made.num_trials, made.num_concurrent) == (1, 2)  # the base model beside it
     assert make_plan(experiment(SEARCHED), [Node(8)]).num_trials == 4
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rltune.orchestration.results import read_results
+from rltune.training.checkpoint import newest_whole, read_checkpoint_meta
 from rltune.training.reporter import read_metrics
 from tests.orchestration.processes import PATIENCE_S, REFERENCE, descendants, wait_for
 
@@ -46,10 +47,9 @@ def test_a_warm_sweep_survives_and_ends_with_the_numbers_of_trials_trained_alone
     assert process.returncode == 130, output
     assert not (run / ".stop").exists()
     reached = read_metrics(run / "trials" / "002" / "metrics.jsonl")[-1]["step"]
-    steps_kept = [
-        json.loads(file.read_text())["step"] for file in run.glob("trials/002/checkpoints/*/*/checkpoint.json")
-    ]
-    assert max(steps_kept) == reached  # asked to leave, it wrote a checkpoint where it was
+    newest, _ = newest_whole(run / "trials" / "002" / "checkpoints")
+    assert newest is not None
+    assert read_checkpoint_meta(newest).progress.step == reached  # asked to leave, it wrote a checkpoint where it was
 
     process = start("sweep", str(path))
     output, _ = process.communicate(timeout=PATIENCE_S)

@@ -186,15 +186,15 @@ def config_of(**sections: Any) -> RunConfig:
         ({"optim": {"batch": 8}}, 4),
         ({"optim": {"batch": 8}, "resources": {"workers": 2}}, 2),
         ({"optim": {"batch": 12, "micro_batch": 6}}, 3),
-        ({"optim": {"batch": 9}}, 3),
-        ({"optim": {"batch": 7}}, 1),
+        ({"optim": {"batch": 9}}, 4),
+        ({"optim": {"batch": 7}}, 3),
         ({"optim": {"batch": 8, "micro_batch": 1}}, None),
         ({"optim": {"batch": 12}, "prompts": {"images_per_prompt": 4}}, 4),  # not 6, not 3
         ({"optim": {"batch": 8, "micro_batch": 4}, "prompts": {"images_per_prompt": 4}}, None),
         ({"optim": {"batch": 8}, "mixture": {"method": "non_dominated"}}, None),
     ],
 )
-def test_a_micro_batch_shrinks_to_a_divisor_that_keeps_images_together(
+def test_a_micro_batch_shrinks_to_half_and_keeps_images_together(
     sections: dict[str, Any], expected: int | None
 ) -> None:
     known = Known()
@@ -258,7 +258,7 @@ def spec(make_config: Make, tmp_path: Path) -> Callable[..., JobSpec]:
 
 def start(spec: JobSpec, *, num_workers: int = 1) -> tuple[bool, FolderReporter]:
     reporter = FolderReporter(spec.folder.checkpoints_dir(spec.trial) / spec.train_name, num_to_keep=10)
-    return attempt(spec, reporter, is_main=True, num_workers=num_workers), reporter
+    return attempt(spec, reporter, rank=0, count=num_workers), reporter
 
 
 def steps(reporter: FolderReporter) -> list[float]:

@@ -1,6 +1,5 @@
 """A warm worker without Ray: trial after trial in one process, stopped between reports, and what goes wrong."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rltune.config.experiment import RunConfig
 from rltune.orchestration.job import CHECKPOINTS_KEPT, JobSpec
 from rltune.orchestration.rundir import BASE_TRIAL
 from rltune.orchestration.warm import WarmWorker
-from rltune.training.checkpoint import load_adapter
+from rltune.training.checkpoint import load_adapter, read_checkpoint_meta
 from rltune.training.reporter import read_metrics
 from tests.training.runs import train
 
@@ -20,6 +19,8 @@ from tests.training.runs import train
 @pytest.fixture
 def spec_of(make_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., JobSpec]:
     def build(trial: str, **sections: Any) -> JobSpec:
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "experiment.yaml").touch()
         return JobSpec(
             trial=trial,
             run_dir=str(tmp_path / "run"),
@@ -66,7 +67,7 @@ def test_trial_after_trial_is_what_each_is_alone(
     assert [timeless(report) for report in found] == [timeless(report) for report in alone.reports]
     kept = checkpoints(spec)
     assert len(kept) == CHECKPOINTS_KEPT
-    steps = [json.loads((path / "checkpoint.json").read_text())["step"] for path in kept]
+    steps = [read_checkpoint_meta(path).progress.step for path in kept]
     assert steps == [2, 4, 6, 8][-CHECKPOINTS_KEPT:]
     expected = load_adapter(tmp_path / "alone" / "checkpoints" / "step-000008")
     assert all(torch.equal(value, expected[name]) for name, value in load_adapter(kept[-1]).items())

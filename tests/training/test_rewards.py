@@ -16,7 +16,7 @@ from rltune.errors import NonFiniteError, RunError, UserError
 from rltune.rewards.base import REWARDS
 from rltune.rewards.mixture import Calibration
 from rltune.rewards.scalarise import Chebyshev
-from rltune.training import setup
+from rltune.training import loading, setup
 from rltune.training.base import load_base
 from rltune.training.evaluation import ImageSet, sample_and_score
 from rltune.training.rewards import build_mixture, build_rewards
@@ -98,7 +98,7 @@ def unloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(setup, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
 
 
 def short(make_config: Make, rewards: Mapping[str, Any], **sections: Any) -> RunConfig:
