@@ -1,0 +1,256 @@
+"""What a sweep makes of reports and ends, given by hand where Ray Tune would: no cluster is started."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rltune.errors import StorageError
+from rltune.orchestration.cluster import Cluster
+from rltune.orchestration.job import TROUBLE, JobSpec
+from rltune.orchestration.nodes import Node
+from rltune.orchestration.results import read_results
+from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
+from rltune.orchestration.sweep import Sweep, _Abort
+from rltune.training.base import load_base
+from rltune.training.checkpoint import ADAPTER_FILE, Evaluated, Progress, save_checkpoint
+from rltune.training.evaluation import summarise
+from rltune.training.reporter import read_json_lines
+from rltune.training.setup import base_key
+from tests.runs import SEARCHED, experiment, result, write_run
+
+CLUSTER = Cluster(address="127.0.0.1:1", is_own=True, dashboard_url="", nodes=(Node(2.0),))
+SEARCH = {"trials": 8, "sampler": "random"}
+
+
+def sweep_of(path: Path, *, fresh: bool = True, **sections: Any) -> Sweep:
+    """A sweep of two objectives, brightness up and drift down, whose base model has been measured."""
+    asked = experiment(**({"search": SEARCH} | sections))
+    if fresh:
+        folder = write_run(path / "mix", asked)
+        base = load_base(folder.base_dir / base_key(asked.shared))
+        assert base is not None
+        base_metrics = summarise(base.values, base.values)
+        sweep = Sweep(asked, folder, CLUSTER)
+        sweep._record(job(folder, BASE_TRIAL), {"step": 0.0, "is_final": 1.0, **base_metrics}, "", 1.0)
+        return sweep
+    return Sweep(asked, RunFolder(path / "mix"), CLUSTER)
+
+
+def job(folder: RunFolder, trial: str) -> JobSpec:
+    config = experiment().shared.model_dump(mode="json")
+    return JobSpec(trial, str(folder.path), config, num_gpus_per_worker=0, work_dir="/", is_loopback=True)
+
+
+def metrics_at(step: int, brightness: float, drift: float) -> dict[str, float]:
+    return {**result("001", brightness, drift).metrics, "step": float(step), "images_seen": 4.0 * step}
+
+
+def evaluate(sweep: Sweep, spec: JobSpec, step: int, brightness: float, drift: float = 0.1, **more: Any) -> bool:
+    """Write the checkpoint of an evaluation and report it; whether the trial is to be stopped."""
+    metrics = metrics_at(step, brightness, drift)
+    folder = spec.folder.checkpoints_dir(spec.trial) / spec.train_name / f"checkpoint_{step:04d}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    last = Evaluated(step, {name: value for name, value in metrics.items() if "/" in name})
+    save_checkpoint(folder, {"a": torch.full((2,), float(step))}, {}, Progress(step, 4 * step), last=last)
+    return sweep._on_report(spec, {**metrics, "is_final": 0.0, "is_preempted": 0.0, **more})
+
+
+def deal(sweep: Sweep) -> JobSpec:
+    spec = sweep._deal()
+    assert spec is not None
+    return spec
+
+
+def end(sweep: Sweep, spec: JobSpec, step: int, brightness: float, drift: float = 0.1, **more: Any) -> None:
+    sweep._on_end(spec, {**metrics_at(step, brightness, drift), **more}, "", 2.0)
+
+
+def finish(sweep: Sweep, brightness: float, drift: float = 0.1) -> JobSpec:
+    spec = deal(sweep)
+    assert not evaluate(sweep, spec, 10, brightness, drift, is_final=1.0)
+    end(sweep, spec, 10, brightness, drift, is_final=1.0)
+    return spec
+
+
+def test_a_trial_that_falls_behind_is_recorded_as_what_it_was_at_its_step(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, search={**SEARCH, "prune": True, "reduction": 2})
+    specs = [deal(sweep) for _ in range(4)]
+    # each worse in both objectives than the one before; up to two at a rung all go on
+    stopped = [evaluate(sweep, spec, 5, 0.9 - 0.1 * i, 0.1 + 0.01 * i) for i, spec in enumerate(specs)]
+    assert stopped == [False, False, True, True]
+    late = specs[2]
+    # it trained on before it was gone: what is recorded is what it was stopped at
+    evaluate(sweep, late, 10, 0.95)
+    end(sweep, late, 5, 0.7, 0.12)
+    (row,) = [row for row in read_results(sweep._folder.results_file) if row.trial == late.trial]
+    assert (row.state, row.metrics["step"], row.metrics["eval/brightness"]) == ("stopped", 5.0, 0.7)
+    assert row.reason == "rank 3 of 3 at step 5, of which the best 2 go on"
+    assert row.checkpoint.endswith("checkpoint_0005")
+    assert sweep.num_left == 7
+
+
+def test_where_that_checkpoint_is_gone_the_trial_is_what_its_newest_says(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path, stop={"diverged": 0.5})
+    spec = deal(sweep)
+    assert evaluate(sweep, spec, 5, -9.0, 9.0)
+    evaluate(sweep, spec, 10, -8.0, 8.0)
+    broken = spec.folder.checkpoints_dir(spec.trial) / spec.train_name / "checkpoint_0005" / ADAPTER_FILE
+    broken.write_bytes(broken.read_bytes()[:-1])
+    end(sweep, spec, 5, -9.0, 9.0)
+    row = sweep.results[-1]
+    assert (row.state, row.metrics["step"], row.metrics["eval/brightness"]) == ("stopped", 10.0, -8.0)
+    assert row.checkpoint.endswith("checkpoint_0010")
+    assert row.reason.startswith("diverged: ")
+
+
+def test_a_trial_without_a_whole_checkpoint_failed(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    spec = deal(sweep)
+    end(sweep, spec, 10, 0.9, is_final=1.0)
+    assert sweep.results[-1].state == "failed"
+    assert "no whole checkpoint of an evaluation is left" in sweep.results[-1].reason
+
+
+def test_a_checkpoint_written_in_haste_is_no_result(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    spec = deal(sweep)
+    evaluate(sweep, spec, 5, 0.8)
+    hasty = spec.folder.checkpoints_dir(spec.trial) / spec.train_name / "checkpoint_0007"
+    last = Evaluated(5, {name: value for name, value in metrics_at(5, 0.8, 0.1).items() if "/" in name})
+    save_checkpoint(hasty, {"a": torch.zeros(2)}, {}, Progress(7, 28), last=last)
+    # asked to leave, it is not over: the same command takes it up again
+    assert not sweep._on_report(spec, {**metrics_at(7, 0.8, 0.1), "is_final": 0.0, "is_preempted": 1.0})
+    end(sweep, spec, 7, 0.8, is_final=0.0, is_preempted=1.0)
+    assert [row.trial for row in sweep.results] == [BASE_TRIAL]
+    found = sweep._checkpoint(spec, {"step": 7.0})
+    assert found is not None
+    assert found[0].endswith("checkpoint_0005")
+
+
+def test_rungs_are_rebuilt_from_the_folder(tmp_path: Path) -> None:
+    search = {**SEARCH, "prune": True, "reduction": 2}
+    sweep = sweep_of(tmp_path, search=search)
+    for brightness in (0.9, 0.8):
+        spec = deal(sweep)
+        evaluate(sweep, spec, 5, brightness)
+        file = spec.folder.trial_dir(spec.trial) / "metrics.jsonl"
+        rows = [metrics_at(5, brightness, 0.1), {"step": 6.0, "train/reward": 1.0}]
+        file.write_text("".join(f"{row}\n".replace("'", '"') for row in rows))
+    assert len(read_json_lines(file)) == 2
+    again = sweep_of(tmp_path, fresh=False, search=search)
+    first, second, third = (deal(again) for _ in range(3))
+    assert [first.trial, second.trial, third.trial] == ["001", "002", "003"]  # the interrupted ones first
+    assert evaluate(again, third, 5, 0.7, 0.2)  # behind both that reported before the restart
+
+
+def test_time_that_is_over_starts_nothing_and_stops_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = sweep_of(tmp_path, stop={"hours": 1.0})
+    spec = deal(sweep)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3601)
+    assert sweep._deal() is None
+    assert sweep.over.startswith("stop.hours: 1 of 1 hours")
+    assert not sweep._on_report(spec, {"step": 0.0, "is_final": 0.0, "is_preempted": 0.0, "eval/brightness": 0.5})
+    assert evaluate(sweep, spec, 5, 0.9)
+    end(sweep, spec, 5, 0.9)
+    assert (sweep.results[-1].state, sweep.results[-1].reason) == ("stopped", sweep.over)
+    assert sweep.num_left == 7
+
+
+def test_a_trial_that_is_done_is_not_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = sweep_of(tmp_path, stop={"hours": 1.0})
+    spec = deal(sweep)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3601)
+    assert not evaluate(sweep, spec, 10, 0.9, is_final=1.0)
+    end(sweep, spec, 10, 0.9, is_final=1.0)
+    assert sweep.results[-1].state == "ok"
+
+
+def test_gpu_hours_are_those_of_ended_and_of_running_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(address="127.0.0.1:1", is_own=True, dashboard_url="", nodes=(Node(4.0, 4.0),))
+    monkeypatch.setattr("tests.orchestration.test_sweep.CLUSTER", cluster)
+    resources = {"workers": 2, "gpus_per_worker": 1}
+    # the base model's second and the first trial's two, on two GPUs each
+    sweep = sweep_of(tmp_path, stop={"gpu_hours": 6.5 / 3600}, resources=resources)
+    finish(sweep, 0.9)
+    start = time.monotonic()
+    spec = deal(sweep)
+    monkeypatch.setattr(time, "monotonic", lambda: start + 0.2)
+    assert deal(sweep)
+    monkeypatch.setattr(time, "monotonic", lambda: start + 0.3)
+    assert sweep._deal() is None  # 6 and 2 (0.3 + 0.1)
+    assert sweep.over.startswith("stop.gpu_hours: ")
+    assert evaluate(sweep, spec, 5, 0.9)
+
+
+def test_a_front_that_no_longer_grows_ends_the_sweep_and_lets_trials_finish(tmp_path: Path) -> None:
+    stop = {"stalled_trials": 2, "stalled_growth": 0.0}
+    sweep = sweep_of(tmp_path, stop=stop)
+    running = deal(sweep)
+    finish(sweep, 0.9, 0.05)
+    finish(sweep, 0.8, 0.2)
+    assert not sweep.over
+    finish(sweep, 0.7, 0.2)
+    assert sweep.over.startswith("stop.stalled_trials: ")
+    assert sweep._deal() is None
+    assert not evaluate(sweep, running, 5, 0.6)
+    again = sweep_of(tmp_path, fresh=False, stop=stop)
+    again._look_up(again.results)
+    assert again.over == sweep.over
+    patient = sweep_of(tmp_path, fresh=False, stop={"stalled_trials": 3, "stalled_growth": 0.0})
+    patient._look_up(patient.results)
+    assert not patient.over
+
+
+@pytest.mark.parametrize(
+    "meet",
+    [
+        lambda sweep, spec: sweep._on_report(spec, {TROUBLE: "/runs/mix: no space left on device"}),
+        lambda sweep, spec: sweep._on_end(spec, {}, "ray::StorageError: /runs/mix: no space left on device", 1.0),
+    ],
+)
+def test_a_disk_that_fails_a_trial_ends_the_run_and_is_no_failure(tmp_path: Path, meet: Callable[..., Any]) -> None:
+    sweep = sweep_of(tmp_path)
+    spec = deal(sweep)
+    with pytest.raises(_Abort):
+        meet(sweep, spec)
+    assert isinstance(sweep._trouble, StorageError)
+    assert str(sweep._trouble) == "/runs/mix: no space left on device"
+    assert [row.trial for row in read_results(sweep._folder.results_file)] == [BASE_TRIAL]
+
+
+def test_a_disk_that_fails_the_sweep_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = sweep_of(tmp_path)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "/runs/mix/trials/001/trial.json")
+
+    monkeypatch.setattr(RunFolder, "write_trial", full)
+    with pytest.raises(_Abort):
+        sweep._deal()
+    assert str(sweep._trouble).startswith("/runs/mix/trials/001/trial.json: no space left on device; free some")
+
+
+def test_without_a_base_model_nothing_goes_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    sweep = Sweep(experiment(search=SEARCH), folder, CLUSTER)
+    assert deal(sweep).waits_for_base
+    with pytest.raises(_Abort):
+        sweep._on_end(job(folder, BASE_TRIAL), {}, "the weights are missing", 1.0)
+    assert read_results(folder.results_file)[0].reason == "the weights are missing"
+
+
+def test_a_trial_waits_for_a_base_model_that_is_measured_as_it_is(tmp_path: Path) -> None:
+    asked = experiment(
+        {**SEARCHED, "sampler": {"steps": {"choice": [10, 20]}}}, search={"trials": 9, "sampler": "random"}
+    )
+    sweep = Sweep(asked, RunFolder(tmp_path), CLUSTER)
+    specs = [deal(sweep) for _ in range(9)]
+    for spec in specs:  # the base model is measured with the first option; who differs measures for itself
+        assert spec.waits_for_base == (spec.run_config.sampler.steps == 10)
+    assert {spec.waits_for_base for spec in specs} == {True, False}
