@@ -123,7 +123,7 @@ def test_a_checkpoint_written_in_haste_is_no_result(tmp_path: Path) -> None:
     last = Evaluated(5, {name: value for name, value in metrics_at(5, 0.8, 0.1).items() if "/" in name})
     save_checkpoint(hasty, {"a": torch.zeros(2)}, {}, Progress(7, 28), last=last)
     # asked to leave, it is not over: the same command takes it up again
-    assert not sweep._on_report(spec, {**metrics_at(7, 0.8, 0.1), "is_final": 0.0, "is_preempted": 1.0})
+    assert not sweep._on_report(spec, {**metrics_at(7, -9.0, 9.0), "is_final": 0.0, "is_preempted": 1.0})
     end(sweep, spec, 7, 0.8, is_final=0.0, is_preempted=1.0)
     assert [row.trial for row in sweep.results] == [BASE_TRIAL]
     found = sweep._checkpoint(spec, {"step": 7.0})
