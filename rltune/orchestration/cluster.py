@@ -125,8 +125,9 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
             f"the local Ray cluster listens at {context.address_info['gcs_address']}, not on loopback alone: ray was "
             "imported before rltune could say so; call rltune.orchestration.cluster.prepare first"
         )
-    for name in ("ray", "ray.tune", "ray.train", "ray.data"):
+    for name in ("ray", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # why a trial failed stands in its result, in words
     previous = _term_as_interrupt()
     try:
         yield Cluster(

@@ -6,7 +6,7 @@ than one checkpoint interval of a trial trained twice, metrics.jsonl whole, ever
 bit, to those of the same knobs and seed trained in one process.
 
     python tests/benchmarks/kills.py --work FOLDER --kills 20
-    python tests/benchmarks/kills.py --work FOLDER --kills 20 --executor warm
+    python tests/benchmarks/kills.py --work FOLDER --kills 20 --steps 2000 --executor warm
 """
 
 import argparse
@@ -25,6 +25,7 @@ from typing import Any
 from diffusers import PNDMScheduler
 
 from rltune.config.load import load_experiment
+from rltune.orchestration.job import quiet_libraries
 from rltune.orchestration.results import read_results
 from rltune.training.loop import train_run
 from rltune.training.reporter import FolderReporter, read_metrics
@@ -37,7 +38,7 @@ WORKERS = ("ray::RayTrainWorker", "ray::WarmWorker")
 TRIAL_PROCESSES = ("ray::TrainController", "ray::ImplicitFunc", "ray::WarmTrial", "ray::drive")
 
 
-def write_experiment(work: Path, executor: str, num_trials: int) -> Path:
+def write_experiment(work: Path, executor: str, num_trials: int, num_steps: int) -> Path:
     pipeline = work / "pipeline"
     if not pipeline.is_dir():
         make_pipeline(pipeline, PNDMScheduler(**SD15_SCHEDULE))
@@ -49,7 +50,7 @@ def write_experiment(work: Path, executor: str, num_trials: int) -> Path:
         "sampler": {"steps": 4, "guidance": 2.0},
         "estimator": {"k": 3, "draw": "uniform"},
         "rewards": {"brightness": {"weight": 0.5}, "smoothness": {"weight": 0.5}},
-        "optim": {"lr": {"choice": rates}, "steps": 200, "batch": 4},
+        "optim": {"lr": {"choice": rates}, "steps": num_steps, "batch": 4},
         "evaluate": {"every": EVERY, "prompts": 2, "images_per_prompt": 2, "confirm": 0},
         "search": {"sampler": "grid", "trials": num_trials},
         "resources": {"executor": executor},
@@ -103,12 +104,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--trials", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=400, help="of a trial; enough for all kills to find one running")
     parser.add_argument("--executor", choices=("train", "warm"), default="train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--wait", type=float, nargs=2, default=(5.0, 40.0), help="seconds between kills, from and to")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    path = write_experiment(options.work, options.executor, options.trials)
+    path = write_experiment(options.work, options.executor, options.trials, options.steps)
     run = options.work / f"kills-{options.executor}"
     rng = random.Random(options.seed)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -152,10 +154,11 @@ def main() -> None:
             break
         if process.returncode not in (-9, 130, 143):
             sys.exit(f"unexpected exit code {process.returncode}; see {log.name}")
-    check(path, run, options.trials, steps)
+    check(path, run, options.trials, options.steps, steps)
 
 
-def check(path: Path, run: Path, num_trials: int, steps: Steps) -> None:
+def check(path: Path, run: Path, num_trials: int, num_steps: int, steps: Steps) -> None:
+    quiet_libraries()
     experiment = load_experiment(path)
     results = [result for result in read_results(run / "results.jsonl") if result.trial != "000"]
     assert sorted(result.trial for result in results) == [f"{i + 1:03d}" for i in range(num_trials)], results
@@ -163,7 +166,7 @@ def check(path: Path, run: Path, num_trials: int, steps: Steps) -> None:
     for result in results:
         assert result.state == "ok", result
         rows = read_metrics(run / "trials" / result.trial / "metrics.jsonl")
-        assert [row["step"] for row in rows] == list(range(1, 201)), result.trial
+        assert [row["step"] for row in rows] == list(range(1, num_steps + 1)), result.trial
         root = path.parent / "whole" / f"{path.stem}-{result.trial}"
         reporter = FolderReporter(root / "checkpoints")
         config = experiment.concrete(result.values)
