@@ -10,6 +10,7 @@ bit, to those of the same knobs and seed trained in one process.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -78,7 +79,7 @@ class Steps(threading.Thread):
                 if step < before:
                     self.repeated.append(before - step)
                 self.reached[file.parent.name] = step
-            time.sleep(0.05)
+            time.sleep(0.2)
 
 
 def find(process: subprocess.Popen[str], names: tuple[str, ...]) -> list[int]:
@@ -122,7 +123,9 @@ def main() -> None:
     victims: Counter[str] = Counter()
     starts = 0
     while True:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, text=True)
+        # a shell's background job ignores Ctrl-C, and so would everything that is started from one
+        hears = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, text=True, preexec_fn=hears)
         starts += 1
         while process.poll() is None:
             if sum(victims.values()) >= options.kills:
