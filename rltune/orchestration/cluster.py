@@ -115,6 +115,8 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
             context = ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)
         else:
             context = ray.init(address=found, **quiet)
+    except SystemExit as end:  # Ray's own handler of SIGTERM, until ours stands in its place
+        raise KeyboardInterrupt from end
     except Exception as error:  # ray raises whatever its layers raise
         where = f"--address: no Ray cluster answers at {found!r}" if found else "a local Ray cluster did not start"
         advice = "check address and token (RAY_AUTH_TOKEN)" if found else "see /tmp/ray/session_latest/logs"

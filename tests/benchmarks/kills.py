@@ -155,7 +155,7 @@ def main() -> None:
         )
         if process.returncode == 0:
             break
-        if process.returncode not in (-9, 130, 143):
+        if process.returncode not in (-9, -15, 130):  # -15: before it could say what it does with SIGTERM
             sys.exit(f"unexpected exit code {process.returncode}; see {log.name}")
     check(path, run, options.trials, options.steps, steps)
 
