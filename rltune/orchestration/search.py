@@ -16,15 +16,18 @@ from rltune.config.load import Experiment
 from rltune.orchestration.objectives import Objectives
 from rltune.orchestration.results import TrialResult
 from rltune.orchestration.rundir import TrialSpec
+from rltune.orchestration.surrogate import SurrogateSampler
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS = ("tpe", "gp", "nsga2", "nsga3", "random", "quasi_random", "grid")
+SAMPLERS = ("surrogate", "tpe", "gp", "nsga2", "nsga3", "random", "quasi_random", "grid")
 SIMPLEX = "simplex"
 """Parameters ``simplex[0]`` .. ``simplex[n-2]`` in [0, 1] stand for n weights."""
 
 
-def make_sampler(name: str, seed: int, num_trials: int) -> optuna.samplers.BaseSampler:
+def make_sampler(
+    name: str, seed: int, num_trials: int, distributions: Mapping[str, BaseDistribution]
+) -> optuna.samplers.BaseSampler:
     """Return an Optuna sampler by the name it has in an experiment, for a search of so many trials.
 
     Raises:
@@ -32,7 +35,9 @@ def make_sampler(name: str, seed: int, num_trials: int) -> optuna.samplers.BaseS
     """
     # Optuna's population of 50 is drawn at random, which is all that a sweep of up to 50 trials would see of it
     population = min(50, max(4, num_trials // 5))
+    weights = [parameter for parameter in distributions if parameter.startswith(f"{SIMPLEX}[")]
     makers: Mapping[str, Any] = {
+        "surrogate": lambda: SurrogateSampler(seed, distributions, weights, simplex_weights),
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=population),
@@ -154,7 +159,7 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # a resumed search goes on with other draws than the first ones, which its trials already have
         seed = (search.seed + 1_000_003 * len(ids)) % 2**32
-        sampler = make_sampler(search.sampler, seed, search.trials)
+        sampler = make_sampler(search.sampler, seed, search.trials, self._distributions)
         directions = ["maximize" if sign > 0 else "minimize" for sign in objectives.signs_D]
         self.study = optuna.create_study(sampler=sampler, directions=directions)
         for result in (*lessons, *results):
