@@ -21,14 +21,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from rltune.orchestration.gaussian import Array, Process, fit
 
-STARTUP = 5
+STARTUP = 8
 """Ended trials before the first model; until then trials are spread evenly."""
 MAX_TRIALS = 150
 """Of more than these the latest are modelled: the time for a fit grows with the cube."""
 CANDIDATES = 800
 DIRECTIONS = 96
 DRAWS = 16
-DOUBT = 1.0
+DOUBT = 0.5
+"""What a model's standard deviation counts for: a sweep has few trials to explore with."""
 BELOW = 0.5
 """How far below the worst feasible trial the reference point lies, in the range of the feasible ones."""
 OUTLIER = 3.0
