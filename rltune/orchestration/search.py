@@ -16,7 +16,7 @@ from rltune.config.load import Experiment
 from rltune.orchestration.objectives import Objectives
 from rltune.orchestration.results import TrialResult
 from rltune.orchestration.rundir import TrialSpec
-from rltune.orchestration.surrogate import SurrogateSampler
+from rltune.orchestration.surrogate import SHARE, SurrogateSampler
 
 logger = logging.getLogger(__name__)
 
@@ -198,11 +198,22 @@ class Search:
             return
         for name, violation in result.constraints.items():
             trial.set_constraint(name, violation)
+        for name, value in self._attributes(result).items():
+            trial.set_user_attr(name, value)
         self.study.tell(trial, self._objectives.raw_D(result.metrics).tolist())
 
     def _add(self, result: TrialResult) -> None:
-        frozen = frozen_trial(result, self._objectives, self._distributions, system=self._generation())
+        frozen = frozen_trial(
+            result, self._objectives, self._distributions, self._attributes(result), system=self._generation()
+        )
         self.study.add_trial(frozen)
+
+    def _attributes(self, result: TrialResult) -> dict[str, float]:
+        """Return how far a stopped trial came."""
+        if result.state != "stopped":
+            return {}
+        num_steps = result.values.get("optim.steps", self._experiment.shared.optim.steps)
+        return {SHARE: min(result.metrics["step"] / num_steps, 1.0)}
 
     def _generation(self) -> dict[str, Any]:
         """Return what a genetic sampler notes at a trial; it breeds only from trials whose generation it knows."""

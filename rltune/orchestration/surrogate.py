@@ -23,6 +23,8 @@ from rltune.orchestration.gaussian import Array, Process, fit
 
 STARTUP = 8
 """Ended trials before the first model; until then trials are spread evenly."""
+SHARE = "share"
+"""Attribute of a trial that was stopped: the share of its steps that it took."""
 MAX_TRIALS = 150
 """Of more than these the latest are modelled: the time for a fit grows with the cube."""
 CANDIDATES = 800
@@ -97,7 +99,8 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # Optuna's types are
         margins = -np.array(broken_N).reshape(len(ended), len(names))
         is_feasible_N = (margins >= 0).all(axis=1)
 
-        seen_NF = self._features(np.array([self._units(trial.params) for trial in ended[-MAX_TRIALS:]]))
+        share_N = np.array([trial.user_attrs.get(SHARE, 1.0) for trial in ended[-MAX_TRIALS:]])
+        seen_NF = self._features(np.array([self._units(trial.params) for trial in ended[-MAX_TRIALS:]]), share_N)
         groups = self._groups()
         kept_ND, kept_margins = values_ND[-MAX_TRIALS:], margins[-MAX_TRIALS:]
         objectives = [fit(seen_NF, groups, _without_outliers(column)) for column in kept_ND.T]
@@ -149,9 +152,12 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # Optuna's types are
     def _units(self, params: Mapping[str, Any]) -> list[float]:
         return [_unit(params[name], distribution) for name, distribution in self._distributions.items()]
 
-    def _features(self, units_NP: Array) -> Array:
-        """Return what the models see: knobs from 0 to 1, options without an order apart, and all the weights."""
-        columns: list[Array] = []
+    def _features(self, units_NP: Array, share_N: Array | None = None) -> Array:
+        """Return what the models see: share of the steps, knobs from 0 to 1, options without an order, the weights.
+
+        The share is 1 for a trial that goes all the way, as every candidate might.
+        """
+        columns: list[Array] = [np.ones(len(units_NP)) if share_N is None else share_N]
         for (name, distribution), unit_N in zip(self._distributions.items(), units_NP.T, strict=True):
             if name in self._weight_names:
                 continue
@@ -172,13 +178,13 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # Optuna's types are
 
     def _groups(self) -> list[int]:
         """Return a number for every feature; those of one setting, and all the weights, share theirs."""
-        groups: list[int] = []
+        groups = [0]
         knobs = [name for name in self._distributions if name not in self._weight_names]
-        for number, name in enumerate(knobs):
+        for number, name in enumerate(knobs, start=1):
             distribution = self._distributions[name]
             is_apart = isinstance(distribution, CategoricalDistribution) and not _has_order(distribution)
             groups += [number] * (len(distribution.choices) if is_apart else 1)
-        return groups + [len(knobs)] * (len(self._weight_names) + 1 if self._weight_names else 0)
+        return groups + [len(knobs) + 1] * (len(self._weight_names) + 1 if self._weight_names else 0)
 
 
 def even_spread(number: int, shift: Array) -> Array:
@@ -233,10 +239,10 @@ def _unit(value: Any, distribution: BaseDistribution) -> float:
     if isinstance(distribution, CategoricalDistribution):
         return (float(distribution.to_internal_repr(value)) + 0.5) / len(distribution.choices)
     assert isinstance(distribution, IntDistribution | FloatDistribution)
-    low, high = distribution.low, distribution.high
+    low, high = float(distribution.low), float(distribution.high)
     if isinstance(distribution, IntDistribution):
         num = (distribution.high - distribution.low) // distribution.step + 1
-        return float((value - low) // distribution.step + 0.5) / num
+        return (float((value - low) // distribution.step) + 0.5) / float(num)
     if distribution.log:
         return float(math.log(value / low) / math.log(high / low)) if high > low else 0.5
     return float((value - low) / (high - low)) if high > low else 0.5

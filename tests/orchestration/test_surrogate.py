@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -162,3 +163,32 @@ def test_every_kind_of_setting_is_drawn_over_its_whole_range() -> None:
     best = study.best_trial.params
     assert (best["order"], best["choice"]) == (4, "a")
     assert best["float"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_what_a_stopped_trial_reached_is_taken_for_its_share_of_the_steps() -> None:
+    """Stopped trials are poor at every rate; ended ones say which rate is best, and the two do not contradict."""
+    results = []
+    drawn = Search(asked(), OBJECTIVES)
+    for turn in range(16):
+        spec = drawn.ask()
+        whole = told(spec, 3e-3)
+        drawn.tell(whole)
+        if turn % 2:
+            metrics = {name: 0.2 * value for name, value in whole.metrics.items()}
+            whole = replace(whole, state="stopped", metrics={**metrics, "step": 5.0})
+        results.append(whole)
+    rebuilt = Search(asked(), OBJECTIVES, results=results)
+    live = Search(asked(), OBJECTIVES)
+    for result in results:
+        live.ask()
+        live.tell(result)
+    num_steps = asked().shared.optim.steps
+    for search in (rebuilt, live):
+        shares = [trial.user_attrs.get("share") for trial in search.study.trials]
+        assert shares == [None, 5.0 / num_steps] * 8
+    misses = []
+    for _ in range(6):
+        spec = rebuilt.ask()
+        misses.append(abs(miss(spec, 3e-3)))
+        rebuilt.tell(told(spec, 3e-3))
+    assert np.median(misses) < 0.2
