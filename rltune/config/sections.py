@@ -232,8 +232,9 @@ class SearchConfig(StrictModel):
     """How the values that are distributions are searched."""
 
     sampler: Text = "tpe"
-    """``tpe``, ``gp`` (a Gaussian process: fewest trials, seconds each), ``nsga2``, ``nsga3``, ``random``,
-    ``quasi_random`` (Sobol); or ``grid``, every combination of choices and whole numbers in turn."""
+    """``surrogate`` (Gaussian processes over knobs and weights together, a tenth of a second a trial), ``tpe``, ``gp``
+    (Optuna's Gaussian process: seconds a trial), ``nsga2``, ``nsga3``, ``random``, ``quasi_random`` (Sobol); or
+    ``grid``, every combination of choices and whole numbers in turn."""
     trials: Int = Field(16, ge=1)
     """Trials, the base model not counted; a grid ends with its last combination."""
     prune: Bool = False

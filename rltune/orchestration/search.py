@@ -16,15 +16,18 @@ from rltune.config.load import Experiment
 from rltune.orchestration.objectives import Objectives
 from rltune.orchestration.results import TrialResult
 from rltune.orchestration.rundir import TrialSpec
+from rltune.orchestration.surrogate import SHARE, SurrogateSampler
 
 logger = logging.getLogger(__name__)
 
-SAMPLERS = ("tpe", "gp", "nsga2", "nsga3", "random", "quasi_random", "grid")
+SAMPLERS = ("surrogate", "tpe", "gp", "nsga2", "nsga3", "random", "quasi_random", "grid")
 SIMPLEX = "simplex"
 """Parameters ``simplex[0]`` .. ``simplex[n-2]`` in [0, 1] stand for n weights."""
 
 
-def make_sampler(name: str, seed: int, num_trials: int) -> optuna.samplers.BaseSampler:
+def make_sampler(
+    name: str, seed: int, num_trials: int, distributions: Mapping[str, BaseDistribution]
+) -> optuna.samplers.BaseSampler:
     """Return an Optuna sampler by the name it has in an experiment, for a search of so many trials.
 
     Raises:
@@ -32,7 +35,9 @@ def make_sampler(name: str, seed: int, num_trials: int) -> optuna.samplers.BaseS
     """
     # Optuna's population of 50 is drawn at random, which is all that a sweep of up to 50 trials would see of it
     population = min(50, max(4, num_trials // 5))
+    weights = [parameter for parameter in distributions if parameter.startswith(f"{SIMPLEX}[")]
     makers: Mapping[str, Any] = {
+        "surrogate": lambda: SurrogateSampler(seed, distributions, weights, simplex_weights),
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=population),
@@ -154,7 +159,7 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # a resumed search goes on with other draws than the first ones, which its trials already have
         seed = (search.seed + 1_000_003 * len(ids)) % 2**32
-        sampler = make_sampler(search.sampler, seed, search.trials)
+        sampler = make_sampler(search.sampler, seed, search.trials, self._distributions)
         directions = ["maximize" if sign > 0 else "minimize" for sign in objectives.signs_D]
         self.study = optuna.create_study(sampler=sampler, directions=directions)
         for result in (*lessons, *results):
@@ -193,11 +198,22 @@ class Search:
             return
         for name, violation in result.constraints.items():
             trial.set_constraint(name, violation)
+        for name, value in self._attributes(result).items():
+            trial.set_user_attr(name, value)
         self.study.tell(trial, self._objectives.raw_D(result.metrics).tolist())
 
     def _add(self, result: TrialResult) -> None:
-        frozen = frozen_trial(result, self._objectives, self._distributions, system=self._generation())
+        frozen = frozen_trial(
+            result, self._objectives, self._distributions, self._attributes(result), system=self._generation()
+        )
         self.study.add_trial(frozen)
+
+    def _attributes(self, result: TrialResult) -> dict[str, float]:
+        """Return how far a stopped trial came."""
+        if result.state != "stopped":
+            return {}
+        num_steps = result.values.get("optim.steps", self._experiment.shared.optim.steps)
+        return {SHARE: min(result.metrics["step"] / num_steps, 1.0)}
 
     def _generation(self) -> dict[str, Any]:
         """Return what a genetic sampler notes at a trial; it breeds only from trials whose generation it knows."""

@@ -317,7 +317,7 @@ def test_every_name_that_can_be_written_is_known() -> None:
     assert {"alignprop", "dag", "ddpo", "dpok", "draft", "draft_lv", "drtune", "full", "refl"} <= set(known.estimators)
     assert "brightness" in known.rewards
     assert known.judges == ("diversity", "drift")
-    assert known.samplers == ("tpe", "gp", "nsga2", "nsga3", "random", "quasi_random", "grid")
+    assert known.samplers == ("surrogate", "tpe", "gp", "nsga2", "nsga3", "random", "quasi_random", "grid")
 
 
 def test_what_names_need_is_read_without_building_them() -> None:

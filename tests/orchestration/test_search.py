@@ -553,9 +553,10 @@ def test_the_largest_seed_can_be_resumed(first: list[TrialSpec]) -> None:
 
 def test_an_unknown_sampler_is_refused() -> None:
     with pytest.raises(
-        ValueError, match="sampler must be one of tpe, gp, nsga2, nsga3, random, quasi_random, grid, got 'bayes'"
+        ValueError,
+        match="sampler must be one of surrogate, tpe, gp, nsga2, nsga3, random, quasi_random, grid, got 'bayes'",
     ):
-        make_sampler("bayes", 0, 12)
+        make_sampler("bayes", 0, 12, {})
 
 
 def test_an_objective_that_is_missing_or_not_finite_is_noticed() -> None:

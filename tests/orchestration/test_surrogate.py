@@ -1,0 +1,194 @@
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from rltune.config.load import Experiment
+from rltune.orchestration.objectives import Objectives
+from rltune.orchestration.results import TrialResult
+from rltune.orchestration.rundir import TrialSpec
+from rltune.orchestration.search import Search, simplex_weights
+from rltune.orchestration.surrogate import STARTUP, SurrogateSampler, even_spread
+from tests.runs import experiment
+
+NAMES = ("brightness", "smoothness", "aesthetic")
+OBJECTIVES = Objectives(NAMES)
+
+
+def asked(seed: int = 0) -> Experiment:
+    rewards = {name: {"weight": {"simplex": True}} for name in NAMES}
+    optim = {"lr": {"log_float": [1e-4, 1e-2]}}
+    lora = {"rank": {"choice": [2, 4, 8]}, "targets": {"choice": ["attention", "all"]}}
+    raw = {"name": "mix", "rewards": rewards, "optim": optim, "model": {"lora": lora}, "objectives": list(NAMES)}
+    return experiment(raw, search={"sampler": "surrogate", "trials": 30, "seed": seed})
+
+
+def weights(spec: TrialSpec) -> list[float]:
+    return [spec.values[f"rewards.{name}.weight"] for name in NAMES]
+
+
+def miss(spec: TrialSpec, best: float) -> float:
+    return math.log10(spec.values["optim.lr"] / best)
+
+
+def told(spec: TrialSpec, best: float = 1e-3) -> TrialResult:
+    """Every reward grows as its weight does, most at the best learning rate and with attention alone."""
+    rise = math.exp(-2 * miss(spec, best) ** 2) * (1.0 if spec.values["model.lora.targets"] == "attention" else 0.6)
+    metrics = {f"eval/{name}": rise * math.sqrt(w) for name, w in zip(NAMES, weights(spec), strict=True)}
+    return TrialResult(spec.id, "ok", spec.values, spec.params, metrics=metrics)
+
+
+@pytest.mark.parametrize("best", [3e-4, 3e-3])
+def test_it_asks_near_the_best_knobs_for_all_kinds_of_weights(best: float) -> None:
+    misses, attention, drawn = [], [], []
+    for seed in range(2):
+        search = Search(asked(seed), OBJECTIVES)
+        for turn in range(24):
+            spec = search.ask()
+            search.tell(told(spec, best))
+            if turn >= 12:
+                misses.append(abs(miss(spec, best)))
+                attention.append(spec.values["model.lora.targets"] == "attention")
+                drawn.append(weights(spec))
+    # uniform draws miss by (0.52^2 + 1.48^2) / 4 = 0.61 on average, and take attention half of the time
+    assert np.median(misses) < 0.2
+    assert np.mean(attention) > 0.8
+    # each weight is above a half somewhere, and each is below a tenth
+    assert (np.max(drawn, axis=0) > 0.5).all()
+    assert (np.min(drawn, axis=0) < 0.1).all()
+
+
+def test_it_keeps_to_where_constraints_hold() -> None:
+    """Higher learning rates are better up to 1e-2, and break the constraint above 1e-3."""
+    search = Search(asked(), OBJECTIVES)
+    broken = []
+    for _ in range(24):
+        spec = search.ask()
+        over = miss(spec, 1e-3)
+        metrics = {f"eval/{name}": w * (over + 1) for name, w in zip(NAMES, weights(spec), strict=True)}
+        broken.append(over > 0)
+        search.tell(TrialResult(spec.id, "ok", spec.values, spec.params, metrics=metrics, constraints={"max": over}))
+    assert any(broken[:12])
+    # uniform draws break it half of the time, and a search that does not know of it nearly always
+    assert np.mean(broken[12:]) < 0.35
+
+
+def test_while_all_trials_are_infeasible_it_moves_to_where_one_may_be_feasible() -> None:
+    search = Search(asked(), OBJECTIVES)
+    overs = []
+    for _ in range(12):
+        spec = search.ask()
+        overs.append(miss(spec, 1e-4))  # from 0 to 2
+        metrics = {f"eval/{name}": overs[-1] for name in NAMES}
+        broken = {"max": overs[-1] + 0.1}
+        search.tell(TrialResult(spec.id, "ok", spec.values, spec.params, metrics=metrics, constraints=broken))
+    assert np.median(overs[STARTUP:]) < 0.3
+
+
+def test_a_search_that_is_rebuilt_from_results_asks_like_another_one() -> None:
+    search = Search(asked(), OBJECTIVES)
+    results = []
+    for _ in range(10):
+        spec = search.ask()
+        results.append(told(spec))
+        search.tell(results[-1])
+    out = search.ask()
+    first = Search(asked(), OBJECTIVES, results=results, unfinished=[out])
+    second = Search(asked(), OBJECTIVES, results=results, unfinished=[out])
+    assert first.ask() == second.ask() == out
+    assert first.ask() == second.ask()
+
+
+def test_trials_that_run_at_the_same_time_are_apart() -> None:
+    search = Search(asked(), OBJECTIVES)
+    for _ in range(15):
+        search.tell(told(search.ask()))
+    drawn = np.array([weights(search.ask()) for _ in range(4)])
+    apart = np.linalg.norm(drawn[:, None] - drawn[None], axis=2)[np.triu_indices(4, 1)]
+    # the knobs are known by now; what is still worth a trial is another weighting. The simplex is 1.41 wide
+    assert apart.min() > 0.05
+
+
+def sampler(distributions: dict[str, Any], names: list[str] | None = None) -> SurrogateSampler:
+    return SurrogateSampler(3, distributions, names or [], simplex_weights)
+
+
+def test_failed_trials_teach_nothing_and_the_first_are_spread_evenly() -> None:
+    distributions = {"x": FloatDistribution(0.0, 1.0), "y": FloatDistribution(0.0, 1.0)}
+    study = optuna.create_study(direction="maximize", sampler=sampler(distributions))
+    points = []
+    for turn in range(3 * STARTUP):
+        trial = study.ask(distributions)
+        points.append((trial.params["x"], trial.params["y"]))
+        if turn % 3 == 0 and turn < 3 * (STARTUP - 1):
+            study.tell(trial, float(turn))
+        else:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+    shift = np.random.default_rng(3).random(2)
+    assert points == [pytest.approx(even_spread(number, shift).tolist()) for number in range(3 * STARTUP)]
+
+
+def test_the_even_spread_steps_by_the_golden_ratio_and_leaves_no_gap() -> None:
+    golden = (1 + math.sqrt(5)) / 2
+    line = [float(even_spread(n, np.array([0.25]))[0]) for n in range(5)]
+    assert line == pytest.approx([(0.25 + (n + 1) / golden) % 1 for n in range(5)])
+    square = np.array([even_spread(n, np.array([0.1, 0.7])) for n in range(64)])
+    # a point in every one of 4 x 4 cells; of random draws, 64 (15/16)^64 / 4 = 0.26 of a cell would be empty
+    assert len({tuple(cell) for cell in (square * 4).astype(int)}) == 16
+
+
+def test_every_kind_of_setting_is_drawn_over_its_whole_range() -> None:
+    distributions = {
+        "choice": CategoricalDistribution(("a", None, True)),
+        "order": CategoricalDistribution((8, 2, 4)),
+        "int": IntDistribution(3, 9, step=3),
+        "float": FloatDistribution(-1.0, 1.0),
+        "log": FloatDistribution(1e-4, 1e-2, log=True),
+        "one": IntDistribution(5, 5),
+    }
+    study = optuna.create_study(direction="minimize", sampler=sampler(distributions))
+    for _ in range(30):
+        trial = study.ask(distributions)  # refuses what lies outside
+        value = abs(trial.params["float"] - 0.5) + abs(trial.params["order"] - 4) + (trial.params["choice"] != "a")
+        study.tell(trial, value)
+    trials = study.trials
+    assert {trial.params["int"] for trial in trials} == {3, 6, 9}
+    assert {trial.params["choice"] for trial in trials} == {"a", None, True}
+    assert min(trial.params["log"] for trial in trials) < 4e-4
+    assert max(trial.params["log"] for trial in trials) > 2.5e-3
+    best = study.best_trial.params
+    assert (best["order"], best["choice"]) == (4, "a")
+    assert best["float"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_what_a_stopped_trial_reached_is_taken_for_its_share_of_the_steps() -> None:
+    """Stopped trials are poor at every rate; ended ones say which rate is best, and the two do not contradict."""
+    results = []
+    drawn = Search(asked(), OBJECTIVES)
+    for turn in range(16):
+        spec = drawn.ask()
+        whole = told(spec, 3e-3)
+        drawn.tell(whole)
+        if turn % 2:
+            metrics = {name: 0.2 * value for name, value in whole.metrics.items()}
+            whole = replace(whole, state="stopped", metrics={**metrics, "step": 5.0})
+        results.append(whole)
+    rebuilt = Search(asked(), OBJECTIVES, results=results)
+    live = Search(asked(), OBJECTIVES)
+    for result in results:
+        live.ask()
+        live.tell(result)
+    num_steps = asked().shared.optim.steps
+    for search in (rebuilt, live):
+        shares = [trial.user_attrs.get("share") for trial in search.study.trials]
+        assert shares == [None, 5.0 / num_steps] * 8
+    misses = []
+    for _ in range(6):
+        spec = rebuilt.ask()
+        misses.append(abs(miss(spec, 3e-3)))
+        rebuilt.tell(told(spec, 3e-3))
+    assert np.median(misses) < 0.2
