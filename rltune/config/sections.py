@@ -231,7 +231,7 @@ class ConstraintConfig(StrictModel):
 class SearchConfig(StrictModel):
     """How the values that are distributions are searched."""
 
-    sampler: Text = "tpe"
+    sampler: Text = "surrogate"
     """``surrogate`` (Gaussian processes over knobs and weights together, a tenth of a second a trial), ``tpe``, ``gp``
     (Optuna's Gaussian process: seconds a trial), ``nsga2``, ``nsga3``, ``random``, ``quasi_random`` (Sobol); or
     ``grid``, every combination of choices and whole numbers in turn."""

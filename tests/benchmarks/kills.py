@@ -155,7 +155,8 @@ def main() -> None:
         )
         if process.returncode == 0:
             break
-        if process.returncode not in (-9, -15, 130):  # -15: before it could say what it does with SIGTERM
+        # -15 and -6: SIGTERM before rltune, or while Ray, could take it; nothing has begun then
+        if process.returncode not in (-9, -15, -6, 130):
             sys.exit(f"unexpected exit code {process.returncode}; see {log.name}")
     check(path, run, options.trials, options.steps, steps)
 
