@@ -82,7 +82,7 @@ def check_search(experiment: Experiment) -> None:
         ranges = [path for path, kind in experiment.space.items() if not isinstance(kind, Choice | IntRange)]
         raise UserError(
             f"search.sampler: a grid needs a list of values, {', '.join(ranges)} are ranges; "
-            "write {choice: [..]}, or take tpe"
+            "write {choice: [..]}, or take another sampler"
         )
     tried: set[str] = set()
     # rewards do not look at each other's values, and all their combinations would be too many

@@ -32,7 +32,7 @@ from rltune.training.selection import violations
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sampler", choices=[name for name in SAMPLERS if name != "grid"], default="tpe")
+    parser.add_argument("--sampler", choices=[name for name in SAMPLERS if name != "grid"], default="surrogate")
     parser.add_argument("--trials", type=int, default=1000)
     options = parser.parse_args()
     overrides = [f"search={{sampler: {options.sampler}, prune: true, trials: {options.trials}}}"]

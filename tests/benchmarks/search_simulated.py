@@ -5,12 +5,13 @@ times on its way. Trials run as in a sweep, two at a time: the search (rltune.or
 while others run, the rules (rltune.orchestration.stopping.Rules) see every evaluation, and a stopped trial enters
 search and front with what it was by then. What it left undone goes into further trials.
 
-Two problems. ``measured`` has the shape of what was measured on the built-in model (runs of experiments/mix.yaml and
+Three problems. ``measured`` has the shape of what was measured on the built-in model (runs of experiments/mix.yaml and
 mixtures.yaml): rewards rise with the push (learning rate, rank, K) times the steps and saturate, reward weights trade
 them off with diminishing returns, and too much push loses alignment and then the prompt, later than it gains.
 ``crossing`` is made to be hard on early stopping: deep gradients rise late and end higher, so that learning curves
-cross, what breaks breaks late, small adapters want higher learning rates, and noise is three times as large. Variants
-were compared on seeds 100 to 115 (``--first-seed 100``), tables are of seeds 0 to 19.
+cross, what breaks breaks late, small adapters want higher learning rates, and noise is three times as large. ``apart`` has two
+rewards, another optimum of every knob, an option without an order, and no interaction; no sampler was chosen by it.
+Variants were compared on seeds 100 to 115 of the first two (``--first-seed 100``), tables are of seeds 0 to 19.
 
     python tests/benchmarks/search_simulated.py --samplers random tpe nsga2 nsga3 quasi_random --seeds 20
 """
@@ -83,6 +84,22 @@ def crossing(values: Mapping[str, Any], share: float) -> Metrics:
     }
 
 
+def apart(values: Mapping[str, Any], share: float) -> Metrics:
+    """Return the metrics without noise of a trial with these knobs after a share of its steps."""
+    weight = {name: values[f"rewards.{name}.weight"] for name in ("aesthetic", "compressibility")}
+    rate, rank = values["optim.lr"], {2: 0.6, 4: 1.0, 8: 0.8, 16: 0.5}[values["model.lora.rank"]]
+    depth = 1 - 0.6 * abs(values["estimator.k"] - 3) / 9
+    layers = 1.0 if values["model.lora.targets"] == "attention" else 0.75
+    rise = np.exp(-0.5 * (np.log(rate / 2.5e-4) / 0.8) ** 2) * depth * rank * layers * share**0.7
+    excess = max(0.0, np.log(rate / 1e-3)) * share**2
+    return {
+        "aesthetic": BASE["aesthetic"] + 1.8 * rise * np.sin(weight["aesthetic"] * np.pi / 2) - 0.4 * excess,
+        "compressibility": BASE["compressibility"] + 0.5 * rise * weight["compressibility"] ** 0.5 - 0.1 * excess,
+        "diversity": BASE["diversity"] * (1 - 0.5 * excess),
+        "faithful": BASE["faithful"] * (1 - 0.1 * excess - 0.05 * rise * weight["compressibility"]),
+    }
+
+
 @dataclass(frozen=True)
 class Problem:
     """A formula in the place of training."""
@@ -90,9 +107,22 @@ class Problem:
     metrics: Callable[[Mapping[str, Any], float], Metrics]
     noise: float
     """What another training seed changes at the end, in deviations."""
+    rewards: tuple[str, ...] = REWARDS
+    changes: tuple[str, ...] = ()
+    """To the experiment."""
 
 
-PROBLEMS = {"measured": Problem(measured, 0.05), "crossing": Problem(crossing, 0.15)}
+APART = (
+    "rewards={aesthetic: {weight: {simplex: true}}, compressibility: {weight: {simplex: true}}}",
+    "objectives=[aesthetic, compressibility]",
+    "model.lora.targets={choice: [attention, all]}",
+    "optim.lr={log_float: [5.0e-5, 5.0e-3]}",
+)
+PROBLEMS = {
+    "measured": Problem(measured, 0.05),
+    "crossing": Problem(crossing, 0.15),
+    "apart": Problem(apart, 0.1, ("aesthetic", "compressibility"), APART),
+}
 
 
 @dataclass
@@ -132,7 +162,9 @@ def sweep(
     search_type: Callable[..., Search] = Search,
 ) -> Curve:
     """Run trials until the training steps of ``num_trials`` whole ones are spent."""
-    experiment = load_experiment(MIX, [*overrides, f"search.seed={seed}", f"search.trials={num_trials}"], Known())
+    experiment = load_experiment(
+        MIX, [*problem.changes, *overrides, f"search.seed={seed}", f"search.trials={num_trials}"], Known()
+    )
     shared = experiment.shared
     num_steps, every = shared.optim.steps, shared.evaluate.every
     objectives = Objectives(shared.objective_names)
@@ -148,7 +180,7 @@ def sweep(
         start = time.perf_counter()
         spec = search.ask()
         curve.search_s += time.perf_counter() - start
-        return Trial(spec, {name: float(rng.standard_normal()) for name in REWARDS})
+        return Trial(spec, {name: float(rng.standard_normal()) for name in problem.rewards})
 
     # (step of its slot at which a trial is evaluated next, slot); a slot starts a bit later than the one before
     running = {slot: ask() for slot in range(num_slots)}
@@ -160,7 +192,7 @@ def sweep(
         spent += every
         share = trial.step / num_steps
         metrics = {f"eval/{name}": value for name, value in problem.metrics(trial.spec.values, share).items()}
-        for name in REWARDS:
+        for name in problem.rewards:
             noise = 0.8 * share * trial.luck[name] + 0.6 * float(rng.standard_normal())
             metrics[f"eval/{name}"] += problem.noise * DEVIATION[name] * noise
         is_final = trial.step >= num_steps

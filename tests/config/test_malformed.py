@@ -10,7 +10,7 @@ KNOWN = Known(
     rewards=("aesthetic", "alignment", "compressibility", "faithful", "variety"),
     estimators=("alignprop", "draft", "refl", "ddpo", "dpok"),
     judges=("diversity", "drift"),
-    samplers=("tpe", "random", "nsga2", "gp"),
+    samplers=("surrogate", "tpe", "random", "nsga2"),
     rewards_without_gradient=("faithful",),
     policy_estimators=("ddpo", "dpok"),
     serial_estimators=("refl",),
@@ -238,7 +238,7 @@ VALUES: list[tuple[str, list[str]]] = [
     ),
     (
         "search: {sampler: bayes}",
-        ["search.sampler: unknown search sampler, got 'bayes'; known: tpe, random, nsga2, gp"],
+        ["search.sampler: unknown search sampler, got 'bayes'; known: surrogate, tpe, random, nsga2"],
     ),
     (
         "evaluate: {judges: [fid]}",
