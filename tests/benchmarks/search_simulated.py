@@ -9,8 +9,9 @@ Three problems. ``measured`` has the shape of what was measured on the built-in 
 mixtures.yaml): rewards rise with the push (learning rate, rank, K) times the steps and saturate, reward weights trade
 them off with diminishing returns, and too much push loses alignment and then the prompt, later than it gains.
 ``crossing`` is made to be hard on early stopping: deep gradients rise late and end higher, so that learning curves
-cross, what breaks breaks late, small adapters want higher learning rates, and noise is three times as large. ``apart`` has two
-rewards, another optimum of every knob, an option without an order, and no interaction; no sampler was chosen by it.
+cross, what breaks breaks late, small adapters want higher learning rates, and noise is three times as large. ``apart``
+has two rewards, another optimum of every knob, an option without an order, and no interaction; no sampler was chosen
+by it.
 Variants were compared on seeds 100 to 115 of the first two (``--first-seed 100``), tables are of seeds 0 to 19.
 
     python tests/benchmarks/search_simulated.py --samplers random tpe nsga2 nsga3 quasi_random --seeds 20
