@@ -117,6 +117,31 @@ def sampler(distributions: dict[str, Any], names: list[str] | None = None) -> Su
     return SurrogateSampler(3, distributions, names or [], simplex_weights)
 
 
+def test_what_is_minimised_is_sought_low() -> None:
+    distributions = {"x": FloatDistribution(0.0, 1.0)}
+    study = optuna.create_study(directions=["minimize", "maximize"], sampler=sampler(distributions))
+    asked_at = []
+    for _ in range(STARTUP + 8):
+        trial = study.ask(distributions)
+        asked_at.append(trial.params["x"])
+        # both are best at 0.2
+        study.tell(trial, [(asked_at[-1] - 0.2) ** 2, -abs(asked_at[-1] - 0.2)])
+    assert np.abs(np.array(asked_at[STARTUP:]) - 0.2).max() < 0.15
+
+
+def test_a_stopped_trial_counts_for_the_share_of_its_steps() -> None:
+    search = Search(asked(), OBJECTIVES)
+    num_steps = asked().shared.optim.steps
+    specs = [search.ask(), search.ask()]
+    whole, cut = told(specs[0]), told(specs[1])
+    cut = replace(cut, state="stopped", metrics={**cut.metrics, "step": num_steps / 4}, reason="it fell behind")
+    for result in (whole, cut):
+        search.tell(result)
+    again = Search(asked(), OBJECTIVES, results=[whole, cut])
+    for study in (search.study, again.study):
+        assert [trial.user_attrs.get("share", 1.0) for trial in study.trials] == [1.0, 0.25]
+
+
 def test_failed_trials_teach_nothing_and_the_first_are_spread_evenly() -> None:
     distributions = {"x": FloatDistribution(0.0, 1.0), "y": FloatDistribution(0.0, 1.0)}
     study = optuna.create_study(direction="maximize", sampler=sampler(distributions))
