@@ -136,9 +136,11 @@ def main() -> None:
                 break
             except subprocess.TimeoutExpired:
                 pass
+            if not find(process, WORKERS):  # nobody trains yet: a kill now would prove little
+                continue
             kind = rng.choice(["driver", "terminated", "interrupted", "worker", "worker", "trial process"])
-            pids = find(process, WORKERS if kind == "worker" else TRIAL_PROCESSES)
             if kind in ("worker", "trial process"):
+                pids = find(process, WORKERS if kind == "worker" else TRIAL_PROCESSES)
                 if pids:
                     os.kill(rng.choice(pids), signal.SIGKILL)
                     victims[kind] += 1
