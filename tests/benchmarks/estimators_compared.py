@@ -27,7 +27,7 @@ from rltune.config.experiment import RunConfig
 from rltune.config.load import load_experiment
 from rltune.orchestration.job import quiet_libraries
 from rltune.training.loop import train_run
-from rltune.training.reporter import read_metrics
+from rltune.training.reporter import FolderReporter, read_metrics
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments" / "estimators"
 METHODS = ("alignprop", "draft", "draft_lv", "refl", "drtune", "ddpo", "dpok")
@@ -38,13 +38,6 @@ KEPT = 0.95
 """Share of the base model's judgement that a gain must leave to count as honest."""
 REFERENCE = "ddpo"
 Array = npt.NDArray[np.float64]
-
-
-class Silent:
-    """A reporter that keeps nothing."""
-
-    def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -94,11 +87,13 @@ def folder_of(root: Path, method: str, reward: str, seed: int) -> Path:
 
 
 def train(root: Path, method: str, reward: str, seed: int) -> None:
-    """Train one run if it has not ended before."""
+    """Train one run if it has not ended before, from its last checkpoint."""
     folder = folder_of(root, method, reward, seed)
     if (folder / "done").exists():
         return
-    train_run(configure(method, reward, seed), trial_dir=folder, base_dir=root / "base", reporter=Silent())
+    reporter = FolderReporter(folder / "checkpoints")
+    config = configure(method, reward, seed)
+    train_run(config, trial_dir=folder, base_dir=root / "base", reporter=reporter, resume_from=reporter.latest())
     (folder / "done").touch()
     curve = read(folder)
     print(

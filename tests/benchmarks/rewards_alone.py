@@ -29,6 +29,7 @@ from rltune.orchestration.job import quiet_libraries
 from rltune.rewards.base import REWARDS, Reward
 from rltune.training.base import load_base
 from rltune.training.loop import train_run
+from rltune.training.reporter import FolderReporter
 from rltune.training.setup import base_key
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
@@ -45,13 +46,6 @@ PROMPTS_SHOWN = 8
 JUDGES = ("faithful", "faithful_exact")
 Run = dict[str, dict[str, npt.NDArray[np.float64]]]
 """``eval`` and ``gain`` -> reward or judge -> a value a held-out prompt."""
-
-
-class Silent:
-    """A reporter that keeps nothing."""
-
-    def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        pass
 
 
 class Negated:
@@ -95,7 +89,8 @@ def train(reward: str, setting: str, seed: int, folder: Path) -> Run:
     trial_dir = folder / reward / f"{setting}-{seed}"
     if not list(trial_dir.glob("samples/step-*.json")):
         config = configure(reward, setting, seed)
-        train_run(config, trial_dir=trial_dir, base_dir=folder / "base", reporter=Silent())
+        reporter = FolderReporter(trial_dir / "checkpoints")
+        train_run(config, trial_dir=trial_dir, base_dir=folder / "base", reporter=reporter)
     (result,) = trial_dir.glob("samples/step-*.json")
     run: Run = {
         kind: {name: np.array(values_P) for name, values_P in rows.items()}
