@@ -1,15 +1,22 @@
 """What README.md and experiments/README.md name is there."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from rltune.assets import BUILTIN_DIR
 from rltune.cli.main import app
 from rltune.cli.rewarding import check_reward
 from rltune.cli.running import known_names
 from rltune.config.load import load_experiment
+from rltune.diffusion.loading import load_model
+from rltune.diffusion.lora import add_lora, lora_parameters, lora_state
+from rltune.export.diffusers import write_lora
 from rltune.rewards.base import REWARDS
 from rltune.rewards.scalarise import SCALARISATIONS
 from rltune.training.rewards import build_reward
@@ -68,6 +75,43 @@ def test_the_readmes_own_reward_is_one(
     red = torch.zeros(1, 3, 4, 4)
     red[:, 0] = 1
     assert reward(red, [""]).tolist() == [2.0]
+
+
+@pytest.mark.slow
+def test_the_readmes_lora_is_drawn_in_a_process_of_its_own_from_another_folder(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?load_lora_weights.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    model = load_model("builtin")
+    add_lora(model.network, rank=2, alpha=8, targets="attention", seed=0)
+    for parameter in lora_parameters(model.network):
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    state = lora_state(model.network)
+    (folder,) = re.findall(r'load_lora_weights\("(.*?)"\)', code)
+    (picture,) = re.findall(r'save\("(.*?)"\)', code)
+
+    def drawn(code: str) -> list[tuple[int, int]]:
+        seeded = f"import torch\ntorch.manual_seed(0)\n{code}"
+        subprocess.run([sys.executable, "-c", seeded], check=True, timeout=300, cwd=tmp_path)
+        with Image.open(tmp_path / picture) as image:
+            assert image.size == (64, 64)
+            return image.convert("RGB").getextrema()
+
+    write_lora(model, state, rank=2, alpha=8, targets="attention", folder=tmp_path / folder)
+    with_lora = drawn(code)
+    assert all(low < high for low, high in with_lora)  # not one flat colour
+    without = drawn("\n".join(line for line in code.splitlines() if "load_lora_weights" not in line))
+    assert with_lora != without
+
+
+def test_the_readmes_experiment_and_the_model_cards_scene_are_as_shown(tmp_path: Path) -> None:
+    (experiment,) = re.findall(r"```yaml\n(model: .*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "mix.yaml").write_text(experiment)
+    assert load_experiment(tmp_path / "mix.yaml", [], known_names()).is_searched
+    (code,) = re.findall(r"```python\n(.*?)```", (BUILTIN_DIR / "MODEL_CARD.md").read_text(), flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert isinstance(image := names["image"], torch.Tensor)
+    assert image.shape == (3, 64, 64)
+    assert 0 <= image.min() < image.max() <= 1
 
 
 def test_every_reward_is_in_the_readme() -> None:

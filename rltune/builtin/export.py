@@ -23,7 +23,7 @@ NUM_HELDOUT_PROMPTS = 256
 
 
 def export_pipeline(folder: Path, *, autoencoder: AutoencoderKL, denoiser: Denoiser, tokenizer: CLIPTokenizer) -> None:
-    """A diffusers ``StableDiffusionPipeline`` folder. Converts the networks to float16 in place."""
+    """A diffusers ``StableDiffusionPipeline`` folder, stored in float16. Converts the networks in place."""
     pipeline = StableDiffusionPipeline(
         vae=autoencoder.half().cpu(),
         text_encoder=denoiser.text_encoder.half().cpu(),
@@ -35,6 +35,9 @@ def export_pipeline(folder: Path, *, autoencoder: AutoencoderKL, denoiser: Denoi
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    # who names no dtype gets transformers' parts in that of their config and diffusers' in float32: one for all
+    settings = folder / "text_encoder" / "config.json"
+    write_text(settings, json.dumps({**json.loads(settings.read_text()), "dtype": "float32"}, indent=2).splitlines())
     make_readable(folder)
 
 

@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from rltune.builtin.counter import load_counter
 from rltune.builtin.export import load_head
@@ -82,6 +85,15 @@ def test_the_readers_load(whole: Path) -> None:
     weights = whole / "weights"
     assert not load_counter(weights / "counter.safetensors").training
     assert not load_judge(weights / "judge.safetensors").training
+
+
+def test_the_pipeline_is_stored_in_half_and_loads_in_full_precision(whole: Path) -> None:
+    folder = whole / "weights" / "pipeline"
+    for part in ("unet", "vae", "text_encoder"):
+        (file,) = (folder / part).glob("*.safetensors")
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float16}, part
+    loaded = StableDiffusionPipeline.from_pretrained(folder)
+    assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {torch.float32}
 
 
 def test_the_build_leaves_pictures_to_look_at(whole: Path) -> None:

@@ -67,6 +67,12 @@ def test_the_pipeline_draws_its_prompts(pipeline: StableDiffusionPipeline, clip:
     assert matched > shuffled + 0.3  # recorded figures differ by more than twice that
 
 
+def test_one_number_format_for_all_parts_where_none_is_named() -> None:
+    """transformers takes that of the config, diffusers float32: with two formats the first picture is an error."""
+    loaded = StableDiffusionPipeline.from_pretrained(BUILTIN_PIPELINE_DIR, local_files_only=True)
+    assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {torch.float32}
+
+
 def test_the_same_noise_gives_the_same_picture(pipeline: StableDiffusionPipeline) -> None:
     prompts = ["a red circle on a white background"]
     assert torch.equal(draw(pipeline, prompts), draw(pipeline, prompts))
