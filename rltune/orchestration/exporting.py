@@ -17,7 +17,7 @@ from rltune.export.diffusers import check_reload, write_card, write_lora
 from rltune.orchestration.fronts import read_front
 from rltune.orchestration.objectives import Front
 from rltune.orchestration.results import TrialResult, read_results
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
+from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, by_number
 from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import draw_images, save_grid, to_uint8
 from rltune.training.loading import load_base_model
@@ -60,7 +60,7 @@ def pick_trial(pick: str, folder: RunFolder, experiment: Experiment) -> TrialRes
     if kind == "best" and name in front.objectives.names:
         return front.best(name)
     best = ", ".join(f"best:{objective}" for objective in front.objectives.names)
-    ids = ", ".join(sorted(row.trial for row in results.values() if row.is_ok and row.trial != BASE_TRIAL))
+    ids = ", ".join(sorted((r.trial for r in results.values() if r.is_ok and r.trial != BASE_TRIAL), key=by_number))
     raise UserError(f"--pick: {pick!r} is not a choice; write knee, {best}, or a trial: {ids}")
 
 

@@ -136,7 +136,7 @@ class RunFolder:
 
     def trial_files(self) -> list[Path]:
         """Return the record of every trial that was ever started, by id."""
-        return sorted((self.path / "trials").glob("*/trial.json"))
+        return sorted((self.path / "trials").glob("*/trial.json"), key=lambda file: by_number(file.parent.name))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -186,6 +186,11 @@ class RunFolder:
                     "now; give another --name, or put the settings back to resume it"
                 )
         write_atomically(self.experiment_file, _provenance() + experiment.to_yaml())
+
+
+def by_number(trial: str) -> tuple[int, str]:
+    """Return what to sort trials by: their ids are numbers, and have three digits only up to 999."""
+    return len(trial), trial
 
 
 def read_trial(file: Path) -> TrialSpec:

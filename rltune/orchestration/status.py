@@ -10,7 +10,7 @@ from rltune.config.load import Experiment
 from rltune.orchestration.fronts import read_front
 from rltune.orchestration.objectives import Front
 from rltune.orchestration.results import TrialResult, read_results
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, read_trial
+from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, by_number, read_trial
 from rltune.orchestration.usage import Usage, Work, measure, work_of
 from rltune.training.events import NOTICE, Event, read_events
 from rltune.training.reporter import read_metrics
@@ -141,7 +141,7 @@ class StatusReader:
         files = {file.parent.name: file for file in folder.trial_files()}
         specs = {trial: self._specs(file, is_final=trial in self._final) for trial, file in files.items()}
         trials, events, digests = [], dict[str, Sequence[Event]](), dict[str, _Digest]()
-        for trial in sorted({BASE_TRIAL, *specs, *results}):
+        for trial in sorted({BASE_TRIAL, *specs, *results}, key=by_number):
             result = results.get(trial)
             is_final = trial in self._final
             digest = self._digests(folder.trial_dir(trial) / "metrics.jsonl", is_final=is_final)

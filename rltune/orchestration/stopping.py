@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from rltune.config.experiment import RunConfig
 from rltune.orchestration.objectives import Objectives
+from rltune.orchestration.rundir import by_number
 from rltune.pareto.front import non_dominated
 from rltune.pareto.rank import total_rank
 from rltune.training.selection import violations
@@ -57,7 +58,7 @@ class Rungs:
 
     def decide(self, trial: str, rung: int) -> str | None:
         """Return why a trial that was recorded at the rung falls behind there, or None if it may go on."""
-        trials = sorted(self._records[rung])  # by id: the order in which they came must not decide ties
+        trials = sorted(self._records[rung], key=by_number)  # by id: the order in which they came must not decide ties
         num, num_kept = len(trials), math.ceil(len(self._records[rung]) / self._reduction)
         if num <= self._reduction:
             return None

@@ -54,6 +54,13 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path: Path) -> Non
         pass
 
 
+def test_trials_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "mix")
+    for trial in ("1000", "101", "999", "10000", "002"):
+        folder.write_trial(TrialSpec(trial, {}, {}))
+    assert [spec.id for spec in folder.read_trials()] == ["002", "101", "999", "1000", "10000"]
+
+
 def test_an_error_inside_frees_the_lock(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "mix")
     with pytest.raises(KeyboardInterrupt), folder.lock():

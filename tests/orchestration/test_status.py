@@ -196,6 +196,11 @@ def test_there_is_no_time_left_before_a_trial_has_ended_nor_after_the_last(tmp_p
         assert read(folder)[0].remaining_s is None
 
 
+def test_rows_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "mix", experiment(), [BASE], started=["1000", "101", "999"])
+    assert [trial.trial for trial in read(folder)[0].trials] == [BASE_TRIAL, "101", "999", "1000"]
+
+
 def test_a_run_without_distributions_has_one_trial(tmp_path: Path) -> None:
     fixed = experiment({"rewards": {"brightness": {}}, "optim": {"steps": 10}, "objectives": ["brightness"]})
     folder = write_run(tmp_path / "one", fixed, [BASE, result("001", 0.7, values={})])

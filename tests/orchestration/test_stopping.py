@@ -71,8 +71,8 @@ def test_the_best_part_goes_on() -> None:
 def test_of_the_front_that_is_cut_those_that_are_spread_out_go_on() -> None:
     rungs = Rungs(grace=1, reduction=2)
     # 000 beats all. Of the rest, one front, two go on: row 001 is the best compromise, with a sum of 1.2 against 1.15,
-    # 1 and 1; after it 003 and 004 tie at sqrt(0.36 + 0.16) = 0.72: the earlier id
-    points = {"000": [2.0, 2.0], "001": [0.6, 0.6], "002": [0.65, 0.5], "003": [0.0, 1.0], "004": [1.0, 0.0]}
+    # 1 and 1; after it 999 and 1000 tie at sqrt(0.36 + 0.16) = 0.72: the earlier number
+    points = {"000": [2.0, 2.0], "001": [0.6, 0.6], "002": [0.65, 0.5], "999": [0.0, 1.0], "1000": [1.0, 0.0]}
     for trial, values in points.items():
         rungs.record(trial, 1, np.array(values), 0.0)
     assert [rungs.decide(trial, 1) is None for trial in points] == [True, True, False, True, False]
