@@ -10,7 +10,7 @@ Text = Annotated[str, Field(min_length=1)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
 Prompts = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
 BUILTIN_PROMPTS = ("builtin", "builtin-heldout")
-"""The prompt sets that ship with the built-in model; any other text is the path of a text file."""
+"""The prompt sets that ship with the built-in model; any other text is the path of a file."""
 
 
 class LoraConfig(StrictModel):
@@ -44,7 +44,8 @@ class PromptsConfig(StrictModel):
     """Where prompts come from."""
 
     train: Prompts = "builtin"
-    """Prompts to train on: ``builtin``, ``builtin-heldout``, a text file with one prompt a line, or a list."""
+    """Prompts to train on: ``builtin``, ``builtin-heldout``, a list, or a file: text with one prompt a line (lines that
+    start with ``#`` are left out), or a .csv, .tsv, .json, .jsonl or .parquet with a column prompt, caption or text."""
     eval: Prompts = "builtin-heldout"
     """Prompts to evaluate on, same choice as ``train``; keep them apart."""
     images_per_prompt: Int = Field(1, ge=1)
