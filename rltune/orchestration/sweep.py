@@ -32,7 +32,7 @@ from rltune.orchestration.usage import last_sign
 from rltune.orchestration.warm import warm_trainable
 from rltune.orchestration.warmstart import keep_lessons, read_lessons
 from rltune.training.base import BaseReference, load_base
-from rltune.training.checkpoint import list_checkpoints, read_checkpoint_meta, why_not_whole
+from rltune.training.checkpoint import list_checkpoints, own_metrics, read_checkpoint_meta, why_not_whole
 from rltune.training.evaluation import summarise
 from rltune.training.events import append_event
 from rltune.training.reporter import read_metrics
@@ -272,7 +272,8 @@ class Sweep:
             return False
         self._check_budget()
         rules = self._rules_now()
-        reason = rules.on_report(job.trial, report) if rules else None
+        # not what evaluate.select chose: a rebuilt rule reads metrics.jsonl, which has each step's own
+        reason = rules.on_report(job.trial, own_metrics(report)) if rules else None
         if report.get("is_final") == 1.0:
             return False
         if self.over and self._is_out_of_budget and report.get("step", 0) > 0:

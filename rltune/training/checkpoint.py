@@ -22,6 +22,8 @@ SELECTED_FILE = "selected.safetensors"
 """The adapters that ``evaluate.select`` chose, where they are those of an earlier step."""
 TRAINER_FILE = "trainer.pt"
 META_FILE = "checkpoint.json"
+OWN = "own/"
+"""Before a metric's name in a report: of the report's own step, where another one is selected."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,25 @@ class CheckpointMeta:
         return report_of(self.progress, self.selected or self.last)
 
 
-def report_of(progress: Progress, counted: Evaluated | None) -> dict[str, float]:
-    """Return a run's progress with the metrics that count for it, and the step they were measured at."""
+def report_of(progress: Progress, counted: Evaluated | None, last: Evaluated | None = None) -> dict[str, float]:
+    """Return a run's progress with the metrics that count for it, and the step they were measured at.
+
+    Where those are of an earlier step than the ``last`` evaluation, which is of this one, its own go along under
+    ``own/``: see ``own_metrics``.
+    """
     metrics = {name: float(value) for name, value in asdict(progress).items()}
-    return metrics if counted is None else metrics | dict(counted.metrics) | {"selected_step": float(counted.step)}
+    if counted is None:
+        return metrics
+    metrics |= dict(counted.metrics) | {"selected_step": float(counted.step)}
+    if last is not None and counted.step < last.step == progress.step:
+        metrics |= {f"{OWN}{name}": value for name, value in last.metrics.items()}
+    return metrics
+
+
+def own_metrics(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a report with what its very step measured in the place of what was selected: as in ``metrics.jsonl``."""
+    own = {name.removeprefix(OWN): value for name, value in report.items() if name.startswith(OWN)}
+    return {**report, **own}
 
 
 @dataclass(frozen=True)

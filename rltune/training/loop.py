@@ -50,8 +50,9 @@ def train_run(
 
     Reports ``eval/*`` and ``step`` at step 0 (the base model's), every ``evaluate.every`` steps and at the end, the
     last with ``is_final`` 1. Where ``evaluate.select`` names something, ``eval/*`` are those of ``selected_step``, the
-    best so far. It is not trained where the reporter asked it to stop: the last report then has ``is_preempted`` 1,
-    and the run goes on from that checkpoint as if nothing had been.
+    best so far, and ``own/eval/*`` those of the step itself where it is another. It is not trained
+    where the reporter asked it to stop: the last report then has ``is_preempted`` 1, and the run goes on from that
+    checkpoint as if nothing had been.
 
     Args:
         config: A concrete experiment.

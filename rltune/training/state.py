@@ -103,7 +103,7 @@ def _adapter(training: Training) -> dict[str, torch.Tensor]:
 def report(training: Training, progress: Progress, *, is_preempted: bool = False) -> None:
     """Report where the run is, with the evaluation that counts so far, and from the main worker a checkpoint."""
     selection = training.selection
-    metrics = report_of(progress, selection.counted)
+    metrics = report_of(progress, selection.counted, selection.last)
     metrics |= {"is_final": float(training.is_over(progress) and not is_preempted)}
     metrics |= {"is_preempted": float(is_preempted)}
     if not training.run.workers.is_main:

@@ -1,5 +1,6 @@
 """What a sweep makes of reports and ends, given by hand where Ray Tune would: no cluster is started."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,14 +17,16 @@ from rltune.orchestration.results import read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
 from rltune.orchestration.sweep import Sweep, _Abort
 from rltune.training.base import load_base
-from rltune.training.checkpoint import ADAPTER_FILE, Evaluated, Progress, save_checkpoint
+from rltune.training.checkpoint import ADAPTER_FILE, Evaluated, Progress, report_of, save_checkpoint
 from rltune.training.evaluation import summarise
 from rltune.training.reporter import read_json_lines
+from rltune.training.selection import Selection
 from rltune.training.setup import base_key
 from tests.runs import SEARCHED, experiment, result, write_run
 
 CLUSTER = Cluster(address="127.0.0.1:1", is_own=True, dashboard_url="", nodes=(Node(2.0),))
 SEARCH = {"trials": 8, "sampler": "random"}
+PRUNED = {**SEARCH, "prune": True, "grace": 1, "reduction": 2}
 
 
 def sweep_of(path: Path, *, fresh: bool = True, **sections: Any) -> Sweep:
@@ -57,6 +60,12 @@ def evaluate(sweep: Sweep, spec: JobSpec, step: int, brightness: float, drift: f
     last = Evaluated(step, {name: value for name, value in metrics.items() if "/" in name})
     save_checkpoint(folder, {"a": torch.full((2,), float(step))}, {}, Progress(step, 4 * step), last=last)
     return sweep._on_report(spec, {**metrics, "is_final": 0.0, "is_preempted": 0.0, **more})
+
+
+def measured(sweep: Sweep, spec: JobSpec, metrics: dict[str, float]) -> None:
+    """Write a row as the trial's worker does."""
+    with (sweep._folder.trial_dir(spec.trial) / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(metrics) + "\n")
 
 
 def deal(sweep: Sweep) -> JobSpec:
@@ -145,6 +154,37 @@ def test_rungs_are_rebuilt_from_the_folder(tmp_path: Path) -> None:
     first, second, third = (deal(again) for _ in range(3))
     assert [first.trial, second.trial, third.trial] == ["001", "002", "003"]  # the interrupted ones first
     assert evaluate(again, third, 5, 0.7, 0.2)  # behind both that reported before the restart
+
+
+@pytest.mark.parametrize("rule", [{"stop": {"broken_constraint": 2, "diverged": None}}, {"search": PRUNED}])
+def test_rules_decide_the_same_live_and_rebuilt_where_another_step_is_selected(
+    tmp_path: Path, rule: dict[str, Any]
+) -> None:
+    sections = {"evaluate": {"every": 1, "select": "brightness"}, "constraints": {"drift": {"max": 0.3}}, **rule}
+    sweep = sweep_of(tmp_path, **sections)
+    selection = Selection(experiment(**sections).shared, metrics_at(0, 0.0, 0.0))
+    others = [deal(sweep) for _ in range(2)]
+    spec = deal(sweep)
+    for other in others:
+        for step in range(1, 9):
+            measured(sweep, other, metrics_at(step, 0.8, 0.1))
+            sweep._on_report(other, {**metrics_at(step, 0.8, 0.1), "is_final": 0.0})
+    decisions = []
+    # the third is the best for ever, and kept for it; from the fourth on the constraint is broken
+    for step, (brightness, drift) in enumerate([(0.6, 0.1), (0.7, 0.1), (0.9, 0.2)] + [(0.5, 0.4)] * 5, start=1):
+        metrics = metrics_at(step, brightness, drift)
+        rebuilt = sweep_of(tmp_path, fresh=False, **sections)._rules_now()
+        assert rebuilt is not None
+        selection.take(Evaluated(step, {name: metrics[name] for name in metrics if "/" in name}), dict)
+        report = {**report_of(Progress(step, 4 * step), selection.counted, selection.last), "is_final": 0.0}
+        live = sweep._on_report(spec, report)
+        assert sweep._stopped.pop(spec.trial, None) == rebuilt.on_report(spec.trial, metrics)
+        measured(sweep, spec, metrics)
+        decisions.append(live)
+    assert selection.counted is not None
+    assert selection.counted.step == 3
+    expected = [False] * 4 + [True] * 4 if "stop" in rule else [True, True, False, True] + [False] * 3 + [True]
+    assert decisions == expected
 
 
 def test_time_that_is_over_starts_nothing_and_stops_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

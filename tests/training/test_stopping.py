@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rltune.training.checkpoint import ADAPTER_FILE, SELECTED_FILE, TRAINER_FILE, read_checkpoint_meta
+from rltune.training.checkpoint import ADAPTER_FILE, SELECTED_FILE, TRAINER_FILE, own_metrics, read_checkpoint_meta
 from rltune.training.loop import train_run
 from rltune.training.reporter import FolderReporter, read_metrics
 from tests.training.runs import Make, train, train_in_processes
@@ -167,6 +167,9 @@ def test_the_selected_checkpoint_is_what_is_reported_and_handed_on(
         assert (report["step"], report["selected_step"], report["eval/drift"]) == (step, 1, drifts[0])
     rows = [without_times(read_metrics(tmp_path / name / "trial" / "metrics.jsonl")) for name in ("plain", "selected")]
     assert rows[0] == rows[1]  # rows keep the present values, and training does not care
+    for row, report in zip(rows[1], reporter.reports[1:], strict=True):  # and so does what the stopping rules look at
+        evaluated = {name: value for name, value in row.items() if name.startswith(("eval/", "gain/"))}
+        assert {name: own_metrics(report)[name] for name in evaluated} == evaluated
     ends = [tmp_path / name / "checkpoints" for name in ("plain", "selected")]
     selected = (ends[1] / "step-000004" / SELECTED_FILE).read_bytes()
     assert selected == (ends[0] / "step-000001" / ADAPTER_FILE).read_bytes()
