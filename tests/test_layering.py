@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "rltune"
-BASE = {"errors", "registry", "assets"}
+BASE = {"errors", "registry", "assets", "intervals"}
 ALLOWED = {
     "errors": set(),
     "registry": {"errors"},
     "assets": set(),
+    "intervals": set(),
     "config": BASE,
     "pareto": BASE,
     "diffusion": BASE,

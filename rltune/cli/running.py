@@ -148,7 +148,7 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
         picks = best_picks(front) or trained[:1]
     else:
         console.print("\n[bold]Gain over the base model[/]")
-        console.print(gain_view(trained[0]))
+        console.print(gain_view(trained[0], experiment.shared.evaluate.prompts))
         picks = trained[:1]
     console.print("\n[bold]Exported[/]")
     quiet_libraries()

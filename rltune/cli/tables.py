@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rltune.cli.notes import Note, notes_of
+from rltune.intervals import half_width
 from rltune.orchestration.objectives import Front
 from rltune.orchestration.results import TrialResult
 from rltune.orchestration.rundir import BASE_TRIAL
@@ -158,9 +159,10 @@ def front_view(front: Front) -> RenderableType:
     if front.dropped:
         names = ", ".join(member.trial for member in front.dropped)
         measured += f"There {names} did not hold its place: another trial is better, or a constraint is broken. "
+    interval = f", with its 95 % interval over {front.num_prompts} prompts" if front.num_prompts > 1 else ""
     note = (
-        f"{measured}Beside each value the gain over the base model, paired by prompt and noise, with its 95 % "
-        f"interval. Hypervolume {front.hypervolume:.4g}, in standard deviations of the base model, from the reference "
+        f"{measured}Beside each value the gain over the base model, paired by prompt and noise{interval}. "
+        f"Hypervolume {front.hypervolume:.4g}, in standard deviations of the base model, from the reference "
         f"point {reference} (the base model minus one of them)."
     )
     return Group(FittedTable(lambda shown: _front_table_with(shown, front), paths), Text(note, style="dim"))
@@ -179,23 +181,29 @@ def _front_table_with(paths: Sequence[str], front: Front) -> Table:
         table.add_row(
             "knee" if is_knee else "",
             f"{member.trial} base" if member.trial == BASE_TRIAL else member.trial,
-            *(_front_objective(member, name) for name in front.objectives.names),
+            *(_front_objective(member, name, front.num_prompts) for name in front.objectives.names),
             *(format_value(member.values.get(path, "")) for path in paths),
             style="bold" if is_knee else None,
         )
     return table
 
 
-def _front_objective(member: TrialResult, name: str) -> str:
+def _front_objective(member: TrialResult, name: str, num_prompts: int) -> str:
     value = f"{member.metrics[f'eval/{name}']:.3f}"
     if member.trial == BASE_TRIAL:
         return value
-    gain, half = member.metrics[f"gain/{name}"], 1.96 * member.metrics[f"gain/{name}_se"]
-    return f"{value} {gain:+.3f}{PLUS_MINUS}{half:.3f}"  # short: three objectives must fit into 80 columns
+    half = _half_width(member, name, num_prompts)
+    interval = "" if half is None else f"{PLUS_MINUS}{half:.3f}"
+    return f"{value} {member.metrics[f'gain/{name}']:+.3f}{interval}"  # short: three objectives must fit 80 columns
 
 
-def gain_view(result: TrialResult) -> RenderableType:
-    """Return what a trial gained over the base model in every reward and judge, with intervals."""
+def _half_width(result: TrialResult, name: str, num_prompts: int) -> float | None:
+    """Return half the width of the interval of a gain; None of a single prompt."""
+    return half_width(result.metrics.get(f"gain/{name}_se", 0.0), num_prompts - 1)
+
+
+def gain_view(result: TrialResult, num_prompts: int) -> RenderableType:
+    """Return what a trial gained over the base model in every reward and judge, with intervals over the prompts."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("held-out prompts")
     for label in ("base", "trained", "gain"):
@@ -204,17 +212,24 @@ def gain_view(result: TrialResult) -> RenderableType:
         kind, _, name = key.partition("/")
         if kind != "gain" or name.endswith("_se"):
             continue
-        value, half = result.metrics[f"eval/{name}"], 1.96 * result.metrics[f"{key}_se"]
-        is_clear = abs(gain) > half
+        value, half = result.metrics[f"eval/{name}"], _half_width(result, name, num_prompts)
         table.add_row(
             name,
             f"{value - gain:.3f}",
             f"{value:.3f}",
-            f"{gain:+.3f} {PLUS_MINUS} {half:.3f}",
-            style="bold" if is_clear else None,
+            f"{gain:+.3f}" if half is None else f"{gain:+.3f} {PLUS_MINUS} {half:.3f}",
+            style="bold" if half is not None and abs(gain) > half else None,
         )
-    note = f"{PLUS_MINUS} is a 95 % interval over prompts, paired: same prompts and noise. Bold where it excludes zero."
-    return Group(table, Text(note, style="dim"))
+    return Group(table, Text(_interval_note(num_prompts), style="dim"))
+
+
+def _interval_note(num_prompts: int) -> str:
+    if num_prompts < 2:
+        return "Of a single prompt there is no interval: evaluate.prompts asks for more."
+    return (
+        f"{PLUS_MINUS} is a 95 % interval over the {num_prompts} prompts, paired: same prompts and noise. "
+        "Bold where it excludes zero."
+    )
 
 
 def short_labels(paths: Sequence[str]) -> list[str]:

@@ -63,7 +63,7 @@ def confirmed_front(front: Front, experiment: Experiment, confirmations: Sequenc
         return None
     kept = {member.trial for member in found.members}
     dropped = tuple(result for result in results if result.trial not in kept)
-    return replace(found, dropped=dropped, num_fresh_prompts=base.num_prompts)
+    return replace(found, dropped=dropped, num_fresh_prompts=base.num_prompts, num_prompts=base.num_prompts)
 
 
 def missing(front: Front, confirmations: Sequence[Confirmation]) -> list[TrialResult]:

@@ -2,14 +2,16 @@
 
 import csv
 import io
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rltune.config.load import Experiment
 from rltune.orchestration.confirming import confirmed_front, read_confirmations
 from rltune.orchestration.objectives import Front, Objectives, find_front
-from rltune.orchestration.results import read_results
+from rltune.orchestration.results import TrialResult, read_results
 from rltune.orchestration.rundir import RunFolder
-from rltune.training.base import load_base
+from rltune.training.base import BaseReference, load_base
 from rltune.training.setup import base_key
 
 
@@ -18,12 +20,19 @@ def read_front(folder: RunFolder, experiment: Experiment) -> Front | None:
 
     It is by the fresh measurements of its members where all of them have one.
     """
-    shared = experiment.shared
-    reference = load_base(folder.base_dir / base_key(shared))
+    reference = load_base(folder.base_dir / base_key(experiment.shared))
+    front = search_front(read_results(folder.results_file), experiment, reference)
+    return front and (confirmed_front(front, experiment, read_confirmations(folder)) or front)
+
+
+def search_front(
+    results: Sequence[TrialResult], experiment: Experiment, reference: BaseReference | None
+) -> Front | None:
+    """Return the front by the evaluations that trials were chosen by, or None while the base model has no result."""
     if reference is None:
         return None
-    front = find_front(read_results(folder.results_file), Objectives(shared.objective_names), reference.spread)
-    return front and (confirmed_front(front, experiment, read_confirmations(folder)) or front)
+    front = find_front(results, Objectives(experiment.shared.objective_names), reference.spread)
+    return front and replace(front, num_prompts=experiment.shared.evaluate.prompts)
 
 
 def front_as_dict(front: Front) -> dict[str, Any]:
@@ -36,6 +45,7 @@ def front_as_dict(front: Front) -> dict[str, Any]:
         "reference_point": dict(zip(front.objectives.names, front.reference_D.tolist(), strict=True)),
         "hypervolume": front.hypervolume,
         "knee": front.knee.trial if front.knee else None,
+        "prompts": front.num_prompts,
         "fresh_prompts": front.num_fresh_prompts,
         "members": [
             {"trial": member.trial, "values": dict(member.values), "metrics": dict(member.metrics)}
@@ -46,14 +56,18 @@ def front_as_dict(front: Front) -> dict[str, Any]:
 
 
 def front_as_csv(front: Front) -> str:
-    """Return the front as a table: trial, objectives and gains over the base with standard errors, knobs."""
+    """Return the front as a table: trial, objectives and gains over the base with standard errors, prompts, knobs.
+
+    Of a single prompt there are no standard errors.
+    """
     paths = sorted({path for member in front.members for path in member.values})
     kinds = ("eval/{}", "eval/{}_se", "gain/{}", "gain/{}_se")
     columns = [kind.format(name) for name in front.objectives.names for kind in kinds]
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["trial", *columns, *paths])
+    writer.writerow(["trial", *columns, "prompts", *paths])
     for member in front.members:
-        metrics = [member.metrics[column] for column in columns]
-        writer.writerow([member.trial, *metrics, *(member.values.get(path, "") for path in paths)])
+        metrics = [member.metrics.get(column, "") for column in columns]
+        knobs = [member.values.get(path, "") for path in paths]
+        writer.writerow([member.trial, *metrics, front.num_prompts, *knobs])
     return text.getvalue()

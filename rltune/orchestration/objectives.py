@@ -57,6 +57,8 @@ class Front:
     """Of a front that was measured again: who was a member by the evaluations of the search and is none any more."""
     num_fresh_prompts: int = 0
     """Prompts that it was measured on again; 0 if the members' metrics are those they were chosen by."""
+    num_prompts: int = 0
+    """Prompts that the members' metrics are means over."""
 
     def best(self, name: str) -> TrialResult:
         """Return the trained member that is best in one objective, or the base model if it is alone."""

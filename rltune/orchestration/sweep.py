@@ -18,7 +18,7 @@ from rltune.config.load import Experiment
 from rltune.errors import RunError, StorageError, writing
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.confirming import confirmed_front, read_confirmations, run_confirmation
-from rltune.orchestration.fronts import front_as_csv, front_as_dict
+from rltune.orchestration.fronts import front_as_csv, front_as_dict, search_front
 from rltune.orchestration.job import TROUBLE, JobSpec
 from rltune.orchestration.objectives import Front, Objectives, find_front
 from rltune.orchestration.plan import Plan, make_plan
@@ -193,8 +193,7 @@ class Sweep:
 
     def search_front(self) -> Front | None:
         """Return the front by the evaluations that trials were chosen by."""
-        reference = self._reference
-        return find_front(self._results, self._objectives, reference.spread) if reference else None
+        return search_front(self._results, self._experiment, self._reference)
 
     @property
     def _reference(self) -> BaseReference | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rltune.diffusion.chain import NO_GRADIENT
 from rltune.diffusion.sampling import Sampler
+from rltune.intervals import standard_error
 from rltune.rewards.base import Reward
 from rltune.rewards.clip import embeddings_kept
 from rltune.rewards.mixture import Reading, check_finite, in_groups, measure
@@ -162,19 +163,16 @@ def summarise(values: Mapping[str, Values], base_values: Mapping[str, Values]) -
     """Return ``eval/NAME``, ``gain/NAME`` over the base model, and standard errors ``.._se``, from values per prompt.
 
     The unit of a standard error is the prompt: images of one prompt are not independent samples of the prompt set. A
-    gain is paired by prompt and noise, so its standard error is far smaller than that of a difference of two means.
+    gain is paired by prompt and noise, so its standard error is far smaller than that of a difference of two means. Of
+    a single prompt there is no ``.._se``.
     """
     summary: dict[str, float] = {}
     for name, values_P in values.items():
-        gain_P = values_P - base_values[name]
-        summary |= {f"eval/{name}": float(values_P.mean()), f"eval/{name}_se": standard_error(values_P)}
-        summary |= {f"gain/{name}": float(gain_P.mean()), f"gain/{name}_se": standard_error(gain_P)}
+        for kind, rows_P in (("eval", values_P), ("gain", values_P - base_values[name])):
+            summary[f"{kind}/{name}"] = float(rows_P.mean())
+            if (error := standard_error(rows_P)) is not None:
+                summary[f"{kind}/{name}_se"] = error
     return summary
-
-
-def standard_error(values_P: Values) -> float:
-    """Return the standard error of the mean; 0 for a single value, of which nothing is known."""
-    return float(values_P.std(ddof=1) / np.sqrt(len(values_P))) if len(values_P) > 1 else 0.0
 
 
 def save_grid(pixels_NHW3: Pixels, path: Path, *, columns: int) -> None:

@@ -5,9 +5,10 @@
     python tests/benchmarks/estimators_compared.py runs/estimators                                  # tables and plots
 
 Trains ``experiments/estimators/NAME.yaml`` for two rewards and three seeds each; what has ended is not run again.
-Gains are over the base model, on held-out prompts, paired by prompt and noise. Intervals are 95 %, from the spread over
-prompts and that over seeds together. The queries that a method needs to reach DDPO's final gain are read off its curve,
-straight lines between evaluations.
+Gains are over the base model, on held-out prompts, paired by prompt and noise. Intervals are 95 % over prompts and
+seeds together, by Student's t with Satterthwaite's degrees of freedom (``rltune.intervals``); bands of the pictures are
+over the three seeds. The queries that a method needs to reach DDPO's final gain are read off its curve, straight lines
+between evaluations.
 
 S: seeds. P: prompts. E: evaluations.
 """
@@ -25,6 +26,7 @@ from matplotlib import pyplot as plt
 
 from rltune.config.experiment import RunConfig
 from rltune.config.load import load_experiment
+from rltune.intervals import half_width, over_prompts_and_seeds, standard_error
 from rltune.orchestration.job import quiet_libraries
 from rltune.training.loop import train_run
 from rltune.training.reporter import FolderReporter, read_metrics
@@ -115,12 +117,6 @@ def read(folder: Path) -> Curve:
     )
 
 
-def interval(values_SP: Array) -> tuple[float, float]:
-    """Mean and the half width of its 95 % interval: the variance of prompts' means plus that of the seeds' means."""
-    variance = values_SP.mean(0).var(ddof=1) / values_SP.shape[1] + values_SP.mean(1).var(ddof=1) / values_SP.shape[0]
-    return float(values_SP.mean()), 1.96 * float(variance) ** 0.5
-
-
 def table(reward: str, curves: Mapping[str, list[Curve]]) -> str:
     """The methods of one reward, a row each."""
     final = {method: float(np.mean([c.gain_E(reward)[-1] for c in runs])) for method, runs in curves.items()}
@@ -133,7 +129,7 @@ def table(reward: str, curves: Mapping[str, list[Curve]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, runs in curves.items():
-        gain, half = interval(np.stack([c.last_P("gain", reward) for c in runs]))
+        gain, half = over_prompts_and_seeds(np.stack([c.last_P("gain", reward) for c in runs]))
         costs = ("queries_E", "calls_E", "cpu_s_E")
         cells = [f"{np.mean([getattr(c, cost)[-1] for c in runs]):,.0f}" for cost in costs]
         kept = []
@@ -162,7 +158,8 @@ def plot(root: Path, reward: str, curves: Mapping[str, list[Curve]]) -> None:
     figure, axes = plt.subplots(1, 4, figsize=(17, 4.2), layout="constrained")
     for colour, (method, runs) in zip(itertools.cycle(plt.cm.tab10.colors), curves.items(), strict=False):
         gain_SE = np.stack([c.gain_E(reward) for c in runs])
-        mean_E, spread_E = gain_SE.mean(0), 1.96 * gain_SE.std(0, ddof=1) / len(runs) ** 0.5
+        mean_E = gain_SE.mean(0)
+        spread_E = np.array([half_width(standard_error(gain_S), len(runs) - 1) for gain_S in gain_SE.T])
         for axis, what in zip(axes, ("queries", "calls", "cpu_s"), strict=False):
             x_E = np.mean([getattr(c, f"{what}_E") for c in runs], axis=0)
             axis.plot(x_E, mean_E, color=colour, label=method)
@@ -178,7 +175,7 @@ def plot(root: Path, reward: str, curves: Mapping[str, list[Curve]]) -> None:
     axes[3].set_xlabel(f"gain of {reward}")
     axes[3].set_ylabel("pictures exactly right (judge)")
     axes[0].legend()
-    figure.suptitle(f"{reward}: mean of {len(SEEDS)} seeds, bands 95 % over seeds")
+    figure.suptitle(f"{reward}: mean of {len(SEEDS)} seeds, bands 95 % over seeds (Student's t)")
     figure.savefig(root / f"{reward}.png", dpi=90)
     plt.close(figure)
 

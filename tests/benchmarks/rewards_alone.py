@@ -6,8 +6,8 @@
 Trains ``experiments/REWARD.yaml`` (``gain``), the same with far too high a learning rate (``push``), and for the
 aesthetic reward two controls: learning rate 0 (``still``, one seed) and the reward's sign flipped (``flip``). Three
 seeds each. A finished run is read from its folder. Prints the table of ``experiments/README.md`` and draws
-``REWARD.png``. Gains are over the base model, paired by prompt and noise; intervals are 95 %, from the spread over
-prompts and that over seeds together.
+``REWARD.png``. Gains are over the base model, paired by prompt and noise; intervals are 95 % over prompts and
+seeds together, by Student's t with Satterthwaite's degrees of freedom (``rltune.intervals``).
 """
 
 import argparse
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from rltune.config.experiment import RunConfig
 from rltune.config.load import load_experiment
+from rltune.intervals import over_prompts_and_seeds
 from rltune.orchestration.job import quiet_libraries
 from rltune.rewards.base import REWARDS, Reward
 from rltune.training.base import load_base
@@ -100,17 +101,9 @@ def train(reward: str, setting: str, seed: int, folder: Path) -> Run:
     return run
 
 
-def gain(runs: Sequence[Run], name: str) -> tuple[float, float]:
-    """Mean gain and the half width of its 95 % interval.
-
-    The variance of the mean is that of the prompts' gains (averaged over seeds) plus that of the seeds' mean gains,
-    which counts what is peculiar to a prompt and a seed twice: too wide rather than too narrow.
-    """
-    gain_SP = np.stack([run["gain"][name] for run in runs])
-    variance = gain_SP.mean(0).var(ddof=1) / gain_SP.shape[1]
-    if len(runs) > 1:
-        variance += gain_SP.mean(1).var(ddof=1) / len(runs)
-    return float(gain_SP.mean()), 1.96 * float(variance) ** 0.5
+def gain(runs: Sequence[Run], name: str) -> tuple[float, float | None]:
+    """Mean gain and the half width of its 95 % interval over prompts and seeds; of one seed, over prompts alone."""
+    return over_prompts_and_seeds(np.stack([run["gain"][name] for run in runs]))
 
 
 def line(reward: str, runs: Sequence[Run]) -> str:

@@ -118,7 +118,7 @@ def test_a_knob_that_a_trial_does_not_have_is_blank(tmp_path: Path) -> None:
         }
         assert rows["001"].split()[-4:] == ["4", "0.25", "0.75", "0.001"]
         assert rows["002"].split()[-3:] == ["8", "0.25", "0.75"]
-    assert front_as_csv(front).splitlines()[2].split(",")[-4:] == ["8", "", "0.25", "0.75"]
+    assert front_as_csv(front).splitlines()[2].split(",")[-5:] == ["16", "8", "", "0.25", "0.75"]  # of 16 prompts
 
 
 def test_an_active_run_says_so(folder: RunFolder) -> None:
@@ -142,12 +142,12 @@ def test_the_front_has_every_number(folder: RunFolder, width: int) -> None:
     lines = render(front_view(front), width)
     text = words(lines)
     assert any(line.startswith("knee") and "001" in line for line in lines)
-    # 95 % of a normal is 1.96 standard errors: 0.01 and 0.02
+    # Student's t of 16 prompts, 15 degrees of freedom: 2.131 standard errors, 0.005 and 0.015
     for number in (
         "0.713",
-        "0.713 +0.213\N{PLUS-MINUS SIGN}0.010",
+        "0.713 +0.213\N{PLUS-MINUS SIGN}0.011",
         "0.250",
-        "+0.250\N{PLUS-MINUS SIGN}0.029",
+        "+0.250\N{PLUS-MINUS SIGN}0.032",
         "0.500",
         "000 base",
     ):
@@ -172,6 +172,23 @@ def test_knobs_that_do_not_fit_are_named_and_no_digit_is_cut(folder: RunFolder) 
 
 
 def test_gains_are_shown_with_paired_intervals() -> None:
-    lines = render(gain_view(result("001", 0.7, 0.01)), 80)
-    assert lines[1].split() == ["brightness", "0.500", "0.700", "+0.200", "\N{PLUS-MINUS SIGN}", "0.010"]
-    assert lines[2].split() == ["drift", "0.000", "0.010", "+0.010", "\N{PLUS-MINUS SIGN}", "0.029"]
+    lines = render(gain_view(result("001", 0.7, 0.01), num_prompts=4), 80)
+    # 3 degrees of freedom: 3.182 standard errors, 0.005 and 0.015
+    assert lines[1].split() == ["brightness", "0.500", "0.700", "+0.200", "\N{PLUS-MINUS SIGN}", "0.016"]
+    assert lines[2].split() == ["drift", "0.000", "0.010", "+0.010", "\N{PLUS-MINUS SIGN}", "0.048"]
+    assert "95 % interval over the 4 prompts" in words(lines)
+
+
+def test_a_single_prompt_has_no_interval_and_is_never_clear(tmp_path: Path) -> None:
+    lines = render(gain_view(result("001", 0.8, 0.01), num_prompts=1), 80)
+    assert lines[1].split() == ["brightness", "0.500", "0.800", "+0.300"]
+    assert "no interval" in words(lines)
+    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
+    console.print(gain_view(result("001", 0.8, 0.01), num_prompts=1))
+    assert "\x1b[1m" not in console.export_text(styles=True)
+    asked = experiment(evaluate={"prompts": 1})
+    front = read_front(write_run(tmp_path / "mix", asked, [result(BASE_TRIAL, 0.5), result("001", 0.8)]), asked)
+    assert front is not None
+    text = words(render(front_view(front), 100))
+    assert "\N{PLUS-MINUS SIGN}" not in text
+    assert "interval" not in text

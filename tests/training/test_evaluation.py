@@ -45,6 +45,11 @@ def test_summary_takes_the_prompt_as_the_unit() -> None:
     assert summary["gain/score_se"] == pytest.approx(np.std([1.0, 2.0], ddof=1) / 2**0.5)
 
 
+def test_of_a_single_prompt_there_is_no_standard_error() -> None:
+    summary = summarise({"score": np.array([1.0])}, {"score": np.array([0.5])})
+    assert summary == {"eval/score": 1.0, "gain/score": 0.5}
+
+
 def test_images_of_a_prompt_follow_each_other() -> None:
     images = ImageSet(("a", "b"), 3, (4, 8, 8))
     assert [images.prompt_of(i) for i in range(len(images))] == ["a", "a", "a", "b", "b", "b"]
