@@ -1,9 +1,10 @@
 """The command line: ``rltune COMMAND``. Heavy imports stay inside commands, so that ``--help`` is instant."""
 
 import logging
+import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,8 +28,20 @@ app.add_typer(rewards, name="rewards")
 models = typer.Typer(help="Weights: which there are, which are on this machine, and fetching the others.")
 app.add_typer(models, name="models")
 
-ExperimentArgument = Annotated[Path, typer.Argument(help="Experiment file (YAML).", show_default=False)]
-RunArgument = Annotated[Path, typer.Argument(help="Run folder, such as runs/mix.", show_default=False)]
+
+def _at_home(value: Any) -> Any:
+    """Spell out the ``~`` of paths: the shell leaves that of ``--storage=~/runs`` as it is."""
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
+
+
+ExperimentArgument = Annotated[
+    Path, typer.Argument(help="Experiment file (YAML).", show_default=False, callback=_at_home)
+]
+RunArgument = Annotated[
+    Path, typer.Argument(help="Run folder, such as runs/mix.", show_default=False, callback=_at_home)
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting: --set optim.lr=1e-3. Repeatable.")
 ]
@@ -37,7 +50,9 @@ AddressOption = Annotated[
     typer.Option(help="Ray cluster to attach to, HOST:PORT. Else RAY_ADDRESS, else a local one, else start one."),
 ]
 NameOption = Annotated[str | None, typer.Option(help="Name of the run; the experiment's own if left out.")]
-StorageOption = Annotated[Path, typer.Option(help="Folder that holds run folders; shared, if the cluster has nodes.")]
+StorageOption = Annotated[
+    Path, typer.Option(help="Folder that holds run folders; shared, if the cluster has nodes.", callback=_at_home)
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")]
 
 
@@ -127,12 +142,18 @@ def export(
 
 @app.command()
 def sample(
-    loras: Annotated[list[Path] | None, typer.Argument(help="LoRA folders or files; none: the base model.")] = None,
+    loras: Annotated[
+        list[Path] | None, typer.Argument(help="LoRA folders or files; none: the base model.", callback=_at_home)
+    ] = None,
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", help="What to draw; repeatable. Else held-out prompts.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path("samples.png"),
-    base: Annotated[str | None, typer.Option(help="Base model; that of the first LoRA's run if left out.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.", callback=_at_home)] = Path(
+        "samples.png"
+    ),
+    base: Annotated[
+        str | None, typer.Option(help="Base model; that of the first LoRA's run if left out.", callback=_at_home)
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the run's, else 20.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; the run's, else 5.")] = None,
     base_steps: Annotated[
@@ -180,7 +201,9 @@ def rewards_list(context: typer.Context) -> None:
 @rewards.command("check")
 def rewards_check(
     name: Annotated[str, typer.Argument(help="A reward, or module:name of your own.", show_default=False)],
-    images: Annotated[list[Path] | None, typer.Option("--image", help="Image to score; repeatable.")] = None,
+    images: Annotated[
+        list[Path] | None, typer.Option("--image", help="Image to score; repeatable.", callback=_at_home)
+    ] = None,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Its prompt; one for all, or one each.")] = None,
     options: Annotated[
         list[str] | None, typer.Option("--option", help="Option of the reward: --option target=3. Repeatable.")
@@ -235,8 +258,12 @@ def fetch(
 
 @builtin.command("train")
 def builtin_train(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where weights, prompts and card go.")],
-    work: Annotated[Path, typer.Option(help="Data and checkpoints; the same folder again resumes.")] = Path("builtin"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Where weights, prompts and card go.", callback=_at_home)
+    ],
+    work: Annotated[
+        Path, typer.Option(help="Data and checkpoints; the same folder again resumes.", callback=_at_home)
+    ] = Path("builtin"),
     seed: Annotated[int, typer.Option(min=0, help="Of data, initial weights and batches.")] = 0,
     scale: Annotated[float, typer.Option(min=0.0, help="Multiplies the steps of every stage.")] = 1.0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
@@ -249,7 +276,9 @@ def builtin_train(
 
 @builtin.command("scenes")
 def builtin_scenes(
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path("scenes.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.", callback=_at_home)] = Path(
+        "scenes.png"
+    ),
     count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Of the scenes.")] = 0,
 ) -> None:

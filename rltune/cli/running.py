@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from rltune.cli.terminal import console, errors
 from rltune.config.clashes import Known
 from rltune.config.conditions import condition_in_words
 from rltune.config.distributions import Choice, IntRange
-from rltune.config.experiment import RunConfig
+from rltune.config.experiment import NAME_PATTERN, NAME_RULE, RunConfig
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import RunError, UserError, writing
 from rltune.orchestration.cluster import Cluster, connect, find_address
@@ -51,6 +52,10 @@ def run_experiment(
         RunError: The base model could not be measured, or no trial ended well.
         KeyboardInterrupt: It was interrupted; the same call resumes.
     """
+    if name is not None:
+        if not re.fullmatch(NAME_PATTERN, name):
+            raise UserError(f"--name: must be {NAME_RULE}, got {name!r}")
+        overrides = [*overrides, f"name={json.dumps(name)}"]
     experiment = load_experiment(path, overrides, known_names())
     if is_sweep and not experiment.is_searched:
         raise UserError(f"{path}: every value is fixed, there is nothing to search; run 'rltune train {path}'")
@@ -61,7 +66,7 @@ def run_experiment(
         )
     check_search(experiment)
     check_trackers(experiment.shared.track)
-    folder = RunFolder(storage / (name or experiment.shared.name))
+    folder = RunFolder(storage / experiment.shared.name)
     if dry_run:
         from rltune.orchestration.warmstart import read_lessons
 

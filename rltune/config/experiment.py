@@ -26,6 +26,8 @@ from rltune.config.sections import (
     Text,
 )
 
+NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
+NAME_RULE = "1 to 100 letters, digits, '.', '_' or '-', a letter or digit first"
 WHOLE_SWEEP = (
     "name",
     "model.base",
@@ -54,9 +56,8 @@ class Context:
 class RunConfig(StrictModel):
     """An experiment in which every value is concrete: one training run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
-        "experiment",
-        json_schema_extra={"x-expects": "1 to 100 letters, digits, '.', '_' or '-', a letter or digit first"},
+    name: Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")] = Field(
+        "experiment", json_schema_extra={"x-expects": NAME_RULE}
     )
     """Name of the run and of its folder; the file's name if left out."""
     model: ModelConfig = ModelConfig()

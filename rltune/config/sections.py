@@ -1,14 +1,27 @@
 """The sections of an experiment, each value concrete. Bounds here; what spans sections is in ``clashes.py``."""
 
+from collections.abc import Mapping
+from os.path import expanduser
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from rltune.config.base import Bool, Float, Int, Options, StrictModel
 
+
+def _at_home(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with ``~`` spelt out where one is a path that starts with it."""
+    return {
+        name: expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+        for name, value in options.items()
+    }
+
+
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(expanduser)]
+"""What may be a path; a ``~`` before it is spelt out here, for all who read it."""
 Beta = Annotated[Float, Field(ge=0, lt=1)]
-Prompts = Text | Annotated[tuple[Text, ...], Field(min_length=1)]
+Prompts = PathText | Annotated[tuple[Text, ...], Field(min_length=1)]
 BUILTIN_PROMPTS = ("builtin", "builtin-heldout")
 """The prompt sets that ship with the built-in model; any other text is the path of a file."""
 
@@ -32,7 +45,7 @@ class LoraConfig(StrictModel):
 class ModelConfig(StrictModel):
     """What is fine-tuned."""
 
-    base: Text = "builtin"
+    base: PathText = "builtin"
     """``builtin``, a Hugging Face id, or a local folder in diffusers format."""
     revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id; the default branch if left out."""
@@ -110,7 +123,7 @@ class RegularizeConfig(StrictModel):
 class TrustConfig(StrictModel):
     """Images count more where the reward knows what it sees: trust by the distance of its features from these."""
 
-    reference: Text | None = None
+    reference: PathText | None = None
     """What the reward was trained on, or like it: a folder of images, a safetensors file with a tensor ``features``
     (N, D), or ``builtin``, scenes of the built-in world. Left out, trust plays no part."""
     slope: Float = Field(0.7, ge=0)
@@ -155,7 +168,7 @@ class RewardConfig(StrictModel):
     """Weigh it in standard deviations of the base model; if not, in its own unit."""
     micro_batch: Int | None = Field(None, ge=1)
     """Images it scores at a time; left out, as many as memory holds."""
-    options: Options = Field({})
+    options: Annotated[Options, AfterValidator(_at_home)] = Field({})
     """Options of this reward."""
 
 
@@ -252,7 +265,7 @@ class SearchConfig(StrictModel):
     )
     """Tried first, in this order: mappings such as ``{optim.lr: 1e-3, model.lora.rank: 4}`` of searched settings to
     values; what one leaves out is drawn."""
-    warm_start: Text | None = None
+    warm_start: PathText | None = None
     """Folder of another run, whose trials teach the search before its first; they are no trials of this one."""
 
 

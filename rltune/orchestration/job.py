@@ -62,8 +62,8 @@ class JobSpec:
 
     @property
     def train_name(self) -> str:
-        """Name of the Ray Train run: the same after every restart, by which Ray finds the checkpoints again."""
-        return f"{self.folder.name}-{self.trial}"
+        """Name of the Ray Train run, by which Ray finds its checkpoints again: it stays where the folder is renamed."""
+        return f"trial-{self.trial}"
 
 
 class RayReporter:

@@ -221,7 +221,7 @@ class Sweep:
                 reuse_actors=is_warm,  # a driver of Ray Train that was stopped cannot be used again
             ),
             run_config=tune.RunConfig(
-                name=self._folder.name,
+                name="tune",  # not the run's: Ray takes fewer names than file systems do
                 storage_path=str(self._folder.scratch_dir),
                 failure_config=tune.FailureConfig(max_failures=2),
                 callbacks=[Recorder(self._on_end)],

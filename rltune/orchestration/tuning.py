@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -140,6 +141,8 @@ class Recorder(TrialProgressCallback):  # type: ignore[misc]  # ray has no types
 
 def _last_line(trial: Any) -> str:
     """Return the line of a trial's traceback that says what happened."""
-    text = str(trial.get_error() or "the trial died without a word")
+    file = Path(trial.error_file or "")
+    # where Ray writes it first; ``get_error`` looks where it is copied to, later or, of a driver that died, never
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else str(trial.get_error() or "")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else text
+    return lines[-1] if lines else "the trial died without a word; see /tmp/ray/session_latest/logs"

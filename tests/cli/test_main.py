@@ -145,6 +145,49 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("name", ["été", "..", "a/b", "", ".hidden", "x" * 101, "a\n"])
+@pytest.mark.parametrize("command", ["sweep", "train"])
+def test_a_name_on_the_command_line_is_held_to_the_files_rule(
+    call: Call, tmp_path: Path, command: str, name: str
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(FIXED)
+    code, _, err = call(command, path, "--storage", tmp_path / "runs" / "mine", "--name", name)
+    assert code == 2
+    assert (
+        f"error --name: must be 1 to 100 letters, digits, '.', '_' or '-', a letter or digit first, got {name!r}" in err
+    )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.yaml"]
+
+
+def test_a_name_on_the_command_line_is_the_runs(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(FIXED)
+    code, _, err = call("train", path, "--storage", tmp_path, "--name", "123", "--dry-run")
+    assert code == 0
+    assert "experiment  123" in err
+
+
+def test_a_tilde_that_the_shell_left_alone_is_the_users_home(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    seen: dict[str, Path] = {}
+
+    def keep(path: Path, *_: object, storage: Path, **__: object) -> None:
+        seen.update(path=path, storage=storage)
+
+    monkeypatch.setattr("rltune.cli.running.run_experiment", keep)
+    assert call("train", "~/x.yaml", "--storage=~/runs")[0] == 0
+    assert seen == {"path": tmp_path / "x.yaml", "storage": tmp_path / "runs"}
+    drawn: list[object] = []
+    monkeypatch.setattr(
+        "rltune.cli.sampling.sample_grid", lambda *given, **named: drawn.extend([*given, named["base"]])
+    )
+    assert call("sample", "~/a", "~/b", "--output=~/x.png", "--base=~/m")[0] == 0
+    assert drawn == [[tmp_path / "a", tmp_path / "b"], [], tmp_path / "x.png", str(tmp_path / "m")]
+
+
 LR = "optim: {lr: {float: [0.1, 0.2]}}\n"
 UNFAITHFUL = (
     "alignprop backpropagates rewards, and 'faithful' has no gradient; give it weight 0 to watch it only, or take"

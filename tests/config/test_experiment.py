@@ -140,3 +140,23 @@ def test_a_run_cannot_be_changed() -> None:
 
 def test_what_the_whole_sweep_shares_exists() -> None:
     assert all(node_at(tuple(path.split("."))) for path in WHOLE_SWEEP)
+
+
+def test_a_tilde_is_the_users_home_in_every_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    options = {"weights": "~/w.pt", "text": "~ is a tilde", "n": 1}
+    config = run(
+        model={"base": "~/m"},
+        prompts={"train": "~/p.txt", "eval": ["~/ is no path here"]},
+        rewards={"a": {"options": options, "trust": {"reference": "~/r"}}},
+        search={"warm_start": "~/runs/mix"},
+    )
+    reward = config.rewards["a"]
+    assert (config.model.base, config.prompts.train, config.search.warm_start, reward.trust.reference) == (
+        "/home/me/m",
+        "/home/me/p.txt",
+        "/home/me/runs/mix",
+        "/home/me/r",
+    )
+    assert config.prompts.eval == ("~/ is no path here",)
+    assert reward.options == {"weights": "/home/me/w.pt", "text": "~ is a tilde", "n": 1}

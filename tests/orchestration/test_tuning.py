@@ -1,0 +1,49 @@
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from rltune.orchestration.job import JobSpec
+from rltune.orchestration.tuning import Recorder
+
+
+@dataclass
+class TuneTrial:
+    """What ``Recorder`` reads of Ray Tune's trial."""
+
+    config: dict[str, JobSpec]
+    error_file: str | None
+    copied: str | None = None
+    trial_id: str = "a"
+    last_result: None = None
+
+    def get_error(self) -> str | None:
+        return self.copied
+
+
+def spec_of(run: Path) -> JobSpec:
+    return JobSpec("001", str(run), {}, num_gpus_per_worker=0, work_dir=".", is_loopback=True)
+
+
+@pytest.mark.parametrize(
+    ("written", "copied", "error"),
+    [
+        ("Failure # 1\nTraceback ..\nValueError: no such name: été\n\n", None, "ValueError: no such name: été"),
+        (None, "Failure # 1\nOSError: gone", "OSError: gone"),
+        (None, None, "the trial died without a word; see /tmp/ray/session_latest/logs"),
+    ],
+)
+def test_a_trial_that_died_is_told_of_by_the_last_error_there_is(
+    tmp_path: Path, written: str | None, copied: str | None, error: str
+) -> None:
+    if written is not None:
+        (tmp_path / "error.txt").write_text(written)
+    ends: list[str] = []
+    trial = TuneTrial({"spec": spec_of(tmp_path)}, str(tmp_path / "error.txt"), copied)
+    Recorder(lambda spec, last, error, duration_s: ends.append(error)).on_trial_error(1, [trial], trial)
+    assert ends == [error]
+
+
+def test_what_ray_calls_a_trial_does_not_hang_on_the_folders_name(tmp_path: Path) -> None:
+    names = {spec_of(tmp_path / name).train_name for name in ("mix", "été", "a b")}
+    assert names == {"trial-001"}
