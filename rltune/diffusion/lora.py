@@ -10,10 +10,14 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from rltune.registry import suggest
+
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """AlignProp's and TRL's choice."""
 ALL_LAYERS = (*ATTENTION, "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "ff.net.0.proj", "ff.net.2")
 ADAPTER = "default"
+ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+"""Layers that peft has adapters for, of those that image networks are made of."""
 
 
 def target_modules(targets: str | Sequence[str]) -> list[str]:
@@ -21,6 +25,33 @@ def target_modules(targets: str | Sequence[str]) -> list[str]:
     if isinstance(targets, str):
         return list({"attention": ATTENTION, "all": ALL_LAYERS}[targets])
     return list(targets)
+
+
+def unfit_targets(network: nn.Module, targets: str | Sequence[str]) -> list[str]:
+    """Return what is wrong with each name of an explicit list that no adapter can go to; needs no weights.
+
+    peft takes a layer whose name is in the list or ends in a dot and one of the list, and passes over the others
+    without a word as long as any name matches.
+    """
+    if isinstance(targets, str):
+        return []
+    modules = [(name, module) for name, module in network.named_modules() if name]
+    endings = {_ending(name) for name, module in modules if isinstance(module, ADAPTABLE)}
+    faults = []
+    for target in targets:
+        found = [module for name, module in modules if name == target or name.endswith(f".{target}")]
+        odd = next((type(module).__name__ for module in found if not isinstance(module, ADAPTABLE)), None)
+        if not found:
+            faults.append(f"no layer is called so, got {target!r}; {suggest(target, tuple(sorted(endings)))}")
+        elif odd is not None:
+            faults.append(f"an adapter cannot go to a {odd}, got {target!r}; name layers inside, or beside, of it")
+    return faults
+
+
+def _ending(name: str) -> str:
+    """Return the last part of a module's name, the last two where a number says little: ``to_q``, ``to_out.0``."""
+    *_, before, last = ("", *name.split("."))
+    return f"{before}.{last}" if last.isdecimal() else last
 
 
 def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: str | Sequence[str], seed: int) -> None:
@@ -36,8 +67,10 @@ def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: str | Sequ
         seed: Of the initial values.
 
     Raises:
-        ValueError: No module of the network ends in one of ``targets``.
+        ValueError: One of ``targets`` is no layer of the network that can have adapters.
     """
+    if faults := unfit_targets(network, targets):
+        raise ValueError("; ".join(faults))
     config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=target_modules(targets))
     with torch.random.fork_rng():
         torch.manual_seed(seed)

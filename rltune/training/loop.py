@@ -81,7 +81,7 @@ def train_run(
     try:
         add_lora(network, rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets, seed=adapter_seed)
     except ValueError as error:
-        raise UserError(f"model.lora.targets: {error}; name endings of the network's own modules") from error
+        raise UserError(f"model.lora.targets: {error}") from error
     parameters = lora_parameters(network)
     optim = config.optim
     optimizer = torch.optim.AdamW(

@@ -1,4 +1,5 @@
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from rltune.diffusion.lora import (
     load_lora_state,
     lora_parameters,
     lora_state,
+    unfit_targets,
 )
 from tests.conftest import tiny_unet
 
@@ -216,3 +218,24 @@ def test_running_merged_between_forward_and_backward_changes_no_gradient(network
                 output(network)
         gradients.append(torch.autograd.grad(loss, [x, *lora_parameters(network)]))
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("targets", "faults"),
+    [
+        ("attention", []),
+        (["to_q", "attn1.to_out.0", "mid_block.attentions.0.proj_in", "conv_in"], []),
+        (["to_q", "to_qq", "o_q"], [r"no layer is called so, got 'to_qq'; did you mean 'to_q'\?", r"got 'o_q'"]),
+        (["attn1", "norm1"], ["an adapter cannot go to a Attention, got 'attn1'", "LayerNorm|GroupNorm, got 'norm1'"]),
+    ],
+)
+def test_a_target_that_no_adapter_can_go_to_is_named(
+    network: torch.nn.Module, targets: str | list[str], faults: list[str]
+) -> None:
+    found = unfit_targets(network, targets)
+    assert len(found) == len(faults)
+    assert all(re.search(expected, fault) for expected, fault in zip(faults, found, strict=True)), found
+    if faults:
+        with pytest.raises(ValueError, match=faults[0]):
+            add_lora(network, rank=2, alpha=2, targets=targets, seed=0)
+        assert not lora_parameters(network)

@@ -40,6 +40,10 @@ class ModelFamily(Protocol):
         """Embed prompts -> ``(P, L, D)`` float32 on the CPU, no gradient. Moves the text encoder as needed."""
         ...
 
+    def cut_off(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Return prompt -> the end of it that the text encoder does not read, for those that are too long."""
+        ...
+
     def predict(self, x_BCHW: Tensor, t: Tensor, text_BLD: Tensor) -> Tensor:
         """Run the network once -> its raw output (B, C, H, W), float32. Differentiable."""
         ...

@@ -69,6 +69,19 @@ class StableDiffusion:
         encoder.to("cpu")
         return torch.cat(parts)
 
+    def cut_off(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Return prompt -> the end of it that is cut off, as the tokenizer writes it, for those that are too long."""
+        tokenizer = self.pipeline.tokenizer
+        num_read = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+        # a token is a byte or more: most prompts need not be looked at
+        long = [prompt for prompt in dict.fromkeys(prompts) if len(prompt.encode()) > num_read]
+        ids = tokenizer(long, add_special_tokens=False, verbose=False).input_ids if long else []
+        return {
+            prompt: tokenizer.decode(tokens[num_read:])
+            for prompt, tokens in zip(long, ids, strict=True)
+            if len(tokens) > num_read
+        }
+
     def predict(self, x_BCHW: Tensor, t: Tensor, text_BLD: Tensor) -> Tensor:
         """Run the UNet -> (B, C, H, W) float32; epsilon or v, as the model was trained."""
         dtype = self.pipeline.unet.dtype

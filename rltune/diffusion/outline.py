@@ -1,0 +1,122 @@
+"""A base model without its weights: all that its configuration files say, in a second and in little memory."""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from rltune.assets import BUILTIN_PIPELINE_DIR
+from rltune.diffusion.families.base import FAMILIES, ModelFamily
+from rltune.errors import UserError
+
+INDEX = "model_index.json"
+WEIGHTS = ("*.safetensors", "*.bin")
+UNREAD = ("safety_checker", "feature_extractor", "image_encoder")
+"""Components that no part of rltune reads."""
+
+
+def find_pipeline(base: str, revision: str | None = None) -> Path | None:
+    """Return the folder of ``builtin``, of a pipeline here, or of one in the Hugging Face cache; asks no network.
+
+    None where ``base`` may be the name of a model on the hub that is not in the cache.
+
+    Raises:
+        UserError: It is a path, and there is no pipeline at it.
+    """
+    folder = BUILTIN_PIPELINE_DIR if base == "builtin" else Path(base)
+    if folder.is_dir():
+        if not (folder / INDEX).is_file():
+            raise UserError(f"model.base: the folder has no {INDEX}, got {base!r}; give that of a diffusers pipeline")
+        return folder
+    if folder.exists() or not may_be_hub_id(base):
+        what = "this is a file" if folder.exists() else "no such folder"
+        raise UserError(f"model.base: {what}, got {base!r}; give a pipeline's folder, builtin, or a hub's OWNER/NAME")
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(base, INDEX, revision=revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def may_be_hub_id(base: str) -> bool:
+    """Return whether a text may be the name of a model on the Hugging Face hub, rather than a path."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return base.count("/") == 1 and not base.startswith(".")
+
+
+def load_outline(folder: Path, *, base: str) -> ModelFamily:
+    """Return the family of the pipeline in ``folder`` with networks that have no values, and without text encoders.
+
+    It knows sizes, layers, schedule and tokenizer, and draws nothing.
+
+    Args:
+        folder: As ``find_pipeline`` returns it.
+        base: What the user calls it, for messages.
+
+    Raises:
+        UserError: A file is missing or is not what it should be, or the family is one that rltune does not know.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        class_name = str(index["_class_name"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"model.base: {INDEX} of {base!r} is not whole ({_short(error)}); {_remedy(base)}") from error
+    family, pipeline_class = FAMILIES.get(class_name), getattr(diffusers, class_name)
+    takes = inspect.signature(pipeline_class.__init__).parameters
+    parts: dict[str, Any] = {name: None for name in UNREAD if name in takes}
+    parts |= {"requires_safety_checker": False} if "requires_safety_checker" in takes else {}
+    for name in takes.keys() - parts.keys():
+        library, kind = _kind(index.get(name))
+        try:
+            parts |= {name: _part(folder / name, library, kind)} if kind is not None else {}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+            raise UserError(
+                f"model.base: {name} of {base!r} cannot be read ({_short(error)}); {_remedy(base)}"
+            ) from error
+    try:
+        return family(pipeline_class(**parts))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        what = f"{base!r} is no whole {class_name} ({_short(error)})"
+        raise UserError(f"model.base: {what}; {_remedy(base)}") from error
+
+
+def _kind(entry: Any) -> tuple[str, str | None]:
+    """Read an entry of the index, ``[library, class]``."""
+    library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    return str(library), kind if isinstance(kind, str) and library else None
+
+
+def _part(folder: Path, library: str, kind: str) -> Any:
+    if library not in ("diffusers", "transformers"):
+        return None
+    found = getattr(diffusers if library == "diffusers" else transformers, kind)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        return found.from_pretrained(str(folder))
+    if not any(path for ending in WEIGHTS for path in folder.glob(ending)):
+        raise FileNotFoundError("it has no weights")
+    if library == "transformers":
+        return nn.Module()
+    with torch.device("meta"):
+        return found.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def _remedy(base: str) -> str:
+    is_folder = Path(base).is_dir() or not may_be_hub_id(base)
+    return "copy the folder anew, whole" if is_folder else f"run 'rltune models fetch {base}'"
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"

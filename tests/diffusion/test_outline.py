@@ -1,0 +1,99 @@
+"""A model without weights says of itself what the loaded one says."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from rltune.diffusion.loading import load_model
+from rltune.diffusion.outline import find_pipeline, load_outline
+from rltune.errors import UserError
+
+
+@pytest.fixture
+def bare(tiny_pipeline: Path, tmp_path: Path) -> Path:
+    """The tiny pipeline's folder with weights that cannot be read."""
+    folder = tmp_path / "bare"
+    shutil.copytree(tiny_pipeline, folder)
+    for path in folder.rglob("*.safetensors"):
+        path.write_bytes(b"")
+    return folder
+
+
+def test_an_outline_is_the_model_without_its_weights(tiny_pipeline: Path, bare: Path) -> None:
+    outline, model = load_outline(bare, base="bare"), load_model(str(tiny_pipeline))
+    assert type(outline) is type(model)
+    assert outline.size_px == model.size_px
+    assert outline.latent_shape(32, 16) == model.latent_shape(32, 16)
+    assert torch.equal(
+        outline.read_table(num_steps=7, eta=0.5).timesteps_T, model.read_table(num_steps=7, eta=0.5).timesteps_T
+    )
+    shapes = [{name: tuple(p.shape) for name, p in each.network.named_parameters()} for each in (outline, model)]
+    assert shapes[0] == shapes[1]
+    assert all(parameter.is_meta for parameter in outline.network.parameters())
+
+
+def test_what_is_cut_off_has_no_part_in_the_embedding(tiny_pipeline: Path) -> None:
+    model = load_model(str(tiny_pipeline))  # reads 14 letters; these are cut between words
+    prompts = ["a cat", "four lobsters in a row", "an octopus, four fish"]
+    cut = model.cut_off([*prompts, prompts[1]])
+    assert list(cut) == prompts[1:]
+    for prompt, lost in cut.items():
+        letters = prompt.replace(" ", "")
+        read = letters[: -len(lost.replace(" ", ""))]
+        assert len(read) == 14
+        assert read + lost.replace(" ", "") == letters
+        kept = next(prompt[:i] for i in range(len(prompt)) if prompt[:i].replace(" ", "") == read)
+        assert torch.equal(model.encode_prompts([prompt]), model.encode_prompts([kept + " 123"]))
+        assert not torch.equal(model.encode_prompts([prompt]), model.encode_prompts([kept[:-1] + " 123"]))
+
+
+def spoil_index(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / "model_index.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "model_index.json").unlink(), "the folder has no model_index.json"),
+        (spoil_index('{"_class_name": "Stable'), r"model_index.json of .* is not whole \(JSONDecodeError"),
+        (spoil_index("[]"), "model_index.json of .* is not whole"),
+        (spoil_index(json.dumps({"_class_name": "NoPipeline"})), "pipeline class 'NoPipeline' is unknown"),
+        (spoil_index(json.dumps({"_class_name": "StableDiffusionPipeline"})), "is no whole StableDiffusionPipeline"),
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), r"tokenizer of .* cannot be read \(FileNotFoundError"),
+        (lambda folder: (folder / "unet" / "config.json").write_text("{"), "unet of .* cannot be read"),
+        (
+            lambda folder: (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
+            "vae of .* it has no weights",
+        ),
+    ],
+)
+def test_a_folder_that_is_no_whole_pipeline_is_one_message(
+    bare: Path, spoil: Callable[[Path], object], message: str
+) -> None:
+    spoil(bare)
+    with pytest.raises(UserError, match=message) as raised:
+        load_outline(found if (found := find_pipeline(str(bare))) else bare, base=str(bare))
+    assert "fetch" not in str(raised.value)  # nothing to download: it is a path
+
+
+@pytest.mark.parametrize("base", ["/no/such", "./no", "sd15", "a/b/c", "../x/y", "é/x", __file__])
+def test_what_is_no_folder_and_no_name_on_the_hub_is_refused(base: str) -> None:
+    with pytest.raises(
+        UserError, match=r"^model\.base: (no such folder|this is a file), got .*; give a pipeline's folder"
+    ):
+        find_pipeline(base)
+
+
+def test_what_may_be_on_the_hub_is_looked_for_in_the_cache_alone(
+    tmp_path: Path, bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cached(repo: str, file: str, revision: str | None = None) -> str | None:
+        return str(bare / file) if (repo, revision) == ("me/mine", "v2") else None
+
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    assert find_pipeline("me/mine") is None
+    assert find_pipeline("me/mine", "v2") == bare
