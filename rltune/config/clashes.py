@@ -46,6 +46,49 @@ class Clash:
         return (self.where, *self.others)
 
 
+@dataclass(frozen=True)
+class Together:
+    """Settings that one rule reads. A space is tried over the product of those of each rule that are searched in it."""
+
+    paths: tuple[str, ...]
+    """Dotted; ``*`` is a reward's name, the same throughout, and ``**`` that of every reward."""
+    divisors: tuple[str, ...] = ()
+    """Of these every whole number of a range is tried; of others the ends and the second value, as bounds and multiples
+    of a number hold in between if they hold there."""
+    only: tuple[float, ...] = ()
+    """Where only these values can break the rule."""
+
+
+RULES = (
+    Together(("sampler.steps", "sampler.base_steps", "estimator.k")),
+    Together(("sampler.height", "sampler.width")),
+    Together(("optim.batch", "prompts.images_per_prompt"), divisors=("prompts.images_per_prompt",)),
+    Together(("optim.batch", "optim.micro_batch", "mixture.method")),
+    Together(("optim.steps", "optim.queries", "optim.batch")),
+    Together(("rewards.**.weight",), only=(0.0,)),
+    Together(("rewards.*.loss", "rewards.*.target")),
+    Together(("rewards.*.relative.positive", "rewards.*.relative.negative", "rewards.*.relative.k")),
+    Together(("estimator.name", "sampler.eta")),
+    Together(("estimator.name", "regularize.flatness_weights", "regularize.flatness_image")),
+    Together(("estimator.name", "mixture.method")),
+    Together(("estimator.name", "estimator.checkpoint")),
+    Together(("estimator.name", "rewards.*.reward", "rewards.*.weight")),
+    Together(
+        (
+            "prompts.images_per_prompt",
+            "optim.batch",
+            "optim.micro_batch",
+            "rewards.*.reward",
+            "rewards.*.weight",
+            "rewards.*.micro_batch",
+        ),
+        divisors=("prompts.images_per_prompt",),
+    ),
+)
+"""What may be searched of what each rule below reads. A rule whose clash names other settings together stands here too,
+or a space could be accepted that has a point which breaks it."""
+
+
 def find_clashes(config: "RunConfig", known: Known, *, must_find_files: bool) -> list[Clash]:
     """Return everything that does not go together in an experiment whose values are each right by themselves."""
     clashes = [*_clashes(config), *_unknown_names(config, known)]

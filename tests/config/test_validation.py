@@ -58,6 +58,57 @@ def test_two_distributions_that_break_a_rule_at_several_corners_are_one_fault() 
     assert "got 20" in fault
 
 
+def test_what_only_three_distributions_together_break_is_found() -> None:
+    steps = "sampler: {steps: {choice: [20, 10]}, base_steps: {choice: [0, 5]}}"
+    (fault,) = faults_in(steps + "\nestimator: {name: draft, k: {choice: [1, 10]}}")
+    rule = "K must not exceed the 10 sampling steps (sampler.steps) minus 5 base steps, got 10"
+    assert fault.startswith(f"x.yaml:3 estimator.k.choice[1]: {rule}")
+
+
+def test_an_option_and_the_end_of_a_range_of_numbers_are_tried_together() -> None:
+    text = "estimator: {name: {choice: [cut, policy]}}\nsampler: {eta: {float: [0, 1]}}"
+    assert only_fault(text).startswith("x.yaml:3 sampler.eta.float[0]: policy learns from the noise of sampling, got")
+    rewards = "{a: {weight: {choice: [1, 0]}}, b: {weight: {float: [0, 1]}}}"
+    (fault,) = faults_in("seed: 1", rewards=rewards)
+    assert fault.startswith("x.yaml:1 rewards.a.weight.choice[1]: no reward has a positive weight")
+
+
+def test_a_setting_that_is_left_out_under_a_condition_is_tried_with_the_others() -> None:
+    """Left out, T is 20: too few for K = 16 after 5 base steps."""
+    text = "estimator: {name: {choice: [cut, alignprop]}, k: {choice: [1, 16]}}\n"
+    text += "sampler: {steps: {choice: [30, 40], when: {estimator.name: cut}}, base_steps: {choice: [0, 5]}}"
+    (fault,) = faults_in(text)
+    assert "K must not exceed the 20 sampling steps (sampler.steps) minus 5 base steps, got 16" in fault
+    assert not faults_in(text.replace("[1, 16]", "[1, 15]"))
+
+
+def test_many_weights_that_may_be_zero_are_tried_quickly() -> None:
+    names = [f"r{i}" for i in range(12)]  # 3^12 combinations, of which one breaks the rule
+    rewards = "{" + ", ".join(f"{name}: {{weight: {{choice: [1, 0.5, 0]}}}}" for name in names) + "}"
+    (fault,) = faults_in("seed: 1", rewards=rewards)
+    assert "no reward has a positive weight" in fault
+    assert not faults_in("seed: 1", rewards=rewards.replace("r11: {weight: {choice: [1, 0.5, 0]}}", "r11: {}"))
+
+
+def test_more_combinations_than_can_be_tried_are_refused() -> None:
+    options = ", ".join(str(i) for i in range(64, 87))
+    text = f"sampler: {{steps: {{choice: [{options}]}}, base_steps: {{choice: [{options[:82]}]}}}}"
+    text += f"\nestimator: {{k: {{choice: [{options}]}}}}"
+    assert any("has 11109 combinations with" in fault for fault in faults_in(text))
+
+
+def test_a_long_range_of_divisors_is_found_where_its_second_value_is_one() -> None:
+    (fault,) = faults_in("optim: {batch: 100}\nprompts: {images_per_prompt: {int: [1, 100]}}")
+    assert "must divide optim.batch, 100 images, got 3" in fault
+
+
+def test_a_point_that_no_draw_would_come_to_is_tried_too() -> None:
+    weights = "{a: {weight: {float: [0, 1]}}, b: {weight: {float: [0, 1]}}}"
+    points = "search: {points: [{rewards.a.weight: 0}, {rewards.a.weight: 0, rewards.b.weight: 0}]}"
+    (fault,) = faults_in(points, rewards=weights)
+    assert fault.startswith("x.yaml:2 search.points[1]: no reward has a positive weight")
+
+
 def test_a_fixed_value_can_break_an_option_of_a_distribution() -> None:
     (fault,) = faults_in("sampler: {steps: {choice: [30, 12, 20]}}\nestimator: {k: 20}")
     assert fault.startswith("x.yaml:2 sampler.steps.choice[1]: K must not exceed the 12 sampling steps")
