@@ -10,9 +10,10 @@ from typing import Any
 
 from rltune.config.clashes import Known
 from rltune.config.conditions import active_values, ancestors, first_values, is_active
-from rltune.config.distributions import Choice, Distribution, IntRange, Simplex, is_in, show
+from rltune.config.distributions import Distribution, Simplex, is_in, show
 from rltune.config.draft import Draft
 from rltune.config.experiment import Context, RunConfig
+from rltune.config.grid import combinations, is_countable
 from rltune.config.validation import faults_of_run, faults_of_space, replaced
 from rltune.config.yamlfile import Path, YamlError, read_yaml, write_yaml
 from rltune.errors import ExperimentError, Fault
@@ -35,23 +36,9 @@ class Experiment:
         return bool(self.space)
 
     @property
-    def grid_values(self) -> list[dict[str, Any]] | None:
+    def grid_values(self) -> Iterator[dict[str, Any]] | None:
         """Every combination of active values, the last setting's varying fastest; None if there are infinitely many."""
-        options: list[list[Any]] = []
-        for distribution in self.space.values():
-            match distribution:
-                case Choice(options=chosen):
-                    options.append(list(chosen))
-                case IntRange(low=low, high=high, step=step):
-                    options.append(list(range(low, high + 1, step)))
-                case _:
-                    return None
-        combinations = (dict(zip(self.space, values, strict=True)) for values in itertools.product(*options))
-        if not self.is_conditional:
-            return list(combinations)
-        # combinations that differ in what is not active are one; 1 and true are not, though equal
-        distinct = {repr(active := self.active(values)): active for values in combinations}
-        return list(distinct.values())
+        return map(_dotted, combinations(_split(self.space))) if is_countable(self.space) else None
 
     @property
     def num_trials(self) -> int:
@@ -60,7 +47,7 @@ class Experiment:
             return 1
         search = self.shared.search
         grid = self.grid_values if search.sampler == "grid" else None
-        return search.trials if grid is None else min(search.trials, len(grid))
+        return search.trials if grid is None else sum(1 for _ in itertools.islice(grid, search.trials))
 
     @property
     def simplex_paths(self) -> tuple[str, ...]:

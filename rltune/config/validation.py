@@ -143,7 +143,7 @@ def _faults_together(
     """Return what the settings of ``group`` break together, one fault for what was not reported before."""
     above = {parent: None for path in group for parent in ancestors(space, path) if parent not in group}
     axes = {path: _candidates(rule, path, space[path]) for path in group}
-    axes |= {path: list(space[path].corners()) for path in above if isinstance(space[path], Choice)}
+    axes |= {path: list(choice.corners()) for path in above if isinstance(choice := space[path], Choice)}
     if (num := math.prod(len(candidates) for candidates in axes.values())) > MAX_TOGETHER:
         dotted = [".".join(path) for path in axes]
         what = f"has {num} combinations with {', '.join(dotted[1:])}, which must be tried for what they break together"

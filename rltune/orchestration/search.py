@@ -1,5 +1,6 @@
 """Optuna over an experiment's distributions: ask for a trial's knobs, tell how it ended. Knows nothing of Ray."""
 
+import itertools
 import logging
 import math
 import warnings
@@ -150,11 +151,11 @@ class Search:
         self._distributions = to_optuna(experiment.space)
         self._waiting = list(unfinished)
         self._running: dict[str, optuna.Trial] = {}
-        is_grid = experiment.shared.search.sampler == "grid"
-        self._grid = experiment.grid_values if is_grid else None
         ids = [int(result.trial) for result in results] + [int(spec.id) for spec in unfinished]
         self._next_id = max(ids, default=0) + 1
         search = experiment.shared.search
+        grid = experiment.grid_values if search.sampler == "grid" else None
+        self._grid = None if grid is None else itertools.islice(grid, self._next_id - 1, None)
         self._points = search.points
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # a resumed search goes on with other draws than the first ones, which its trials already have
@@ -175,7 +176,7 @@ class Search:
             # a trial's number is its place in the grid or among the points, so that resuming leaves none out
             place = self._next_id - 1
             if self._grid is not None:
-                self.study.enqueue_trial(params_of(self._grid[place], self._experiment))
+                self.study.enqueue_trial(params_of(next(self._grid), self._experiment))
             elif place < len(self._points):
                 self.study.enqueue_trial(params_of(self._points[place], self._experiment))
             trial = self.study.ask(self._distributions)

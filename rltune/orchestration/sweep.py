@@ -15,7 +15,7 @@ from typing import Any
 from ray import tune
 
 from rltune.config.load import Experiment
-from rltune.errors import RunError, StorageError, writing
+from rltune.errors import ExperimentError, RunError, StorageError, writing
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.confirming import confirmed_front, read_confirmations, run_confirmation
 from rltune.orchestration.fronts import front_as_csv, front_as_dict, search_front
@@ -231,14 +231,36 @@ class Sweep:
 
     def _deal(self) -> JobSpec | None:
         self._check_budget()
-        if self._is_leaving or self.over:
-            return None
-        with self._or_abort(), self._lock:
-            spec = self._search.ask()
+        while not (self._is_leaving or self.over) and self._num_left > len(self._started):
+            with self._or_abort(), self._lock:
+                spec = self._search.ask()
+                try:
+                    job = self._job(spec)
+                except ExperimentError as error:
+                    invalid = error
+                else:
+                    self._folder.write_trial(spec)
+                    self._started[spec.id] = time.monotonic()
+                    append_event(self._folder.trial_events_file(spec.id), "dealt")
+                    return job
+            self._record_invalid(spec, invalid)
+        return None
+
+    def _record_invalid(self, spec: TrialSpec, error: ExperimentError) -> None:
+        """Record a suggestion that is no valid run as a trial that failed: the search may only not repeat it."""
+        faults = "; ".join(str(fault) for fault in error.faults)
+        with self._or_abort():
             self._folder.write_trial(spec)
-        self._started[spec.id] = time.monotonic()
-        append_event(self._folder.trial_events_file(spec.id), "dealt")
-        return self._job(spec)
+            self._take(
+                TrialResult(
+                    trial=spec.id,
+                    state="failed",
+                    values=spec.values,
+                    params=spec.params,
+                    reason=f"never started, since its settings are no valid run: {faults}",
+                    ended_at=datetime.now(UTC).isoformat(timespec="seconds"),
+                )
+            )
 
     @contextmanager
     def _or_abort(self) -> Iterator[None]:
@@ -293,6 +315,10 @@ class Sweep:
         if result is None:  # interrupted: the same command takes it up again
             return
         append_event(self._folder.trial_events_file(job.trial), "ended")
+        self._take(result)
+
+    def _take(self, result: TrialResult) -> None:
+        """Take in how a trial ended: on disk first, then for the search and the front."""
         with self._lock:
             append_result(self._folder.results_file, result)
             self._results.append(result)

@@ -302,7 +302,8 @@ def test_every_sampler_asks_for_a_setting_exactly_where_it_is_searched(sampler: 
             search.tell(results[-1])
     assert {"alignprop", "draft"} <= {spec.values["estimator.name"] for spec in specs}
     if sampler == "grid":
-        assert [spec.values for spec in specs] == (asked_.grid_values or [])[:num_trials]
+        assert asked_.grid_values is not None
+        assert [spec.values for spec in specs] == list(asked_.grid_values)[:num_trials]
     again = Search(asked_, BRIGHTNESS, results=results, unfinished=specs[-2:])
     assert [trial.params for trial in again.study.trials] == [trial.params for trial in search.study.trials[:-2]]
     assert [again.ask(), again.ask()] == specs[-2:]
@@ -342,6 +343,19 @@ def test_a_resumed_genetic_search_goes_on_breeding(sampler: str) -> None:
     # one of 6 parameters mutates on average, to one of 3 options; drawn at random, a third would be the parents'
     assert sum(inherited) >= 4
     assert sum(spec.values["optim.lr"] == pytest.approx(1.5e-3) for spec in specs) >= 3
+
+
+def test_a_grid_is_not_built_to_take_its_first_trials() -> None:
+    """10^9 combinations are some 200 GB."""
+    space = {name: {"int": [1, 1000]} for name in ("batch", "steps", "queries")}
+    raw = {"name": "mix", "rewards": {"brightness": {}}, "optim": space, "evaluate": {"every": 1}}
+    asked_ = experiment(raw, search={"sampler": "grid", "trials": 4})
+    assert asked_.num_trials == 4
+    search = Search(asked_, BRIGHTNESS)
+    specs = [search.ask() for _ in range(4)]
+    assert [spec.values["optim.queries"] for spec in specs] == [1, 2, 3, 4]
+    again = Search(asked_, BRIGHTNESS, results=[bright(spec, 0.0) for spec in specs])
+    assert again.ask().values == {"optim.batch": 1, "optim.steps": 1, "optim.queries": 5}
 
 
 # ---- points to try first

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.job import TROUBLE, JobSpec
 from rltune.orchestration.nodes import Node
 from rltune.orchestration.results import read_results
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
+from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
 from rltune.orchestration.sweep import Sweep, _Abort
 from rltune.training.base import load_base
 from rltune.training.checkpoint import ADAPTER_FILE, Evaluated, Progress, report_of, save_checkpoint
@@ -262,6 +263,42 @@ def test_a_disk_that_fails_a_trial_ends_the_run_and_is_no_failure(tmp_path: Path
     assert isinstance(sweep._trouble, StorageError)
     assert str(sweep._trouble) == "/runs/mix: no space left on device"
     assert [row.trial for row in read_results(sweep._folder.results_file)] == [BASE_TRIAL]
+
+
+NO_WEIGHT = {"rewards.brightness.weight": 0.0, "rewards.smoothness.weight": 0.0}
+
+
+def test_a_suggestion_that_is_no_valid_run_is_a_failed_trial_and_the_next_is_dealt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both weights are drawn as exactly 0, which is accepted as no draw comes to it; a sampler may all the same."""
+    sections = {"rewards": {name: {"weight": {"float": [0, 1]}} for name in ("brightness", "smoothness")}}
+    sweep = sweep_of(tmp_path, **sections)
+    ask = sweep._search.ask
+
+    def at_zero() -> TrialSpec:
+        spec = ask()
+        is_bad = spec.id in ("001", "002", "008")
+        return replace(spec, values={**spec.values, **NO_WEIGHT}) if is_bad else spec
+
+    monkeypatch.setattr(sweep._search, "ask", at_zero)
+    assert [deal(sweep).trial for _ in range(5)] == ["003", "004", "005", "006", "007"]
+    assert sweep._deal() is None  # the eighth and last of the sweep was no valid run either
+    rows = read_results(sweep._folder.results_file)
+    assert [(row.trial, row.state) for row in rows[1:]] == [(n, "failed") for n in ("001", "002", "008")]
+    rule = "rewards.brightness.weight: no reward has a positive weight, got 0 for every one"
+    assert rows[1].reason.startswith(f"never started, since its settings are no valid run: {rule}")
+    assert sweep.num_left == 5
+
+
+def test_a_trial_of_before_that_is_no_valid_run_does_not_stop_the_sweep_again(tmp_path: Path) -> None:
+    sections = {"rewards": {name: {"weight": {"float": [0, 1]}} for name in ("brightness", "smoothness")}}
+    sweep = sweep_of(tmp_path, **sections)
+    spec = sweep._search.ask()
+    sweep._folder.write_trial(replace(spec, values={**spec.values, **NO_WEIGHT}))
+    again = sweep_of(tmp_path, fresh=False, **sections)
+    assert deal(again).trial == "002"
+    assert [(row.trial, row.state) for row in again.results[1:]] == [("001", "failed")]
 
 
 def test_a_disk_that_fails_the_sweep_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
