@@ -64,7 +64,7 @@ def _print_lines(reader: StatusReader, objectives: Sequence[str], stop: threadin
 
 
 def _print(line: str) -> None:
-    errors.print(line, highlight=False, soft_wrap=True, markup=False)
+    errors.print(line, soft_wrap=True)
 
 
 def _lines(trial: TrialStatus, objectives: Sequence[str]) -> Iterator[tuple[int, str]]:

@@ -25,11 +25,11 @@ def train_model(output: Path, work: Path, *, seed: int, scale: float, device: st
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UserError(f"--device: {device!r} is not here; write cpu, cuda where there is one, or auto")
     columns = (
-        TextColumn("{task.description:>18}"),
+        TextColumn("{task.description:>18}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[figures]}", markup=False),
     )
     with Progress(*columns, console=errors) as progress:
         bars: dict[str, TaskID] = {}
@@ -43,8 +43,8 @@ def train_model(output: Path, work: Path, *, seed: int, scale: float, device: st
         measured = train_builtin(
             output, work_dir=work, seed=seed, scale=scale, device=torch.device(device), on_progress=show
         )
-    console.print(figure_tables(measured), highlight=False, soft_wrap=True)
-    console.print(f"weights and prompts are in {output}; learning curves and grids in {work}")
+    console.print(figure_tables(measured), soft_wrap=True)
+    console.print(f"weights and prompts are in {output}; learning curves and grids in {work}", soft_wrap=True)
 
 
 def show_scenes(output: Path, *, count: int, seed: int) -> None:
@@ -56,5 +56,5 @@ def show_scenes(output: Path, *, count: int, seed: int) -> None:
     scenes = [make_scene(seed, index) for index in range(count)]
     save_grid(to_uint8(render(scenes)), output, columns=min(8, count))
     for index, scene in enumerate(scenes):
-        console.print(f"{index:3d}  {scene.caption(random.Random(index))}", highlight=False)
-    console.print(f"{output}: {count} scenes, 8 a row")
+        console.print(f"{index:3d}  {scene.caption(random.Random(index))}", soft_wrap=True)
+    console.print(f"{output}: {count} scenes, 8 a row", soft_wrap=True)

@@ -15,12 +15,13 @@ from rltune.assets import (
     BUILTIN_JUDGE,
     BUILTIN_PIPELINE_DIR,
 )
-from rltune.cli.terminal import console
+from rltune.cli.terminal import console, marked
 from rltune.errors import RltuneError
 from rltune.orchestration.rundir import LIBRARIES as RUN_LIBRARIES
 
 LIBRARIES = ("rltune", *RUN_LIBRARIES)
-OK, NOTE, BAD = "[green]ok[/]  ", "[yellow]note[/]", "[red]bad[/] "
+OK, NOTE, BAD = "ok", "note", "bad"
+STYLES = {OK: "green", NOTE: "yellow", BAD: "red"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def diagnose(address: str | None) -> None:
     """
     findings: list[Finding] = []
     for finding in _findings(address):
-        console.print(f"{finding.mark} {finding.what}", highlight=False, soft_wrap=True)
+        console.print(marked(f"{finding.mark:4}", STYLES[finding.mark], finding.what), soft_wrap=True)
         findings.append(finding)
     num_bad = sum(finding.mark == BAD for finding in findings)
     if num_bad:

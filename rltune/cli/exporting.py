@@ -18,6 +18,5 @@ def export_pick(run: Path, pick: str) -> None:
         f"trial {exported.trial} -> {exported.folder}\n"
         f"reloaded with diffusers and compared: images agree to {exported.difference:.1g} of 1\n\n"
         f'  pipeline.load_lora_weights("{exported.folder}")   # at weight 1.0',
-        highlight=False,
         soft_wrap=True,
     )

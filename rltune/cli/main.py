@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from rltune import __version__
-from rltune.cli.terminal import errors
+from rltune.cli.terminal import errors, marked, take_any_text
 from rltune.errors import RltuneError
 
 INTERRUPTED = 130
@@ -290,18 +290,13 @@ def builtin_scenes(
 
 def main() -> None:
     """Run the command line; exit codes: 2 for what the user wrote, 1 for a failed run, 130 for Ctrl-C."""
+    take_any_text()
     try:
         app()
     except RltuneError as error:
-        errors.print(f"[bold red]error[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        errors.print(marked("error", "bold red", str(error)), soft_wrap=True)
         sys.exit(error.exit_code)
     except SystemExit as end:  # typer's own: 0, 2 for a usage error that it has printed, 130 for Ctrl-C
         if end.code == INTERRUPTED:
-            errors.print("interrupted", highlight=False)
+            errors.print("interrupted")
         raise
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -67,7 +67,7 @@ def show_models() -> None:
         f"files of the Hugging Face hub are in {_hub_cache()}, others in {cache_dir()}",
         "to fetch what is not here: rltune models fetch REWARD, or OWNER/NAME of a base model",
     ):
-        console.print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
+        console.print(line, style="dim", soft_wrap=True)
 
 
 def published_files() -> tuple[PublishedFile, ...]:
@@ -194,7 +194,7 @@ def _download_base(name: str) -> None:
 
 
 def _say(line: str) -> None:
-    console.print(line, highlight=False, soft_wrap=True, markup=False)
+    console.print(line, soft_wrap=True)
 
 
 def _hub_cache() -> Path:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rltune.cli.inspecting import first_line
-from rltune.cli.terminal import console
+from rltune.cli.terminal import console, marked
 from rltune.errors import RltuneError, UserError
 
 
@@ -77,13 +77,13 @@ def check_reward(
         table.add_column(title, justify="left" if title == "image" else "right")
     norms = proof.gradient_norms or (None,) * len(texts)
     for text, value, metric, norm in zip(shown, proof.scores, proof.metrics, norms, strict=True):
-        table.add_row(Text(text), f"{value:.4f}", f"{metric:.4f}", "none" if norm is None else f"{norm:.3g}")
+        table.add_row(text, f"{value:.4f}", f"{metric:.4f}", "none" if norm is None else f"{norm:.3g}")
     console.print(table)
     for label, fact in _facts(name, proof, batch, where).items():
-        console.print(f"[dim]{label:>12}[/]  {fact}", highlight=False, soft_wrap=True)
+        console.print(marked(f"{label:>12} ", "dim", fact), soft_wrap=True)
     if proof.faults:
         raise RltuneError(f"reward {name!r}: " + "; ".join(proof.faults))
-    console.print("[green]ok[/]  finite, in its range, and no image moves another's score", highlight=False)
+    console.print(marked("ok ", "green", "finite, in its range, and no image moves another's score"))
 
 
 def _facts(name: str, proof: Any, batch: Any, device: Any) -> dict[str, str]:

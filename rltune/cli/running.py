@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-
 from rltune.cli.board import watch
 from rltune.cli.tables import front_view, gain_view, status_view
-from rltune.cli.terminal import console, errors
+from rltune.cli.terminal import console, errors, marked
 from rltune.config.clashes import Known
 from rltune.config.conditions import condition_in_words
 from rltune.config.distributions import Choice, IntRange
@@ -130,17 +128,17 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
     print_plan(experiment, sweep.plan, cluster)
     if sweep.results:
         ended = sum(result.trial != BASE_TRIAL for result in sweep.results)
-        errors.print(f"resuming {folder.path}: {ended} trials have ended, {sweep.num_left} are left", highlight=False)
+        errors.print(f"resuming {folder.path}: {ended} trials have ended, {sweep.num_left} are left", soft_wrap=True)
     with watch(folder, experiment):
         sweep.run()
     table = status_view(read_status(folder, experiment), experiment.shared.objective_names)
     if sweep.num_left and not sweep.over:
         errors.print(table)
-        errors.print(f"{sweep.num_left} trials are left; the same command resumes {folder.path}", highlight=False)
+        errors.print(f"{sweep.num_left} trials are left; the same command resumes {folder.path}", soft_wrap=True)
         raise KeyboardInterrupt
     console.print(table)
     if sweep.over:
-        errors.print(f"ended with {sweep.num_left} trials left: {escape(sweep.over)}", highlight=False, soft_wrap=True)
+        errors.print(f"ended with {sweep.num_left} trials left: {sweep.over}", soft_wrap=True)
     if experiment.is_searched:
         _confirm(sweep, experiment)
     front = sweep.front()
@@ -148,26 +146,24 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
     if front is None or not trained:
         raise RunError(f"no trial of {folder.path} ended well; the reasons are in {folder.results_file}")
     if experiment.is_searched:
-        console.print("\n[bold]Pareto front[/]")
+        console.print("\nPareto front", style="bold")
         console.print(front_view(front))
         picks = best_picks(front) or trained[:1]
     else:
-        console.print("\n[bold]Gain over the base model[/]")
+        console.print("\nGain over the base model", style="bold")
         console.print(gain_view(trained[0], experiment.shared.evaluate.prompts))
         picks = trained[:1]
-    console.print("\n[bold]Exported[/]")
+    console.print("\nExported", style="bold")
     quiet_libraries()
     for result in picks:
         exported = export_trial(result, folder, experiment)
         console.print(
             f"{_shown(exported.folder)}  loads in diffusers at weight 1.0 "
             f"(reloaded and compared: images agree to {exported.difference:.1g})",
-            highlight=False,
             soft_wrap=True,
         )
     console.print(
         f"\nSee it beside the base model:  rltune sample {_shown(folder.exports_dir / picks[0].trial)}",
-        highlight=False,
         soft_wrap=True,
     )
 
@@ -175,11 +171,11 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
 def _confirm(sweep: "Sweep", experiment: Experiment) -> None:
     if experiment.shared.evaluate.confirm == 0:
         return
-    errors.print("measuring the front again on fresh prompts", highlight=False)
+    errors.print("measuring the front again on fresh prompts")
     try:
         sweep.confirm()
     except RunError as error:  # the search stands without it
-        errors.print(f"[yellow]warning[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        errors.print(marked("warning", "yellow", str(error)), soft_wrap=True)
 
 
 def _shown(path: Path) -> str:
@@ -303,4 +299,4 @@ def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> N
     if cluster is not None and cluster.dashboard_url:
         lines["dashboard"] = cluster.dashboard_url
     for label, text in lines.items():
-        errors.print(f"[dim]{label:>11}[/]  {text}", highlight=False, soft_wrap=True)
+        errors.print(marked(f"{label:>11} ", "dim", text), soft_wrap=True)

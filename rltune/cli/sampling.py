@@ -53,9 +53,9 @@ def sample_grid(
     labels = ["base", *(path.parent.name if path.is_file() else path.resolve().name for path in loras)]
     output.parent.mkdir(parents=True, exist_ok=True)
     labelled_grid(rows, labels, shown, num_images=num_images).save(output)
-    console.print(f"{output}: {len(rows)} rows ({', '.join(labels)}), {num_images} images for each of", highlight=False)
+    console.print(f"{output}: {len(rows)} rows ({', '.join(labels)}), {num_images} images for each of", soft_wrap=True)
     for prompt in shown:
-        console.print(f"  {prompt}", highlight=False)
+        console.print(f"  {prompt}", soft_wrap=True)
 
 
 def _plain_config() -> Any:

@@ -3,10 +3,10 @@ import threading
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from rltune.cli import board
 from rltune.cli.board import watch
+from rltune.cli.terminal import PlainConsole
 from rltune.orchestration.results import append_result
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
 from rltune.orchestration.status import StatusReader, read_status
@@ -71,7 +71,7 @@ class Readings:
 @pytest.fixture
 def written(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     text = io.StringIO()
-    monkeypatch.setattr(board, "errors", Console(file=text, width=40))
+    monkeypatch.setattr(board, "errors", PlainConsole(file=text, width=40))
     return text
 
 
@@ -139,7 +139,7 @@ def test_the_end_of_the_block_is_still_shown(tmp_path: Path, written: io.StringI
 def test_on_a_terminal_the_table_is_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_run(tmp_path / "mix", experiment(), [BASE])
     text = io.StringIO()
-    monkeypatch.setattr(board, "errors", Console(file=text, width=100, force_terminal=True))
+    monkeypatch.setattr(board, "errors", PlainConsole(file=text, width=100, force_terminal=True))
     with folder.lock(), watch(folder, experiment()):
         folder.write_trial(TrialSpec("001", VALUES, {}))
         append_result(folder.results_file, result("001", 0.7125, 0.25))

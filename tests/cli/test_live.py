@@ -5,10 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from rltune.cli.live import LiveView, by_interest
 from rltune.cli.notes import Note, newest
+from rltune.cli.terminal import PlainConsole
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
 from rltune.orchestration.status import RunStatus, read_status
 from rltune.training.events import append_event
@@ -43,7 +43,7 @@ def read(folder: RunFolder) -> RunStatus:
 
 
 def render(status: RunStatus, width: int, height: int) -> list[str]:
-    console = Console(record=True, width=width, height=height, file=io.StringIO())
+    console = PlainConsole(record=True, width=width, height=height, file=io.StringIO())
     console.print(LiveView(status, OBJECTIVES))
     return [line.rstrip() for line in console.export_text().splitlines()]
 

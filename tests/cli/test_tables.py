@@ -3,9 +3,10 @@ import re
 from pathlib import Path
 
 import pytest
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 
 from rltune.cli.tables import format_duration, format_value, front_view, gain_view, short_labels, status_view
+from rltune.cli.terminal import PlainConsole
 from rltune.orchestration.fronts import front_as_csv, read_front
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
 from rltune.orchestration.status import read_status
@@ -15,7 +16,7 @@ WIDTHS = pytest.mark.parametrize("width", [60, 100])
 
 
 def render(view: RenderableType, width: int) -> list[str]:
-    console = Console(record=True, width=width, file=io.StringIO())
+    console = PlainConsole(record=True, width=width, file=io.StringIO())
     console.print(view)
     lines = [line.rstrip() for line in console.export_text().splitlines()]
     assert max(len(line) for line in lines) <= width

@@ -1,0 +1,5 @@
+"""``python -m rltune`` is ``rltune``."""
+
+from rltune.cli.main import main
+
+main()
