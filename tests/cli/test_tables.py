@@ -184,7 +184,7 @@ def test_a_single_prompt_has_no_interval_and_is_never_clear(tmp_path: Path) -> N
     lines = render(gain_view(result("001", 0.8, 0.01), num_prompts=1), 80)
     assert lines[1].split() == ["brightness", "0.500", "0.800", "+0.300"]
     assert "no interval" in words(lines)
-    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
+    console = PlainConsole(record=True, width=80, file=io.StringIO(), force_terminal=True)
     console.print(gain_view(result("001", 0.8, 0.01), num_prompts=1))
     assert "\x1b[1m" not in console.export_text(styles=True)
     asked = experiment(evaluate={"prompts": 1})
