@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rltune.cli.board import watch
-from rltune.cli.tables import front_view, gain_view, status_view
+from rltune.cli.tables import front_view, gain_view, nothing_to_export, status_view
 from rltune.cli.terminal import console, errors, marked
 from rltune.config.clashes import Known
 from rltune.config.conditions import condition_in_words
@@ -22,6 +22,7 @@ from rltune.orchestration.nodes import Node
 from rltune.orchestration.plan import Plan, make_plan
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
 from rltune.rewards.weights import format_size
+from rltune.training.heldout import fresh_prompts
 from rltune.training.rewards import try_reward
 from rltune.training.setup import check_options
 from rltune.training.tracking import check_trackers
@@ -139,8 +140,8 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
     console.print(table)
     if sweep.over:
         errors.print(f"ended with {sweep.num_left} trials left: {sweep.over}", soft_wrap=True)
-    if experiment.is_searched:
-        _confirm(sweep, experiment)
+    if sweep.chosen and experiment.shared.evaluate.confirm != 0:
+        _confirm(sweep)
     front = sweep.front()
     trained = [result for result in sweep.results if result.is_ok and result.trial != BASE_TRIAL]
     if front is None or not trained:
@@ -148,11 +149,15 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
     if experiment.is_searched:
         console.print("\nPareto front", style="bold")
         console.print(front_view(front))
-        picks = best_picks(front) or trained[:1]
+        picks = best_picks(front)
+        if not picks:
+            console.print(f"\n{nothing_to_export(front, sweep.nearest, _shown(folder.path))}", soft_wrap=True)
+            return
     else:
         console.print("\nGain over the base model", style="bold")
-        console.print(gain_view(trained[0], experiment.shared.evaluate.prompts))
-        picks = trained[:1]
+        found = sweep.measured(trained[0])
+        console.print(gain_view(found))
+        picks = [found.result]
     console.print("\nExported", style="bold")
     quiet_libraries()
     for result in picks:
@@ -168,10 +173,8 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
     )
 
 
-def _confirm(sweep: "Sweep", experiment: Experiment) -> None:
-    if experiment.shared.evaluate.confirm == 0:
-        return
-    errors.print("measuring the front again on fresh prompts")
+def _confirm(sweep: "Sweep") -> None:
+    errors.print("measuring what was chosen again on fresh prompts")
     try:
         sweep.confirm()
     except RunError as error:  # the search stands without it
@@ -261,6 +264,24 @@ def _first_trials(config: RunConfig) -> str:
     return " and ".join(parts)
 
 
+def _confirmed(experiment: Experiment) -> str:
+    """Say what chosen trials are measured on again; empty if nothing is chosen, or its prompts cannot be read here."""
+    config = experiment.shared
+    if config.evaluate.confirm == 0 or not (experiment.is_searched or config.evaluate.select != "last"):
+        return ""
+    try:
+        fresh = fresh_prompts(config)
+    except UserError:  # told of elsewhere
+        return ""
+    what = "the front" if experiment.is_searched else "the selected checkpoint"
+    if not fresh.num_reused:
+        return f"{what} measured again on {len(fresh.prompts)} fresh prompts"
+    return (
+        f"{what} measured again with fresh noise, but on the same {len(fresh.prompts)} prompts: prompts.eval holds too "
+        "few others, so luck with prompts stays in"
+    )
+
+
 def _workers(plan: Plan) -> str:
     fewest = f"{plan.min_workers} to " if plan.min_workers < plan.num_workers else ""
     many = "s" if plan.num_workers > 1 else ""
@@ -291,6 +312,8 @@ def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> N
         "objectives": ", ".join(config.objective_names),
         "runs on": where if cluster is None or cluster.num_nodes == 1 else f"{where}, {_nodes(plan, cluster)}",
     }
+    if confirmed := _confirmed(experiment):
+        lines["at the end"] = confirmed
     if first := _first_trials(config):
         lines["first"] = first
     missing = _missing_weights(config)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from rltune.cli.notes import Note, notes_of
 from rltune.intervals import half_width
+from rltune.orchestration.confirmations import Measured
 from rltune.orchestration.objectives import Front
 from rltune.orchestration.results import TrialResult
 from rltune.orchestration.rundir import BASE_TRIAL
@@ -26,6 +27,8 @@ STATE_STYLES = {
     "interrupted": "yellow",
 }
 FRONT_MARK = "*"
+BREACH_MARK = "!"
+BEATEN_MARK = "~"
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 UNBOUNDED = 10_000
 """Columns of a console on which every table fits."""
@@ -63,7 +66,7 @@ def trial_view(
     parts: list[RenderableType] = [headline(status), _trial_table(status, objectives, shown)]
     parts += [Text(note.text, style=note.style) for note in notes]
     if any(not trial.is_feasible for trial in shown):
-        parts.append(Text("! breaks a constraint, so it is not on the front", style="dim"))
+        parts.append(Text(f"{BREACH_MARK} breaks a constraint, so it is not on the front", style="dim"))
     return Group(*parts)
 
 
@@ -124,7 +127,7 @@ def _trial_table_with(
     base = next((trial.metrics for trial in status.trials if trial.trial == BASE_TRIAL), {})
     for trial in trials:
         is_base = trial.trial == BASE_TRIAL
-        mark = FRONT_MARK if trial.is_on_front else "" if trial.is_feasible else "!"
+        mark = BREACH_MARK if not trial.is_feasible else FRONT_MARK if trial.is_on_front else ""
         table.add_row(
             mark,
             f"{trial.trial} base" if is_base else trial.trial,
@@ -148,24 +151,62 @@ def _objective(trial: TrialStatus, name: str, base: Mapping[str, float]) -> str:
 
 
 def front_view(front: Front) -> RenderableType:
-    """Return the front as a table with its hypervolume, reference point and knee."""
+    """Return the front as a table, with what it was measured on, who does not hold its place, and its hypervolume."""
     paths = list(dict.fromkeys(path for member in front.members for path in member.values))
+    parts = [*_measured(front), *_marked(front), _volume(front)]
+    notes = Text(" ".join(parts), style="dim")
+    return Group(FittedTable(lambda shown: _front_table_with(shown, front), paths), notes)
+
+
+def _measured(front: Front) -> list[str]:
+    """Say what the numbers were measured on, and what the interval is."""
+    fresh, num = front.fresh, front.num_prompts
+    interval = f", with its 95 % interval over {num} prompts" if num > 1 else ""
+    parts = [f"Beside each value the gain over the base model, paired by prompt and noise{interval}."]
+    by_search = "Members, their order and the knee are by the numbers of the search."
+    if fresh is not None and fresh.num_reused:
+        what = f"Measured again with fresh noise, but on the {fresh.num_reused} prompts that trials were chosen by"
+        parts.append(f"{what}, since prompts.eval holds too few others: luck with prompts has raised it. {by_search}")
+    elif fresh is not None:
+        parts.append(f"Measured again on {num} prompts, and noise, that no trial was chosen by. {by_search}")
+    elif front.num_candidates > 1:
+        parts.append(
+            f"Members were chosen from {front.num_candidates} trials by these very numbers: luck has raised them."
+        )
+    return parts
+
+
+def _marked(front: Front) -> list[str]:
+    """Say who breaks a constraint or does not hold its place, if anyone."""
+    broken = {member.trial: _breaches(member) for member in front.members if not member.is_feasible}
+    beaten = {trial: why for trial, why in front.not_held.items() if trial not in broken}
+    parts = []
+    if broken:
+        listed = ", ".join(f"{trial} ({why})" for trial, why in broken.items())
+        parts.append(f"{BREACH_MARK} breaks a constraint, so it is neither picked nor counted: {listed}.")
+    if beaten:
+        listed = ", ".join(f"{trial} ({why})" for trial, why in beaten.items())
+        parts.append(f"{BEATEN_MARK} does not hold its place on them: {listed}.")
+    return parts
+
+
+def _breaches(result: TrialResult) -> str:
+    return ", ".join(f"{name} by {bad:.3g}" for name, bad in result.constraints.items() if bad > 0)
+
+
+def _volume(front: Front) -> str:
     reference = ", ".join(
         f"{name} {value:.3f}" for name, value in zip(front.objectives.names, front.reference_D, strict=True)
     )
-    measured = ""
-    if front.num_fresh_prompts:
-        measured = f"Measured again on {front.num_fresh_prompts} prompts, and noise, that no trial was chosen by. "
-    if front.dropped:
-        names = ", ".join(member.trial for member in front.dropped)
-        measured += f"There {names} did not hold its place: another trial is better, or a constraint is broken. "
-    interval = f", with its 95 % interval over {front.num_prompts} prompts" if front.num_prompts > 1 else ""
-    note = (
-        f"{measured}Beside each value the gain over the base model, paired by prompt and noise{interval}. "
-        f"Hypervolume {front.hypervolume:.4g}, in standard deviations of the base model, from the reference "
-        f"point {reference} (the base model minus one of them)."
+    fresh = front.fresh
+    half = "" if fresh is None or fresh.half_width is None else f" {PLUS_MINUS} {fresh.half_width:.2g}"
+    null = "the base model alone has 1"
+    if fresh is not None and fresh.half_width_without_effect is not None:
+        null = f"without any effect it would be 1 {PLUS_MINUS} {fresh.half_width_without_effect:.2g}"
+    return (
+        f"Hypervolume {front.hypervolume:.4g}{half}, in standard deviations of the base model, from the reference "
+        f"point {reference} (the base model minus one of them); {null}."
     )
-    return Group(FittedTable(lambda shown: _front_table_with(shown, front), paths), Text(note, style="dim"))
 
 
 def _front_table_with(paths: Sequence[str], front: Front) -> Table:
@@ -178,8 +219,10 @@ def _front_table_with(paths: Sequence[str], front: Front) -> Table:
         table.add_column(label, justify="right", style="dim")
     for member in front.members:
         is_knee = front.knee is not None and member.trial == front.knee.trial
+        is_beaten = member.trial in front.not_held
+        mark = BREACH_MARK if not member.is_feasible else BEATEN_MARK if is_beaten else ""
         table.add_row(
-            "knee" if is_knee else "",
+            f"{mark} knee".strip() if is_knee else mark,
             f"{member.trial} base" if member.trial == BASE_TRIAL else member.trial,
             *(_front_objective(member, name, front.num_prompts) for name in front.objectives.names),
             *(format_value(member.values.get(path, "")) for path in paths),
@@ -202,8 +245,23 @@ def _half_width(result: TrialResult, name: str, num_prompts: int) -> float | Non
     return half_width(result.metrics.get(f"gain/{name}_se", 0.0), num_prompts - 1)
 
 
-def gain_view(result: TrialResult, num_prompts: int) -> RenderableType:
+def nothing_to_export(front: Front, closest: TrialResult | None, run: str) -> str:
+    """Return why no LoRA of a sweep is exported, and the command that exports one all the same."""
+    if closest is None:
+        return "Nothing is exported: no trial ended well."
+    if front.num_candidates == 0:
+        why = f"no trial keeps every constraint; trial {closest.trial} is the nearest, it breaks {_breaches(closest)}"
+    elif any(member.trial != BASE_TRIAL for member in front.members):
+        why = "no member of the front keeps every constraint on fresh prompts"
+        closest = next(member for member in front.members if member.trial != BASE_TRIAL)
+    else:
+        why = "no trial is better than the base model in any objective"
+    return f"Nothing is exported: {why}. To have it all the same: rltune export {run} --pick {closest.trial}"
+
+
+def gain_view(measured: Measured) -> RenderableType:
     """Return what a trial gained over the base model in every reward and judge, with intervals over the prompts."""
+    result, num_prompts = measured.result, measured.num_prompts
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("held-out prompts")
     for label in ("base", "trained", "gain"):
@@ -220,16 +278,28 @@ def gain_view(result: TrialResult, num_prompts: int) -> RenderableType:
             f"{gain:+.3f}" if half is None else f"{gain:+.3f} {PLUS_MINUS} {half:.3f}",
             style="bold" if half is not None and abs(gain) > half else None,
         )
-    return Group(table, Text(_interval_note(num_prompts), style="dim"))
+    return Group(table, Text(" ".join(_gain_notes(measured)), style="dim"))
 
 
-def _interval_note(num_prompts: int) -> str:
-    if num_prompts < 2:
-        return "Of a single prompt there is no interval: evaluate.prompts asks for more."
-    return (
-        f"{PLUS_MINUS} is a 95 % interval over the {num_prompts} prompts, paired: same prompts and noise. "
-        "Bold where it excludes zero."
-    )
+def _gain_notes(measured: Measured) -> list[str]:
+    num, reused, result = measured.num_prompts, measured.num_reused, measured.result
+    if num < 2:
+        parts = ["Of a single prompt there is no interval: evaluate.prompts asks for more."]
+    else:
+        parts = [
+            f"{PLUS_MINUS} is a 95 % interval over the {num} prompts, paired: same prompts and noise. "
+            "Bold where it excludes zero."
+        ]
+    if reused == 0:
+        parts.append("They are fresh: the checkpoint was selected by others.")
+    elif reused:
+        what = "The noise is fresh, but the checkpoint was selected by these prompts, since prompts.eval holds too few"
+        parts.append(f"{what} others: luck with prompts has raised it.")
+    elif measured.is_selected and reused is None:
+        parts.append("The checkpoint was selected by these very numbers: luck has raised them.")
+    if not result.is_feasible:
+        parts.append(f"{BREACH_MARK} It breaks a constraint: {_breaches(result)}.")
+    return parts
 
 
 def short_labels(paths: Sequence[str]) -> list[str]:

@@ -218,14 +218,15 @@ class EvaluateConfig(StrictModel):
     every: Int = Field(20, ge=1)
     """Optimiser steps between evaluations."""
     prompts: Int = Field(16, ge=1)
-    """How many of the evaluation prompts are used."""
+    """How many of the evaluation prompts are used, the first; repeats are left out."""
     images_per_prompt: Int = Field(2, ge=1)
     """Images per prompt, always from the same seeds."""
     judges: tuple[Text, ...] = ("diversity", "drift")
     """Measured but never trained on; a reward that is not in ``rewards`` may be one."""
     confirm: Literal["auto"] | Annotated[Int, Field(ge=0)] = "auto"
-    """Fresh prompts, behind the ``prompts`` of ``prompts.eval``, that members of the front are measured on again at the
-    end of a sweep, with other noise; ``auto`` is as many as ``prompts``, 0 is off."""
+    """Fresh prompts, behind the ``prompts`` of ``prompts.eval``, that members of the front, or a checkpoint that was
+    selected, are measured on again at the end, with other noise; ``auto`` is as many as ``prompts``, 0 is off. Where
+    fewer than half as many as ``prompts`` are left, those of the search are drawn again."""
     select: Text = "last"
     """Which of a trial's checkpoints counts and is exported: ``last``, or the best by an objective, reward or judge,
     named, among those evaluated that keep every constraint; the last where none does."""

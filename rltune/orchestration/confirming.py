@@ -1,10 +1,10 @@
-"""The front of a sweep measured again on fresh prompts, as one Ray Train job over the whole cluster."""
+"""Chosen trials measured again on fresh prompts, as one Ray Train job over the whole cluster."""
 
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,86 +12,38 @@ import ray.train
 
 from rltune.config.load import Experiment
 from rltune.errors import RltuneError, RunError
+from rltune.orchestration.confirmations import Confirmation, comparable, missing, read_confirmations
 from rltune.orchestration.job import JobSpec, make_ray_job, quiet_libraries
-from rltune.orchestration.objectives import Front, Objectives, find_front
 from rltune.orchestration.results import TrialResult, append_line
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
-from rltune.training.reporter import read_json_lines
-from rltune.training.selection import violations
+from rltune.training.heldout import fresh_prompts
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Confirmation:
-    """What one trial, or the base model, measured on fresh prompts."""
-
-    trial: str
-    checkpoint: str
-    """Which of the trial's checkpoints it was, as ``TrialResult.checkpoint``."""
-    num_prompts: int
-    metrics: Mapping[str, float]
-    spread: Mapping[str, float]
-    """Standard deviation over prompts of each reward and judge."""
-
-
-def read_confirmations(folder: RunFolder) -> list[Confirmation]:
-    """Return the fresh measurements of a run, in the order in which they were made."""
-    return [Confirmation(**row) for row in read_json_lines(folder.confirmed_file)]
-
-
-def confirmed_front(front: Front, experiment: Experiment, confirmations: Sequence[Confirmation]) -> Front | None:
-    """Return the front of a front's members by their fresh measurements; None unless all of them have one.
-
-    Members that others dominate there, or that break a constraint, are in ``dropped``.
-    """
-    newest = {(row.trial, row.checkpoint): row for row in confirmations}
-    base = newest.get((BASE_TRIAL, ""))
-    members = [member for member in front.members if member.trial != BASE_TRIAL]
-    fresh = [newest.get((member.trial, member.checkpoint)) for member in members]
-    if base is None or any(row is None for row in fresh):
-        return None
-    config = experiment.shared
-    results = [
-        replace(member, metrics=row.metrics, constraints=violations(config, row.metrics, base.metrics))
-        for member, row in zip(members, fresh, strict=True)
-        if row is not None
-    ]
-    base_result = TrialResult(BASE_TRIAL, "ok", {}, {}, metrics=base.metrics)
-    found = find_front([base_result, *results], Objectives(config.objective_names), base.spread)
-    if found is None:
-        return None
-    kept = {member.trial for member in found.members}
-    dropped = tuple(result for result in results if result.trial not in kept)
-    return replace(found, dropped=dropped, num_fresh_prompts=base.num_prompts, num_prompts=base.num_prompts)
-
-
-def missing(front: Front, confirmations: Sequence[Confirmation]) -> list[TrialResult]:
-    """Return the trained members of a front that were not measured on fresh prompts yet."""
-    done = {(row.trial, row.checkpoint) for row in confirmations}
-    return [m for m in front.members if m.trial != BASE_TRIAL and (m.trial, m.checkpoint) not in done]
-
-
 def run_confirmation(
-    front: Front, folder: RunFolder, experiment: Experiment, spec: JobSpec, *, num_workers: int
+    chosen: Sequence[TrialResult], folder: RunFolder, experiment: Experiment, spec: JobSpec, *, num_workers: int
 ) -> None:
-    """Measure what of a front was not measured yet; rows are added to ``confirmed.jsonl`` one by one.
+    """Measure what was not measured yet; rows are added to ``confirmed.jsonl`` one by one.
 
     Args:
-        front: By the evaluations that trials were chosen by.
+        chosen: Trials with their checkpoints; the base model goes without saying.
         folder: The run.
         experiment: Its experiment.
         spec: Of the base model's trial: where the run is and what a worker takes.
         num_workers: Of the job; they share the prompts.
 
     Raises:
+        UserError: The held-out prompts cannot be read.
         RunError: It could not be measured.
     """
-    confirmations = read_confirmations(folder)
-    wanted = [(m.trial, m.checkpoint, dict(m.values)) for m in missing(front, confirmations)]
+    found = comparable(read_confirmations(folder))
+    if found is not None and tuple(found.base.prompts) != fresh_prompts(experiment.shared).prompts:
+        found = None  # measured on other prompts
+    wanted = [(result.trial, result.checkpoint, dict(result.values)) for result in missing(chosen, found)]
     if not wanted:
         return
-    if not any(row.trial == BASE_TRIAL for row in confirmations):
+    if found is None:
         wanted.insert(0, (BASE_TRIAL, "", {}))
     folder.confirmation_failure_file.unlink(missing_ok=True)
     configs = [
@@ -107,9 +59,9 @@ def run_confirmation(
             _worker, {"spec": spec, "jobs": jobs}, spec, name="confirm", storage=folder.scratch_dir, workers=num_workers
         ).fit()
     except Exception as error:  # ray raises whatever its layers raise
-        raise RunError(f"the front could not be measured on fresh prompts: {_why(folder) or error}") from error
+        raise RunError(f"what was chosen could not be measured on fresh prompts: {_why(folder) or error}") from error
     if why := _why(folder):
-        raise RunError(f"the front could not be measured on fresh prompts: {why}")
+        raise RunError(f"what was chosen could not be measured on fresh prompts: {why}")
 
 
 def _why(folder: RunFolder) -> str:
@@ -120,7 +72,7 @@ def _why(folder: RunFolder) -> str:
 def _worker(config: dict[str, Any]) -> None:
     """Measure the candidates as one of several workers; the first one writes."""
     from rltune.config.experiment import RunConfig
-    from rltune.training.confirm import Candidate, confirm, fresh_prompts
+    from rltune.training.confirm import Candidate, confirm
 
     spec: JobSpec = config["spec"]
     folder = spec.folder
@@ -137,11 +89,19 @@ def _worker(config: dict[str, Any]) -> None:
         )
         for trial, job in jobs.items()
     ]
-    num_prompts = len(fresh_prompts(candidates[0].config))
+    fresh = fresh_prompts(candidates[0].config)
 
-    def take(trial: str, metrics: dict[str, float], spread: dict[str, float]) -> None:
+    def take(trial: str, metrics: dict[str, float], values: dict[str, list[float]]) -> None:
         if is_main:
-            row = Confirmation(trial, jobs[trial]["checkpoint"], num_prompts, metrics, spread)
+            row = Confirmation(
+                trial,
+                jobs[trial]["checkpoint"],
+                len(fresh.prompts),
+                metrics,
+                values=values,
+                prompts=fresh.prompts,
+                num_reused=fresh.num_reused,
+            )
             append_line(folder.confirmed_file, json.dumps(asdict(row), allow_nan=False))
 
     try:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rltune.config.load import Experiment
-from rltune.orchestration.confirming import confirmed_front, read_confirmations
+from rltune.orchestration.confirmations import confirmed_front, read_confirmations
 from rltune.orchestration.objectives import Front, Objectives, find_front
 from rltune.orchestration.results import TrialResult, read_results
 from rltune.orchestration.rundir import RunFolder
@@ -36,7 +36,13 @@ def search_front(
 
 
 def front_as_dict(front: Front) -> dict[str, Any]:
-    """Return the front in JSON's types."""
+    """Return the front in JSON's types.
+
+    ``metrics`` of a member are what is reported; ``chosen_by`` those of the search, which differ where the front was
+    ``is_measured_again``, and ``not_held`` says why it does not hold its place there. Half widths are of 95 % intervals
+    over prompts.
+    """
+    fresh = front.fresh
     return {
         "objectives": {
             name: "maximize" if sign > 0 else "minimize"
@@ -44,14 +50,23 @@ def front_as_dict(front: Front) -> dict[str, Any]:
         },
         "reference_point": dict(zip(front.objectives.names, front.reference_D.tolist(), strict=True)),
         "hypervolume": front.hypervolume,
+        "hypervolume_half_width": fresh and fresh.half_width,
+        "hypervolume_without_effect": fresh and {"mean": 1.0, "half_width": fresh.half_width_without_effect},
         "knee": front.knee.trial if front.knee else None,
+        "best": {name: front.best(name).trial for name in front.objectives.names},
+        "is_measured_again": fresh is not None,
         "prompts": front.num_prompts,
-        "fresh_prompts": front.num_fresh_prompts,
+        "fresh_prompts": front.num_prompts - fresh.num_reused if fresh else 0,
         "members": [
-            {"trial": member.trial, "values": dict(member.values), "metrics": dict(member.metrics)}
-            for member in front.members
+            {
+                "trial": member.trial,
+                "values": dict(member.values),
+                "metrics": dict(member.metrics),
+                "chosen_by": dict(chosen.metrics),
+                "not_held": front.not_held.get(member.trial),
+            }
+            for member, chosen in zip(front.members, front.chosen, strict=True)
         ],
-        "dropped": [member.trial for member in front.dropped],
     }
 
 

@@ -17,10 +17,11 @@ from ray import tune
 from rltune.config.load import Experiment
 from rltune.errors import ExperimentError, RunError, StorageError, writing
 from rltune.orchestration.cluster import Cluster
-from rltune.orchestration.confirming import confirmed_front, read_confirmations, run_confirmation
+from rltune.orchestration.confirmations import Measured, confirmed_front, measured, read_confirmations
+from rltune.orchestration.confirming import run_confirmation
 from rltune.orchestration.fronts import front_as_csv, front_as_dict, search_front
 from rltune.orchestration.job import TROUBLE, JobSpec
-from rltune.orchestration.objectives import Front, Objectives, find_front
+from rltune.orchestration.objectives import Front, Objectives, find_front, nearest
 from rltune.orchestration.plan import Plan, make_plan
 from rltune.orchestration.results import TrialResult, append_result, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, write_atomically
@@ -144,19 +145,35 @@ class Sweep:
             raise RunError(f"the base model could not be measured: {base.reason}")
         self._write_front()
 
+    @property
+    def chosen(self) -> list[TrialResult]:
+        """What was picked by its own measurements, which luck has raised: the front of a search, or a checkpoint."""
+        if self._experiment.is_searched:
+            front = self.search_front()
+            return list(front.members) if front else []
+        is_selected = self._shared.evaluate.select != "last"
+        return [result for result in self._results if result.is_ok and result.trial != BASE_TRIAL and is_selected]
+
     def confirm(self) -> None:
-        """Measure the members of the front on fresh prompts and noise, if the experiment wants it.
+        """Measure what was chosen on fresh prompts and noise.
 
         Raises:
-            RunError: It could not be done; the front stands as the search has it.
+            RunError: It could not be done; what the search measured stands.
         """
-        front = self.search_front()
-        if front is None or not self._experiment.is_searched or self._shared.evaluate.confirm == 0:
-            return
         spec = self._job(TrialSpec(BASE_TRIAL, {}, {}))
         workers = min(self.plan.num_workers * self.plan.num_concurrent, self.plan.num_slots)
-        run_confirmation(front, self._folder, self._experiment, spec, num_workers=workers)
+        run_confirmation(self.chosen, self._folder, self._experiment, spec, num_workers=workers)
         self._write_front()
+
+    @property
+    def nearest(self) -> TrialResult | None:
+        """The trained trial that breaks its constraints least; None where none ended well."""
+        reference = self._reference
+        return nearest(self._results, reference.spread) if reference else None
+
+    def measured(self, result: TrialResult) -> Measured:
+        """Return a trial as it is to be reported: by fresh measurements where there are any."""
+        return measured(result, self._experiment, read_confirmations(self._folder))
 
     @contextmanager
     def _leaving_on_sigterm(self) -> Iterator[None]:

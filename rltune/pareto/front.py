@@ -30,6 +30,20 @@ def non_dominated(values_ND: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     return is_front_N
 
 
+def dominators(values_ND: npt.ArrayLike) -> list[int | None]:
+    """Return for each point the first row that dominates it; None for those on the front.
+
+    Raises:
+        ValueError: ``values_ND`` is not a matrix of finite numbers with at least one column.
+    """
+    points_ND = as_points(values_ND)
+    found: list[int | None] = []
+    for point_D in points_ND:
+        rows = np.flatnonzero((points_ND >= point_D).all(axis=1) & (points_ND > point_D).any(axis=1))
+        found.append(int(rows[0]) if rows.size else None)
+    return found
+
+
 def ranks(values_ND: npt.ArrayLike) -> npt.NDArray[np.intp]:
     """Return each point's front, ``(N,)``: 0 on the front, 1 on the front of the rest without it, and so on.
 

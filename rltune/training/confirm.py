@@ -9,21 +9,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora import add_lora, load_lora_state
 from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import ImageSet, Pixels, Values, per_prompt, sample_and_score, summarise
+from rltune.training.heldout import fresh_prompts
 from rltune.training.loading import Shelf
-from rltune.training.prompts import read_prompts
 from rltune.training.setup import Run, base_key, build_run
 from rltune.training.streams import Stream
 
 logger = logging.getLogger(__name__)
 
-Take = Callable[[str, dict[str, float], dict[str, float]], None]
-"""Receives a candidate's name, its metrics, and the standard deviation over prompts of each reward and judge."""
+Take = Callable[[str, dict[str, float], dict[str, list[float]]], None]
+"""Receives a candidate's name, its metrics, and each reward's and judge's value for every prompt."""
 
 
 @dataclass(frozen=True)
@@ -71,31 +69,15 @@ def confirm(candidates: Iterable[Candidate], take: Take, shelf: Shelf | None = N
             load_lora_state(run.model.network, load_adapter(candidate.checkpoint))
             samples = sample_and_score(run.sampler, images, run.rewards, run.workers, batch_size=run.eval_batch)
             values = per_prompt(samples, base_NHW3, images, config.evaluate.judges)
-        spread = {name: float(np.std(row_P, ddof=1)) if len(row_P) > 1 else 0.0 for name, row_P in values.items()}
-        take(candidate.trial, summarise(values, base_values), spread)
+        rows = {name: values_P.tolist() for name, values_P in values.items()}
+        take(candidate.trial, summarise(values, base_values), rows)
 
 
 def fresh_images(run: Run) -> ImageSet:
-    """Return images that no trial was chosen by: held-out prompts behind those of the search, and other noise.
-
-    Where ``prompts.eval`` holds no more prompts, those of the search are drawn again with other noise.
-    """
-    prompts = fresh_prompts(run.config)
+    """Return images that no trial was chosen by: other noise, and as far as there are any, other held-out prompts."""
     return replace(
         run.eval_images,
-        prompts=prompts,
+        prompts=fresh_prompts(run.config).prompts,
         latent_stream=Stream.CONFIRM_LATENT,
         step_stream=Stream.CONFIRM_STEP_NOISE,
     )
-
-
-def fresh_prompts(config: RunConfig) -> tuple[str, ...]:
-    """Return the prompts of ``fresh_images``.
-
-    Raises:
-        UserError: The held-out prompts cannot be read.
-    """
-    section = config.evaluate
-    held_out = read_prompts(config.prompts.eval, where="prompts.eval")
-    count = section.prompts if section.confirm == "auto" else section.confirm
-    return held_out[section.prompts :][:count] or held_out[: section.prompts]

@@ -18,6 +18,7 @@ from rltune.errors import UserError
 from rltune.estimators.base import ESTIMATORS, Estimator
 from rltune.rewards.base import Reward
 from rltune.training.evaluation import JUDGES, ImageSet
+from rltune.training.heldout import search_prompts
 from rltune.training.loading import Shelf
 from rltune.training.prompts import read_prompts
 from rltune.training.rewards import check_reward, compares_images, is_own
@@ -225,14 +226,7 @@ def eval_image_set(config: RunConfig, model: ModelFamily) -> ImageSet:
     Raises:
         UserError: Prompts are missing, or the image size is not one the model can make.
     """
-    held_out = read_prompts(config.prompts.eval, where="prompts.eval")
-    if len(held_out) < config.evaluate.prompts:
-        raise UserError(
-            f"evaluate.prompts: {config.evaluate.prompts} prompts are wanted, but prompts.eval holds "
-            f"{len(held_out)}; lower it or give more"
-        )
-    shape = image_shape(config, model)
-    return ImageSet(held_out[: config.evaluate.prompts], config.evaluate.images_per_prompt, shape)
+    return ImageSet(search_prompts(config), config.evaluate.images_per_prompt, image_shape(config, model))
 
 
 def image_shape(config: RunConfig, model: ModelFamily) -> tuple[int, int, int]:

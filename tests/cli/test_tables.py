@@ -7,6 +7,7 @@ from rich.console import RenderableType
 
 from rltune.cli.tables import format_duration, format_value, front_view, gain_view, short_labels, status_view
 from rltune.cli.terminal import PlainConsole
+from rltune.orchestration.confirmations import Measured
 from rltune.orchestration.fronts import front_as_csv, read_front
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
 from rltune.orchestration.status import read_status
@@ -173,7 +174,7 @@ def test_knobs_that_do_not_fit_are_named_and_no_digit_is_cut(folder: RunFolder) 
 
 
 def test_gains_are_shown_with_paired_intervals() -> None:
-    lines = render(gain_view(result("001", 0.7, 0.01), num_prompts=4), 80)
+    lines = render(gain_view(Measured(result("001", 0.7, 0.01), 4, None, False)), 80)
     # 3 degrees of freedom: 3.182 standard errors, 0.005 and 0.015
     assert lines[1].split() == ["brightness", "0.500", "0.700", "+0.200", "\N{PLUS-MINUS SIGN}", "0.016"]
     assert lines[2].split() == ["drift", "0.000", "0.010", "+0.010", "\N{PLUS-MINUS SIGN}", "0.048"]
@@ -181,11 +182,11 @@ def test_gains_are_shown_with_paired_intervals() -> None:
 
 
 def test_a_single_prompt_has_no_interval_and_is_never_clear(tmp_path: Path) -> None:
-    lines = render(gain_view(result("001", 0.8, 0.01), num_prompts=1), 80)
+    lines = render(gain_view(Measured(result("001", 0.8, 0.01), 1, None, False)), 80)
     assert lines[1].split() == ["brightness", "0.500", "0.800", "+0.300"]
     assert "no interval" in words(lines)
     console = PlainConsole(record=True, width=80, file=io.StringIO(), force_terminal=True)
-    console.print(gain_view(result("001", 0.8, 0.01), num_prompts=1))
+    console.print(gain_view(Measured(result("001", 0.8, 0.01), 1, None, False)))
     assert "\x1b[1m" not in console.export_text(styles=True)
     asked = experiment(evaluate={"prompts": 1})
     front = read_front(write_run(tmp_path / "mix", asked, [result(BASE_TRIAL, 0.5), result("001", 0.8)]), asked)

@@ -1,0 +1,59 @@
+"""Which held-out prompts trials are evaluated on, and which are left to measure the chosen ones again."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rltune.config.experiment import RunConfig
+from rltune.errors import UserError
+from rltune.training.prompts import read_prompts
+
+
+@dataclass(frozen=True)
+class FreshPrompts:
+    """What chosen trials are measured on again; the noise is always fresh."""
+
+    prompts: tuple[str, ...]
+    num_reused: int
+    """Of the prompts, those that trials were chosen by: none, or all where too few others are left."""
+
+
+def search_prompts(config: RunConfig) -> tuple[str, ...]:
+    """Return the held-out prompts that every trial is evaluated on: the first ``evaluate.prompts`` different ones.
+
+    Raises:
+        UserError: The held-out prompts cannot be read, or are too few.
+    """
+    held_out = read_prompts(config.prompts.eval, where="prompts.eval")
+    prompts, wanted = distinct(held_out), config.evaluate.prompts
+    if len(prompts) < wanted:
+        repeats = f", {len(prompts)} of them different" if len(prompts) < len(held_out) else ""
+        raise UserError(
+            f"evaluate.prompts: {wanted} prompts are wanted, but prompts.eval holds {len(held_out)}{repeats}; "
+            "lower it or give more"
+        )
+    return prompts[:wanted]
+
+
+def fresh_prompts(config: RunConfig) -> FreshPrompts:
+    """Return the prompts on which chosen trials are measured again: those behind the search's.
+
+    ``evaluate.confirm`` of them, or as many as are left if that is enough: half as many as the search had, and two at
+    least, without which there is no interval. With fewer a front would be measured far worse than it was chosen, so the
+    search's own prompts are drawn again, with other noise: that keeps the luck of the prompts.
+
+    Raises:
+        UserError: As ``search_prompts``.
+    """
+    used = search_prompts(config)
+    left = distinct(read_prompts(config.prompts.eval, where="prompts.eval"))[len(used) :]
+    wanted = len(used) if config.evaluate.confirm == "auto" else config.evaluate.confirm
+    enough = min(wanted, max(2, -(-len(used) // 2)))
+    return FreshPrompts(left[:wanted], 0) if len(left) >= enough else FreshPrompts(used, len(used))
+
+
+def distinct(prompts: Iterable[str]) -> tuple[str, ...]:
+    """Return prompts without repeats, in order; text encoders see neither case nor the width of a space."""
+    first: dict[str, str] = {}
+    for prompt in prompts:
+        first.setdefault(" ".join(prompt.split()).casefold(), prompt)
+    return tuple(first.values())

@@ -1,0 +1,93 @@
+"""Bias and coverage by simulation with known truth; the volume against the exact one."""
+
+import numpy as np
+import pytest
+
+from rltune.intervals import half_width
+from rltune.pareto.fresh import fresh_volume, volume_as_chosen
+from rltune.pareto.front import non_dominated
+from rltune.pareto.hypervolume import hypervolume
+
+
+@pytest.mark.parametrize("num_objectives", [1, 2, 3, 4])
+def test_of_the_values_that_chose_it_is_their_hypervolume(num_objectives: int) -> None:
+    rng = np.random.default_rng(num_objectives)
+    for _ in range(20):
+        points_ND = rng.uniform(-0.3, 2.0, (int(rng.integers(1, 9)), num_objectives))
+        expected = hypervolume(points_ND, np.zeros(num_objectives))
+        assert volume_as_chosen(points_ND, points_ND[None])[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_chosen_order_stands_whatever_the_values_say() -> None:
+    chosen = np.array([[3.0, 1.0], [1.0, 2.0]])  # the first is wider, the second higher: 1 x 2 and, below it, 3 x 1
+    fresh = np.array([[[0.5, 0.6], [0.8, 0.9]]])  # now the second is both
+    # slices along the second objective: from 0.9 down to 0.6 the second's width, from 0.6 to 0 the first's
+    assert volume_as_chosen(chosen, fresh) == pytest.approx([(0.9 - 0.6) * 0.8 + 0.6 * 0.5])
+
+
+def test_points_chosen_below_the_reference_and_no_points_count_nothing() -> None:
+    assert volume_as_chosen(np.array([[-0.1, 5.0]]), np.ones((2, 1, 2))).tolist() == [0.0, 0.0]
+    assert fresh_volume(np.array([[0.0, 1.0]]), np.zeros((3, 1, 2))).value == 0.0
+
+
+def test_of_a_single_prompt_there_is_no_interval() -> None:
+    found = fresh_volume(np.array([[2.0, 2.0]]), np.array([[[0.5, 1.0]]]))
+    assert (found.value, found.half_width, found.half_width_without_effect) == (3.0, None, None)
+
+
+def test_of_one_objective_it_is_the_leaders_mean_with_students_interval() -> None:
+    gains_P = np.array([0.1, 0.5, 0.3, -0.2])
+    found = fresh_volume(np.array([[1.0], [1.4]]), np.stack([np.zeros(4), gains_P], axis=1)[:, :, None])
+    assert found.value == pytest.approx(1 + gains_P.mean(), rel=1e-12)
+    expected = half_width(float(gains_P.std(ddof=1) / 2), 3)
+    assert found.half_width == pytest.approx(expected, rel=1e-9)
+    assert found.half_width_without_effect == pytest.approx(expected, rel=1e-9)  # a mean's error is that of any shift
+
+
+NUM_TRIALS, NUM_PROMPTS, NUM_OBJECTIVES, NOISE, NUM_SWEEPS = 12, 16, 3, 0.6, 600
+"""A sweep as mix.yaml's: gains of single prompts scatter by 0.6 deviations of the base model."""
+
+
+@pytest.mark.parametrize("effect", [0.0, 0.5])
+def test_a_sweep_is_reported_without_luck_and_covered_as_often_as_it_says(effect: float) -> None:
+    rng = np.random.default_rng(4)
+    rows = []
+    for _ in range(NUM_SWEEPS):
+        true_ND = effect * rng.uniform(-1, 1, (NUM_TRIALS + 1, NUM_OBJECTIVES))
+        true_ND[0] = 0.0  # the base model, of which no measurement differs
+        shape = (2, NUM_PROMPTS, NUM_TRIALS + 1, NUM_OBJECTIVES)
+        noise = NOISE * rng.standard_normal(shape) + NOISE / 2 * rng.standard_normal((*shape[:3], 1))  # correlated
+        noise[:, :, 0] = 0.0
+        search_PND, fresh_PND = true_ND + noise
+        chosen_ND = 1 + search_PND.mean(axis=0)
+        members = np.flatnonzero(non_dominated(chosen_ND))
+        found = fresh_volume(chosen_ND[members], fresh_PND[:, members])
+        placed = volume_as_chosen(chosen_ND[members], 1 + true_ND[None, members])[0]
+        fresh_ND = 1 + fresh_PND[:, members].mean(axis=0)
+        best = members[chosen_ND[members, 0].argmax()]  # by the search's numbers
+        best_P = fresh_PND[:, best, 0]
+        half = half_width(float(best_P.std(ddof=1)) / NUM_PROMPTS**0.5, NUM_PROMPTS - 1)
+        assert half is not None
+        assert found.half_width is not None
+        rows.append(
+            {
+                "true": hypervolume(1 + true_ND[members], np.zeros(NUM_OBJECTIVES)),
+                "placed": placed,
+                "value": found.value,
+                "fresh points": hypervolume(fresh_ND, np.zeros(NUM_OBJECTIVES)),
+                "is covered": abs(found.value - placed) <= found.half_width,
+                "gain": best_P.mean() - true_ND[best, 0],
+                "gain is covered": abs(best_P.mean() - true_ND[best, 0]) <= half,
+            }
+        )
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    error = float(np.std([row["value"] - row["placed"] for row in rows])) / NUM_SWEEPS**0.5
+    assert abs(means["value"] - means["placed"]) < 3 * error < 0.1  # unbiased
+    assert means["placed"] <= means["true"] + 1e-12
+    if effect == 0:
+        assert means["true"] == pytest.approx(1.0)
+        assert means["placed"] == pytest.approx(1.0)
+        assert means["fresh points"] > 1.4  # what the fresh points' own hypervolume would claim
+    assert abs(means["gain"]) < 3 * NOISE * 1.25**0.5 / (NUM_PROMPTS * NUM_SWEEPS) ** 0.5
+    for name in ("is covered", "gain is covered"):
+        assert 0.93 <= means[name] <= 0.97, name
