@@ -17,6 +17,7 @@ from rltune.orchestration.results import TrialResult
 from rltune.orchestration.rundir import BASE_TRIAL
 from rltune.orchestration.status import RunStatus, TrialStatus
 from rltune.orchestration.usage import KINDS, Usage
+from rltune.training.units import OVER_PROMPTS
 
 STATE_STYLES = {
     "done": "green",
@@ -204,9 +205,18 @@ def _volume(front: Front) -> str:
     if fresh is not None and fresh.half_width_without_effect is not None:
         null = f"without any effect it would be 1 {PLUS_MINUS} {fresh.half_width_without_effect:.2g}"
     return (
-        f"Hypervolume {front.hypervolume:.4g}{half}, in standard deviations of the base model, from the reference "
-        f"point {reference} (the base model minus one of them); {null}."
+        f"Hypervolume {front.hypervolume:.4g}{half}, in {_units(front)}, from the reference point {reference} "
+        f"(the base model minus one of them); {null}."
     )
+
+
+def _units(front: Front) -> str:
+    """Say what objectives are counted in."""
+    others = {name: what for name, what in front.unit_words.items() if name in front.objectives.names}
+    others = {name: what for name, what in others.items() if what != OVER_PROMPTS}
+    usual = "standard deviations of the base model"
+    listed = ", ".join(f"{name}: {what}" for name, what in others.items())
+    return f"{usual} over prompts" + (f" (but of {listed})" if others else "")
 
 
 def _front_table_with(paths: Sequence[str], front: Front) -> Table:

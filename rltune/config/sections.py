@@ -277,7 +277,7 @@ class StopConfig(StrictModel):
     """Stop a trial that breaks the same constraint at so many evaluations in a row."""
     diverged: Float | None = Field(1.0, ge=0)
     """Stop a trial that is worse than the base model in every objective, by more than so many of its standard
-    deviations over prompts."""
+    deviations over prompts, or of what stands for one where its prompts do not differ (``units`` in front.json)."""
     hours: Float | None = Field(None, gt=0)
     """Once the sweep has run for so long, start no further trial, and stop those that run at their next evaluation."""
     gpu_hours: Float | None = Field(None, gt=0)

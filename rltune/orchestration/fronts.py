@@ -31,8 +31,8 @@ def search_front(
     """Return the front by the evaluations that trials were chosen by, or None while the base model has no result."""
     if reference is None:
         return None
-    front = find_front(results, Objectives(experiment.shared.objective_names), reference.spread)
-    return front and replace(front, num_prompts=experiment.shared.evaluate.prompts)
+    front = find_front(results, Objectives(experiment.shared.objective_names), reference.sizes)
+    return front and replace(front, num_prompts=experiment.shared.evaluate.prompts, unit_words=reference.unit_words)
 
 
 def front_as_dict(front: Front) -> dict[str, Any]:
@@ -47,6 +47,10 @@ def front_as_dict(front: Front) -> dict[str, Any]:
         "objectives": {
             name: "maximize" if sign > 0 else "minimize"
             for name, sign in zip(front.objectives.names, front.objectives.signs_D, strict=True)
+        },
+        "units": {
+            name: {"size": size, "what": front.unit_words.get(name, "")}
+            for name, size in zip(front.objectives.names, front.unit_D.tolist(), strict=True)
         },
         "reference_point": dict(zip(front.objectives.names, front.reference_D.tolist(), strict=True)),
         "hypervolume": front.hypervolume,

@@ -79,7 +79,7 @@ class Front:
     fresh: Fresh | None = None
     """What is known of a front that was measured again; None if the members' metrics are those they were chosen by."""
     unit_words: Mapping[str, str] = field(default_factory=dict)
-    """What the unit of an objective is."""
+    """What the unit of an objective is, of the base model."""
 
     @property
     def not_held(self) -> Mapping[str, str]:
@@ -106,7 +106,7 @@ def find_front(results: Sequence[TrialResult], objectives: Objectives, units: Ma
     Args:
         results: Trials that ended.
         objectives: What the front is over.
-        units: What an objective is counted in: what the base model's scores scatter by over held-out prompts.
+        units: What an objective is counted in, ``training.units``.
     """
     base = next((result for result in results if result.trial == BASE_TRIAL and result.is_ok), None)
     if base is None:

@@ -103,13 +103,13 @@ def diverged(gains_D: Array, step: int, limit: float) -> str | None:
     new prompts and noise each step, and a gradient that is too long is scaled down.
 
     Args:
-        gains_D: Objectives minus the base model's in its standard deviations over prompts, larger is better.
+        gains_D: Objectives minus the base model's in units, larger is better.
         step: At which they were measured.
         limit: In the same unit.
     """
     if (gains_D < -limit).all():
         least = -float(gains_D.max())
-        return f"diverged: every objective worse than the base model by {least:.3g} standard deviations at step {step}"
+        return f"diverged: every objective worse than the base model by {least:.3g} units of its scatter at step {step}"
     return None
 
 
@@ -131,17 +131,17 @@ class Rules:
         config: The experiment's shared run, with the sections ``search``, ``stop`` and ``constraints``.
         objectives: What is searched over.
         base: Metrics of the base model, ``eval/NAME``.
-        spread: The base model's standard deviation over held-out prompts, per reward and judge.
+        units: What each reward and judge is counted in, ``training.units``: how much the base model's values scatter.
     """
 
     def __init__(
-        self, config: RunConfig, objectives: Objectives, base: Mapping[str, float], spread: Mapping[str, float]
+        self, config: RunConfig, objectives: Objectives, base: Mapping[str, float], units: Mapping[str, float]
     ) -> None:
         self._config = config
         self._objectives = objectives
         self._base = base
-        self._spread = spread
-        self._unit_D = np.array([spread[name] or 1.0 for name in objectives.names])
+        self._units = units
+        self._unit_D = np.array([units[name] or 1.0 for name in objectives.names])
         self._base_D = objectives.raw_D(base)
         search = config.search
         self._rungs = Rungs(config.first_rung, search.reduction) if search.prune else None
@@ -224,4 +224,4 @@ class Rules:
 
     def _scale(self, constraint: str) -> float:
         """Return what violations are divided by before they add up: constraints differ in their units."""
-        return self._spread[constraint.rpartition(".")[0]] or 1.0
+        return self._units[constraint.rpartition(".")[0]] or 1.0

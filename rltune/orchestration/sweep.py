@@ -169,7 +169,7 @@ class Sweep:
     def nearest(self) -> TrialResult | None:
         """The trained trial that breaks its constraints least; None where none ended well."""
         reference = self._reference
-        return nearest(self._results, reference.spread) if reference else None
+        return nearest(self._results, reference.sizes) if reference else None
 
     def measured(self, result: TrialResult) -> Measured:
         """Return a trial as it is to be reported: by fresh measurements where there are any."""
@@ -401,7 +401,7 @@ class Sweep:
         """Return the stopping rules, rebuilt from what all trials have measured so far; None before the base model."""
         base, reference = self._base_metrics(), self._reference
         if self._rules is None and base is not None and reference is not None:
-            self._rules = Rules(self._shared, self._objectives, base, reference.spread)
+            self._rules = Rules(self._shared, self._objectives, base, reference.sizes)
             for spec in self._folder.read_trials():
                 rows = read_metrics(self._folder.trial_dir(spec.id) / "metrics.jsonl")
                 self._rules.replay(spec.id, rows)
@@ -413,7 +413,7 @@ class Sweep:
             return
         before = len(self._results) - len(ended)
         for count in range(before + 1, len(self._results) + 1):
-            front = find_front(self._results[:count], self._objectives, self._reference.spread)
+            front = find_front(self._results[:count], self._objectives, self._reference.sizes)
             self._volumes += [] if front is None else [front.hypervolume]
         self._check_budget()
 

@@ -7,7 +7,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from rltune.diffusion.sampling import Sampler
 from rltune.rewards.base import Reward
 from rltune.rewards.mixture import Calibration, calibrate, score
 from rltune.training.evaluation import ImageSet, Pixels, Values, per_prompt, sample_and_score
+from rltune.training.units import OVER_PROMPTS, Unit, measure_units
 from rltune.training.workers import Workers
 
 
@@ -30,13 +31,23 @@ class BaseReference:
     """Each reward and judge on the held-out set, ``(P,)``: the mean over each prompt's images."""
     pixels_NHW3: Pixels
     """Held-out images, that drift is measured from."""
+    units: Mapping[str, Unit] = field(default_factory=dict)
+    """What each reward and judge is counted in; empty in runs of before."""
 
     @property
-    def spread(self) -> dict[str, float]:
-        """Standard deviation over held-out prompts of each reward and judge; 0 for a single prompt."""
-        return {
-            name: float(values_P.std(ddof=1)) if len(values_P) > 1 else 0.0 for name, values_P in self.values.items()
-        }
+    def sizes(self) -> dict[str, float]:
+        """Size of the unit of each reward and judge; as runs of before had it, where none was recorded."""
+        of_before = {name: _spread(values_P) for name, values_P in self.values.items() if name not in self.units}
+        return of_before | {name: unit.size for name, unit in self.units.items()}
+
+    @property
+    def unit_words(self) -> dict[str, str]:
+        """What the unit of each reward and judge is."""
+        return dict.fromkeys(self.values, OVER_PROMPTS) | {name: unit.what for name, unit in self.units.items()}
+
+
+def _spread(values_P: Values) -> float:
+    return (float(values_P.std(ddof=1)) if len(values_P) > 1 else 0.0) or 1.0
 
 
 def measure_base(
@@ -52,10 +63,12 @@ def measure_base(
     """Sample and score the model as it is; adapters must be absent or switched off."""
     raw = sample_and_score(sampler, calibration_images, rewards, workers, batch_size=batch_size, read=score)
     held_out = sample_and_score(sampler, eval_images, rewards, workers, batch_size=batch_size)
+    values = per_prompt(held_out, held_out.pixels_NHW3, eval_images, judges)
     return BaseReference(
         calibration={name: calibrate(torch.from_numpy(values_N)) for name, values_N in raw.values.items()},
-        values=per_prompt(held_out, held_out.pixels_NHW3, eval_images, judges),
+        values=values,
         pixels_NHW3=held_out.pixels_NHW3,
+        units=measure_units(values, held_out, eval_images.images_per_prompt, rewards),
     )
 
 
@@ -67,6 +80,7 @@ def save_base(folder: Path, base: BaseReference) -> None:
     numbers = {
         "calibration": {name: asdict(unit) for name, unit in base.calibration.items()},
         "values": {name: values_P.tolist() for name, values_P in base.values.items()},
+        "units": {name: asdict(unit) for name, unit in base.units.items()},
     }
     (partial / "base.json").write_text(json.dumps(numbers, indent=2))
     if folder.exists():
@@ -87,4 +101,5 @@ def load_base(folder: Path) -> BaseReference | None:
         },
         values={name: np.array(values_P) for name, values_P in numbers["values"].items()},
         pixels_NHW3=np.load(folder / "pixels.npy", allow_pickle=False),
+        units={name: Unit(unit["size"], unit["what"]) for name, unit in numbers.get("units", {}).items()},
     )

@@ -11,6 +11,7 @@ from rltune.orchestration.fronts import front_as_dict
 from rltune.orchestration.objectives import Fresh, Front, Objectives, find_front, nearest
 from rltune.orchestration.results import TrialResult
 from rltune.orchestration.rundir import BASE_TRIAL
+from rltune.training.units import OVER_PROMPTS
 from tests.cli.test_tables import render, words
 from tests.runs import result
 
@@ -61,6 +62,21 @@ def test_who_does_not_hold_its_place_is_marked_and_told_of() -> None:
     assert [line.split()[:2] for line in lines[1:4]] == [[BEATEN_MARK, "knee"], [BREACH_MARK, "002"], ["000", "base"]]
     assert f"{BEATEN_MARK} does not hold its place on them: 001 (002 is at least as good in every objective)." in text
     assert f"{BREACH_MARK} breaks a constraint, so it is neither picked nor counted: 002 (drift.max by 0.03)." in text
+
+
+def test_a_unit_that_is_no_deviation_over_prompts_is_named() -> None:
+    words_of = {
+        "brightness": OVER_PROMPTS,
+        "drift": "mean distance of two images of a prompt",
+        "other": "of no account",
+    }
+    _, text = shown(replace(front_of(BASE), unit_words=words_of))
+    unit = (
+        "in standard deviations of the base model over prompts (but of drift: mean distance of two images of a prompt)"
+    )
+    assert unit in text
+    content = front_as_dict(replace(front_of(BASE), unit_words=words_of))
+    assert content["units"]["drift"] == {"size": 0.1, "what": "mean distance of two images of a prompt"}
 
 
 def test_the_files_say_what_the_numbers_are() -> None:

@@ -153,7 +153,7 @@ def test_a_constraint_broken_in_a_row() -> None:
 
 
 def test_divergence_is_to_lose_in_every_objective() -> None:
-    reason = "diverged: every objective worse than the base model by 1.5 standard deviations at step 7"
+    reason = "diverged: every objective worse than the base model by 1.5 units of its scatter at step 7"
     assert diverged(np.array([-1.5, -4.0]), 7, 1.0) == reason
     assert diverged(np.array([-1.0, -4.0]), 7, 1.0) is None
     assert diverged(np.array([0.1, -9.0]), 7, 1.0) is None
@@ -184,7 +184,7 @@ def test_divergence_is_measured_in_the_spread_of_the_base_model() -> None:
     asked = rules()  # on by default, at one deviation; a spread of 0 counts as 1
     assert asked.on_report("001", row(1, brightness=0.3, drift=0.9)) is None
     assert asked.on_report("001", row(2, brightness=0.45, drift=2.0)) is None
-    expected = "diverged: every objective worse than the base model by 1.25 standard deviations at step 3"
+    expected = "diverged: every objective worse than the base model by 1.25 units of its scatter at step 3"
     assert asked.on_report("001", row(3, brightness=0.3, drift=1.25)) == expected
     assert rules(stop={"diverged": None}).on_report("001", row(3, brightness=0.3, drift=1.25)) is None
 
