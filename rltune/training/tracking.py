@@ -162,15 +162,18 @@ class MLflow:
         import mlflow
         from accelerate.tracking import MLflowTracker
 
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri(f"sqlite:///{trial.run_dir / 'mlflow.db'}")
+        own = f"sqlite:///{trial.run_dir / 'mlflow.db'}"
+        # set_tracking_uri writes the variable too: the process's next trial finds ours there, and so would we below
+        is_own = os.environ.get("MLFLOW_TRACKING_URI", own) == own
+        if is_own:
+            mlflow.set_tracking_uri(own)
         # one trial at a time: two that make the same data base or experiment at once would trip over each other
         with (trial.run_dir / ".mlflow.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             known = trial.recall("mlflow")
             self._tracker = MLflowTracker(
                 trial.run,
-                logging_dir=None if "MLFLOW_TRACKING_URI" in os.environ else str(trial.run_dir / "mlflow"),
+                logging_dir=str(trial.run_dir / "mlflow") if is_own else None,
                 run_id=known,
                 run_name=trial.name,
             )

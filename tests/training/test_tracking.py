@@ -196,7 +196,9 @@ def test_tensorboard_has_every_step_once(trial_dir: Path) -> None:
 
 
 def test_mlflow_has_every_step_once(trial_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # mlflow sets it: what it was before is put back
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.chdir(trial_dir)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mlflow's own, of the libraries beside it
         mlflow = pytest.importorskip("mlflow")
@@ -211,6 +213,8 @@ def test_mlflow_has_every_step_once(trial_dir: Path, monkeypatch: pytest.MonkeyP
     assert run.data.params == {"optim.lr": "0.25", "model.lora.rank": "4", "estimator.draw": "uniform"}
     assert sorted((point.step, point.value) for point in history) == [(step, step / 8) for step in range(1, 7)]
     assert pictures == [f"samples/step-{step:06d}.png" for step in (2, 4, 6)]
+    assert len(list((trial_dir.parents[1] / "mlflow").rglob("*.png"))) == 3
+    assert not (trial_dir / "mlruns").exists()  # nothing where the process happens to stand
 
 
 def test_wandb_goes_on_in_the_same_run(trial_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
