@@ -9,11 +9,11 @@ import numpy as np
 
 from rltune.config.load import Experiment, parse_experiment
 from rltune.config.yamlfile import write_yaml
+from rltune.orchestration.claiming import claim_run
 from rltune.orchestration.results import TrialResult, append_result
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, write_atomically
+from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
 from rltune.rewards.mixture import Calibration
 from rltune.training.base import BaseReference, save_base
-from rltune.training.setup import base_key
 
 SEARCHED: dict[str, Any] = {
     "name": "mix",
@@ -82,9 +82,9 @@ def write_run(
     """Write a run folder: its experiment, the base model's spread, results, and trials that have only started."""
     folder = RunFolder(path)
     folder.path.mkdir(parents=True)
-    write_atomically(folder.experiment_file, asked.to_yaml())
+    claim = claim_run(folder, asked, precision="fp32")
     save_base(
-        folder.base_dir / base_key(asked.shared),
+        folder.base_dir / claim.record.base_key,
         BaseReference(
             calibration={name: Calibration(mean=0.0, std=1.0) for name in asked.shared.rewards},
             # two prompts at +-a have the standard deviation a * sqrt(2)

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "rltune"
-BASE = {"errors", "registry", "assets", "intervals"}
+BASE = {"errors", "registry", "assets", "intervals", "records"}
 ALLOWED = {
     "__main__": {"cli"},
     "errors": set(),
     "registry": {"errors"},
     "assets": set(),
     "intervals": set(),
+    "records": {"errors"},
     "config": BASE,
     "pareto": BASE,
     "diffusion": BASE,

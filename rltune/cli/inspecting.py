@@ -18,7 +18,7 @@ def show_status(run: Path, *, with_usage: bool = False) -> None:
     Raises:
         UserError: There is no such run, or it noted nothing of its time.
     """
-    from rltune.orchestration.rundir import open_run
+    from rltune.orchestration.record import open_run
     from rltune.orchestration.status import read_status
 
     folder, experiment = open_run(run)
@@ -40,7 +40,7 @@ def show_front(run: Path) -> None:
         UserError: The base model has no result yet.
     """
     from rltune.orchestration.fronts import read_front
-    from rltune.orchestration.rundir import open_run
+    from rltune.orchestration.record import open_run
 
     folder, experiment = open_run(run)
     front = read_front(folder, experiment)

@@ -20,6 +20,7 @@ from rltune.orchestration.cluster import Cluster, connect, find_address
 from rltune.orchestration.job import quiet_libraries
 from rltune.orchestration.nodes import Node
 from rltune.orchestration.plan import Plan, make_plan
+from rltune.orchestration.record import read_record, standing_where_started
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
 from rltune.rewards.weights import format_size
 from rltune.training.heldout import fresh_prompts
@@ -55,7 +56,10 @@ def run_experiment(
         if not re.fullmatch(NAME_PATTERN, name):
             raise UserError(f"--name: must be {NAME_RULE}, got {name!r}")
         overrides = [*overrides, f"name={json.dumps(name)}"]
-    experiment = load_experiment(path, overrides, known_names())
+    experiment = load_experiment(path, overrides, known_names(), must_find_files=False)
+    folder = RunFolder(storage / experiment.shared.name)
+    if read_record(folder) is None:  # a run that was started has its own copies of prompts
+        load_experiment(path, overrides, known_names())
     if is_sweep and not experiment.is_searched:
         raise UserError(f"{path}: every value is fixed, there is nothing to search; run 'rltune train {path}'")
     if not is_sweep and experiment.is_searched:
@@ -63,17 +67,18 @@ def run_experiment(
             f"{path}: {', '.join(experiment.space)} are distributions; "
             f"fix each with --set, or run 'rltune sweep {path}'"
         )
-    check_search(experiment)
     check_trackers(experiment.shared.track)
-    folder = RunFolder(storage / experiment.shared.name)
-    if dry_run:
-        from rltune.orchestration.warmstart import read_lessons
+    here = Path.cwd()
+    with standing_where_started(folder):
+        check_search(experiment)
+        if dry_run:
+            from rltune.orchestration.warmstart import read_lessons
 
-        read_lessons(experiment, folder)  # says what is wrong with search.warm_start
-        _print_plan(experiment, address)
-        return
-    with folder.lock(), writing(folder.path), connect(address) as cluster:
-        _run(experiment, folder, cluster)
+            read_lessons(experiment, folder)  # says what is wrong with search.warm_start
+            _print_plan(experiment, address)
+            return
+        with folder.lock(), writing(folder.path), connect(address) as cluster:
+            _run(experiment, folder, cluster, here)
 
 
 def check_search(experiment: Experiment) -> None:
@@ -120,12 +125,13 @@ def known_names() -> Known:
     )
 
 
-def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
+def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster, here: Path) -> None:
     from rltune.orchestration.exporting import best_picks, export_trial
     from rltune.orchestration.status import read_status
     from rltune.orchestration.sweep import Sweep
 
     sweep = Sweep(experiment, folder, cluster)
+    experiment = sweep.experiment
     print_plan(experiment, sweep.plan, cluster)
     if sweep.results:
         ended = sum(result.trial != BASE_TRIAL for result in sweep.results)
@@ -163,12 +169,12 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
     for result in picks:
         exported = export_trial(result, folder, experiment)
         console.print(
-            f"{_shown(exported.folder)}  loads in diffusers at weight 1.0 "
+            f"{_shown(exported.folder, here)}  loads in diffusers at weight 1.0 "
             f"(reloaded and compared: images agree to {exported.difference:.1g})",
             soft_wrap=True,
         )
     console.print(
-        f"\nSee it beside the base model:  rltune sample {_shown(folder.exports_dir / picks[0].trial)}",
+        f"\nSee it beside the base model:  rltune sample {_shown(folder.exports_dir / picks[0].trial, here)}",
         soft_wrap=True,
     )
 
@@ -181,9 +187,9 @@ def _confirm(sweep: "Sweep") -> None:
         errors.print(marked("warning", "yellow", str(error)), soft_wrap=True)
 
 
-def _shown(path: Path) -> str:
-    """Return a path as short as it can be said from here."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+def _shown(path: Path, here: Path) -> str:
+    """Return a path as short as it can be said from where the user stands."""
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def _print_plan(experiment: Experiment, address: str | None) -> None:

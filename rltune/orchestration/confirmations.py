@@ -15,6 +15,7 @@ from rltune.orchestration.results import TrialResult
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
 from rltune.pareto.fresh import FreshVolume, fresh_volume
 from rltune.pareto.front import dominators
+from rltune.records import from_record
 from rltune.training.reporter import read_json_lines
 from rltune.training.selection import violations
 
@@ -63,7 +64,7 @@ class Confirmed:
 
 def read_confirmations(folder: RunFolder) -> list[Confirmation]:
     """Return the fresh measurements of a run, in the order in which they were made."""
-    return [Confirmation(**row) for row in read_json_lines(folder.confirmed_file)]
+    return [from_record(Confirmation, row, folder.confirmed_file) for row in read_json_lines(folder.confirmed_file)]
 
 
 def comparable(confirmations: Sequence[Confirmation]) -> Confirmed | None:

@@ -14,8 +14,10 @@ from rltune.config.load import Experiment
 from rltune.errors import RltuneError, RunError
 from rltune.orchestration.confirmations import Confirmation, comparable, missing, read_confirmations
 from rltune.orchestration.job import JobSpec, make_ray_job, quiet_libraries
+from rltune.orchestration.record import read_record, settled, with_own_prompts
 from rltune.orchestration.results import TrialResult, append_line
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
+from rltune.records import to_record
 from rltune.training.heldout import fresh_prompts
 
 logger = logging.getLogger(__name__)
@@ -37,8 +39,9 @@ def run_confirmation(
         UserError: The held-out prompts cannot be read.
         RunError: It could not be measured.
     """
-    found = comparable(read_confirmations(folder))
-    if found is not None and tuple(found.base.prompts) != fresh_prompts(experiment.shared).prompts:
+    found, record = comparable(read_confirmations(folder)), read_record(folder)
+    own = with_own_prompts(experiment.shared, folder, record)
+    if found is not None and tuple(found.base.prompts) != fresh_prompts(own).prompts:
         found = None  # measured on other prompts
     wanted = [(result.trial, result.checkpoint, dict(result.values)) for result in missing(chosen, found)]
     if not wanted:
@@ -46,10 +49,8 @@ def run_confirmation(
     if found is None:
         wanted.insert(0, (BASE_TRIAL, "", {}))
     folder.confirmation_failure_file.unlink(missing_ok=True)
-    configs = [
-        (experiment.concrete(values) if trial != BASE_TRIAL else experiment.shared).model_dump(mode="json")
-        for trial, _, values in wanted
-    ]
+    asked = [experiment.concrete(values) if trial != BASE_TRIAL else experiment.shared for trial, _, values in wanted]
+    configs = [settled(config, record).model_dump(mode="json") for config in asked]
     jobs = [
         {"trial": trial, "checkpoint": checkpoint, "config": config}
         for (trial, checkpoint, _), config in zip(wanted, configs, strict=True)
@@ -75,7 +76,7 @@ def _worker(config: dict[str, Any]) -> None:
     from rltune.training.confirm import Candidate, confirm
 
     spec: JobSpec = config["spec"]
-    folder = spec.folder
+    folder, record = spec.folder, read_record(spec.folder)
     if Path(spec.work_dir).is_dir():
         os.chdir(spec.work_dir)
     quiet_libraries()
@@ -84,7 +85,7 @@ def _worker(config: dict[str, Any]) -> None:
     candidates = [
         Candidate(
             trial,
-            RunConfig.model_validate(job["config"]),
+            with_own_prompts(RunConfig.model_validate(job["config"]), folder, record),
             folder.path / job["checkpoint"] if job["checkpoint"] else None,
         )
         for trial, job in jobs.items()
@@ -102,7 +103,7 @@ def _worker(config: dict[str, Any]) -> None:
                 prompts=fresh.prompts,
                 num_reused=fresh.num_reused,
             )
-            append_line(folder.confirmed_file, json.dumps(asdict(row), allow_nan=False))
+            append_line(folder.confirmed_file, json.dumps(to_record(asdict(row)), allow_nan=False))
 
     try:
         confirm(candidates, take)

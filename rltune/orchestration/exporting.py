@@ -1,6 +1,7 @@
 """From a trial of a run to LoRA files that were loaded again and compared. Runs in the calling process."""
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from rltune.errors import RunError, UserError
 from rltune.export.diffusers import check_reload, write_card, write_lora
 from rltune.orchestration.fronts import read_front
 from rltune.orchestration.objectives import Front
+from rltune.orchestration.record import read_record, read_trial_versions, settled, with_own_prompts
 from rltune.orchestration.results import TrialResult, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, by_number
+from rltune.records import KEY, SCHEMA
 from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import draw_images, save_grid, to_uint8
 from rltune.training.loading import load_base_model
@@ -78,7 +81,9 @@ def export_trial(result: TrialResult, folder: RunFolder, experiment: Experiment)
     Raises:
         RunError: The checkpoint is gone, or the reloaded LoRA gives other images.
     """
-    config = experiment.concrete(result.values)
+    record = read_record(folder)
+    asked = experiment.concrete(result.values)
+    config = with_own_prompts(settled(asked, record), folder, record)
     checkpoint = folder.path / result.checkpoint
     if not checkpoint.is_dir():
         raise RunError(f"trial {result.trial}: its checkpoint {checkpoint} is gone; train it again")
@@ -102,15 +107,18 @@ def export_trial(result: TrialResult, folder: RunFolder, experiment: Experiment)
     gc.collect()
     difference = check_reload(path, load_base_model(config, device), draw, expected_B3HW)
     save_grid(to_uint8(expected_B3HW), target / "samples.png", columns=len(numbers))
-    _write_card(target, result, folder, config)
+    _write_card(target, result, folder, settled(asked, record), images.prompts)
     return Exported(result.trial, target, difference)
 
 
-def _write_card(target: Path, result: TrialResult, folder: RunFolder, config: RunConfig) -> None:
+def _write_card(
+    target: Path, result: TrialResult, folder: RunFolder, config: RunConfig, prompts: Sequence[str]
+) -> None:
     base = next(row for row in read_results(folder.results_file) if row.trial == BASE_TRIAL and row.is_ok)
     write_card(
         target,
         {
+            KEY: SCHEMA,
             "rltune": rltune.__version__,
             "run": folder.name,
             "trial": result.trial,
@@ -120,6 +128,8 @@ def _write_card(target: Path, result: TrialResult, folder: RunFolder, config: Ru
             "settings": dict(result.values),
             "metrics": dict(result.metrics),
             "base_metrics": dict(base.metrics),
+            "trained_with": list(read_trial_versions(folder, result.trial)),
+            "prompts": list(prompts[:NUM_CHECKED_IMAGES]),
             "experiment": config.model_dump(mode="json"),
         },
     )

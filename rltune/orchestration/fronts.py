@@ -9,10 +9,10 @@ from typing import Any
 from rltune.config.load import Experiment
 from rltune.orchestration.confirmations import confirmed_front, read_confirmations
 from rltune.orchestration.objectives import Front, Objectives, find_front
+from rltune.orchestration.record import base_folder, read_record
 from rltune.orchestration.results import TrialResult, read_results
 from rltune.orchestration.rundir import RunFolder
 from rltune.training.base import BaseReference, load_base
-from rltune.training.setup import base_key
 
 
 def read_front(folder: RunFolder, experiment: Experiment) -> Front | None:
@@ -20,7 +20,7 @@ def read_front(folder: RunFolder, experiment: Experiment) -> Front | None:
 
     It is by the fresh measurements of its members where all of them have one.
     """
-    reference = load_base(folder.base_dir / base_key(experiment.shared))
+    reference = load_base(base_folder(folder, read_record(folder)))
     front = search_front(read_results(folder.results_file), experiment, reference)
     return front and (confirmed_front(front, experiment, read_confirmations(folder)) or front)
 

@@ -16,6 +16,7 @@ from rltune.config.clashes import Known
 from rltune.config.experiment import RunConfig
 from rltune.errors import OutOfMemory, RltuneError, RunError, StorageError, writing
 from rltune.orchestration.loopback import FileTorchConfig
+from rltune.orchestration.record import read_record, record_trial, with_own_prompts
 from rltune.orchestration.recovery import memory_kills, plan_retry, read_retry, resume_point, tidy_storage
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
 from rltune.training.events import append_event
@@ -50,6 +51,9 @@ class JobSpec:
     waits_for_base: bool = False
     """Whether the base model's trial, which was dealt before, measures what this one is compared with."""
 
+    base_key: str = ""
+    """Name of the base model's measurements, as the run has recorded it; empty where it has not."""
+
     @property
     def folder(self) -> RunFolder:
         """The run folder."""
@@ -59,6 +63,11 @@ class JobSpec:
     def run_config(self) -> RunConfig:
         """The concrete experiment."""
         return RunConfig.model_validate(self.config)
+
+    @property
+    def whole_config(self) -> RunConfig:
+        """The concrete experiment with its prompts written out, from the run's own copies."""
+        return with_own_prompts(self.run_config, self.folder, read_record(self.folder))
 
     @property
     def train_name(self) -> str:
@@ -186,9 +195,12 @@ def attempt(spec: JobSpec, reporter: Reporter, *, rank: int, count: int, shelf: 
     folder, trial_dir = spec.folder, spec.folder.trial_dir(spec.trial)
     if not folder.experiment_file.is_file():
         raise StorageError(f"{folder.path}: the run folder is gone; bring it back, the same command resumes")
+    if rank == 0:
+        with writing(trial_dir):
+            record_trial(folder, spec.trial, spec.config, spec.base_key)
     retry = read_retry(trial_dir)
-    config = retry.apply(spec.run_config) if retry and spec.trial != BASE_TRIAL else spec.run_config
     try:
+        config = retry.apply(spec.whole_config) if retry and spec.trial != BASE_TRIAL else spec.whole_config
         max_eval_batch = retry.eval_batch if retry else None
         return _train(spec, config, reporter, rank=rank, max_eval_batch=max_eval_batch, shelf=shelf)
     except StorageError:
@@ -230,7 +242,7 @@ def _train(
 
     folder = spec.folder
     places: dict[str, Any] = {"trial_dir": folder.trial_dir(spec.trial), "base_dir": folder.base_dir}
-    places |= {"reporter": reporter, "max_eval_batch": max_eval_batch}
+    places |= {"reporter": reporter, "max_eval_batch": max_eval_batch, "key": spec.base_key or None}
     if spec.trial == BASE_TRIAL:
         base_run(config, shelf=shelf, **places)
         return True

@@ -10,6 +10,7 @@ from pathlib import Path
 from rltune.config.clashes import Known, find_clashes
 from rltune.config.experiment import RunConfig
 from rltune.orchestration.rundir import write_atomically
+from rltune.records import from_record, to_record
 from rltune.training.checkpoint import list_checkpoints, newest_whole, read_checkpoint_meta, why_not_whole
 from rltune.training.events import note_event
 
@@ -92,7 +93,7 @@ class Retry:
 def read_retry(trial_dir: Path) -> Retry | None:
     """Return how a trial is tried once more, or None where memory has not run out."""
     path = trial_dir / RETRY_FILE
-    return Retry(**json.loads(path.read_text())) if path.is_file() else None
+    return from_record(Retry, json.loads(path.read_text()), path) if path.is_file() else None
 
 
 def plan_retry(trial_dir: Path, config: RunConfig, known: Known, reason: str, *, is_evaluation: bool) -> bool:
@@ -117,7 +118,7 @@ def plan_retry(trial_dir: Path, config: RunConfig, known: Known, reason: str, *,
     if after is None:
         return False
     retry = Retry(micro_batch=after, eval_batch=RETRY_EVAL_BATCH, reason=reason)
-    write_atomically(trial_dir / RETRY_FILE, json.dumps(asdict(retry), indent=2))
+    write_atomically(trial_dir / RETRY_FILE, json.dumps(to_record(asdict(retry)), indent=2))
     change = f"{after} images at a time instead of {before} (optim.micro_batch)" if after != before else "it"
     smaller = f"{RETRY_EVAL_BATCH} at a time in evaluation"
     what = smaller if after == before else f"{change}, {smaller}"

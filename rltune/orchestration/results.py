@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rltune.records import from_record, to_record
 from rltune.training.reporter import read_json_lines
 
 
@@ -45,12 +46,12 @@ class TrialResult:
 
 def read_results(path: Path) -> list[TrialResult]:
     """Return the results in the order in which trials ended; [] where there are none yet."""
-    return [TrialResult(**row) for row in read_json_lines(path)]
+    return [from_record(TrialResult, row, path) for row in read_json_lines(path)]
 
 
 def append_result(path: Path, result: TrialResult) -> None:
     """Append one line and wait until it is on disk."""
-    append_line(path, json.dumps(asdict(result), allow_nan=False))
+    append_line(path, json.dumps(to_record(asdict(result)), allow_nan=False))
 
 
 def append_line(path: Path, line: str) -> None:

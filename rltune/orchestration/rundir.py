@@ -1,26 +1,19 @@
 """A run's folder: where things lie, who may write to it, and what was asked. Everything else is rebuilt from it."""
 
-import copy
 import fcntl
 import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import rltune
-from rltune.config.load import Experiment, load_experiment
 from rltune.errors import UserError
+from rltune.records import from_record, to_record
 from rltune.training.events import EVENTS_FILE
 
-LIBRARIES = ("ray", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "optuna")
 BASE_TRIAL = "000"
 """The base model; every figure has it as reference."""
 
@@ -51,6 +44,16 @@ class RunFolder:
     def experiment_file(self) -> Path:
         """The experiment as resolved; feed it back to run it again."""
         return self.path / "experiment.yaml"
+
+    @property
+    def resolved_file(self) -> Path:
+        """What the settings meant when the run was started: ``record.Record``."""
+        return self.path / "resolved.json"
+
+    @property
+    def prompts_dir(self) -> Path:
+        """The run's own copies of its prompts."""
+        return self.path / "prompts"
 
     @property
     def results_file(self) -> Path:
@@ -109,6 +112,10 @@ class RunFolder:
         """Why a trial failed, written by the worker that met it."""
         return self.trial_dir(trial) / "failure.txt"
 
+    def config_file(self, trial: str) -> Path:
+        """The experiment that a trial is trained with, concrete, and by which versions."""
+        return self.trial_dir(trial) / "config.json"
+
     @property
     def events_file(self) -> Path:
         """When drivers of the run started and ended."""
@@ -122,13 +129,13 @@ class RunFolder:
         """Record a trial before it starts, so that a resumed sweep starts it with the same knobs."""
         folder = self.trial_dir(spec.id)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"id": spec.id, "values": dict(spec.values), "params": dict(spec.params)}, indent=2)
-        write_atomically(folder / "trial.json", text)
+        content = {"id": spec.id, "values": dict(spec.values), "params": dict(spec.params)}
+        write_atomically(folder / "trial.json", json.dumps(to_record(content), indent=2))
 
     def read_trial(self, trial: str) -> TrialSpec | None:
         """Return a trial that was started; None where there is none of that id."""
         file = self.trial_dir(trial) / "trial.json"
-        return TrialSpec(**json.loads(file.read_text())) if file.is_file() else None
+        return read_trial(file) if file.is_file() else None
 
     def read_trials(self) -> list[TrialSpec]:
         """Return every trial that was ever started, by id."""
@@ -172,21 +179,6 @@ class RunFolder:
                 return True
         return False
 
-    def claim(self, experiment: Experiment) -> None:
-        """Write the experiment into a new run folder, or check that the one there asks the same.
-
-        Raises:
-            UserError: The folder holds another experiment.
-        """
-        if self.experiment_file.is_file():
-            before = load_experiment(self.experiment_file, must_find_files=False)
-            if _question(before) != _question(experiment):
-                raise UserError(
-                    f"{self.experiment_file}: this run was started with other settings than {experiment.source} has "
-                    "now; give another --name, or put the settings back to resume it"
-                )
-        write_atomically(self.experiment_file, _provenance() + experiment.to_yaml())
-
 
 def by_number(trial: str) -> tuple[int, str]:
     """Return what to sort trials by: their ids are numbers, and have three digits only up to 999."""
@@ -195,7 +187,7 @@ def by_number(trial: str) -> tuple[int, str]:
 
 def read_trial(file: Path) -> TrialSpec:
     """Return a trial from its record."""
-    return TrialSpec(**json.loads(file.read_text()))
+    return from_record(TrialSpec, json.loads(file.read_text()), file)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -210,18 +202,6 @@ def _try_lock(descriptor: int) -> bool:
     return False
 
 
-def open_run(path: Path) -> tuple[RunFolder, Experiment]:
-    """Return a run folder and its experiment.
-
-    Raises:
-        UserError: There is no run at ``path``.
-    """
-    folder = RunFolder(path)
-    if not folder.experiment_file.is_file():
-        raise UserError(f"{path}: not a run folder, it has no experiment.yaml; name one such as runs/mix")
-    return folder, load_experiment(folder.experiment_file, must_find_files=False)
-
-
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader finds the old text or the new, never a part."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -230,34 +210,3 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def _question(experiment: Experiment) -> dict[str, Any]:
-    """Return what an experiment asks, without how much of it to do and on what: those may change on a resume."""
-    asked = copy.deepcopy(dict(experiment.raw))
-    asked.pop("resources", None)
-    asked.pop("name", None)
-    asked.pop("track", None)
-    asked.pop("stop", None)
-    search = asked.pop("search", None) or {}
-    for name in ("trials", "prune", "grace", "reduction"):
-        search.pop(name, None)
-    return {**asked, "search": search}
-
-
-def _provenance() -> str:
-    libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
-    lines = [
-        f"rltune {rltune.__version__}, git {_git_commit()}, Python {platform.python_version()}, {platform.platform()}",
-        libraries,
-        f"started {datetime.now(UTC).isoformat(timespec='seconds')}",
-    ]
-    return "".join(f"# {line}\n" for line in lines)
-
-
-def _git_commit() -> str:
-    command = ["git", "-C", str(Path(rltune.__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"

@@ -16,6 +16,7 @@ from ray import tune
 
 from rltune.config.load import Experiment
 from rltune.errors import ExperimentError, RunError, StorageError, writing
+from rltune.orchestration.claiming import claim_run
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.confirmations import Measured, confirmed_front, measured, read_confirmations
 from rltune.orchestration.confirming import run_confirmation
@@ -23,6 +24,7 @@ from rltune.orchestration.fronts import front_as_csv, front_as_dict, search_fron
 from rltune.orchestration.job import TROUBLE, JobSpec
 from rltune.orchestration.objectives import Front, Objectives, find_front, nearest
 from rltune.orchestration.plan import Plan, make_plan
+from rltune.orchestration.record import versions
 from rltune.orchestration.results import TrialResult, append_result, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, write_atomically
 from rltune.orchestration.search import Search, is_finite
@@ -38,7 +40,6 @@ from rltune.training.evaluation import summarise
 from rltune.training.events import append_event
 from rltune.training.reporter import read_metrics
 from rltune.training.selection import violations
-from rltune.training.setup import base_key
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,10 @@ class Sweep:
         if cluster.num_nodes > 1:
             logger.warning("the cluster has %d nodes: %s must be shared by all", cluster.num_nodes, folder.path)
         lessons = read_lessons(experiment, folder)
-        folder.claim(experiment)
+        claim = claim_run(folder, experiment, precision="bf16" if self.plan.num_gpus_per_worker > 0 else "fp32")
+        self._claim, self.experiment = claim, claim.experiment
+        self._experiment = experiment = claim.experiment
+        self._shared = claim.config_of(experiment.shared)
         keep_lessons(experiment, folder, lessons)
         self._objectives = Objectives(self._shared.objective_names)
         self._lock = threading.Lock()
@@ -120,6 +124,7 @@ class Sweep:
             trials_at_once=self.plan.num_concurrent,
             workers=self.plan.num_workers,
             last_sign=last_sign(self._folder),
+            versions=versions(),
         )
         try:
             self._run()
@@ -216,7 +221,7 @@ class Sweep:
     def _reference(self) -> BaseReference | None:
         """The base model's measurements, read once they are there."""
         if self._base_reference is None:
-            self._base_reference = load_base(self._folder.base_dir / base_key(self._shared))
+            self._base_reference = load_base(self._folder.base_dir / self._claim.record.base_key)
         return self._base_reference
 
     def _run_tune(self, *, needs_base: bool) -> None:
@@ -290,7 +295,10 @@ class Sweep:
             raise _Abort from trouble
 
     def _job(self, spec: TrialSpec) -> JobSpec:
-        config = self._shared if spec.id == BASE_TRIAL else self._experiment.concrete(spec.values)
+        config = self._claim.config_of(
+            self._shared if spec.id == BASE_TRIAL else self._experiment.concrete(spec.values)
+        )
+        key = self._claim.key_of(config)
         return JobSpec(
             trial=spec.id,
             run_dir=str(self._folder.path),
@@ -298,7 +306,8 @@ class Sweep:
             num_gpus_per_worker=self.plan.num_gpus_per_worker,
             work_dir=str(Path.cwd()),
             is_loopback=self._cluster.is_own,
-            waits_for_base=self._base_result() is None and base_key(config) == base_key(self._shared),
+            waits_for_base=self._base_result() is None and key == self._claim.record.base_key,
+            base_key=key,
         )
 
     def _on_report(self, job: JobSpec, report: Mapping[str, Any]) -> bool:

@@ -13,9 +13,11 @@ from typing import Any
 
 from rltune.config.distributions import is_in, show
 from rltune.config.experiment import RunConfig
-from rltune.config.load import Experiment, load_experiment
+from rltune.config.load import Experiment
 from rltune.errors import UserError
 from rltune.orchestration.objectives import Objectives
+from rltune.orchestration.pins import digests_for, find_pins
+from rltune.orchestration.record import Record, open_run, read_record
 from rltune.orchestration.results import TrialResult, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
 from rltune.orchestration.search import is_finite, params_of
@@ -50,8 +52,13 @@ def read_lessons(experiment: Experiment, folder: RunFolder) -> list[TrialResult]
         raise UserError(
             f"{WHERE}: not a run folder, it has no experiment.yaml, got {named!r}; name one such as runs/mix"
         )
-    teacher = load_experiment(other.experiment_file, must_find_files=False)
-    _check_comparable(experiment, teacher, named)
+    record = read_record(other)
+    if record is None:
+        raise UserError(
+            f"{WHERE}: was started by an older rltune, which did not record how it measured, got {named!r}; name a "
+            "run that this version has started, or delete it"
+        )
+    _check_comparable(experiment, open_run(other.path)[1], record, named)
     results = read_results(other.results_file)
     base = next((result for result in reversed(results) if result.trial == BASE_TRIAL and result.is_ok), None)
     ended = [result for result in results if result.trial != BASE_TRIAL]
@@ -100,14 +107,20 @@ def _translated(result: TrialResult, run: str, experiment: Experiment, base: Tri
     )
 
 
-def _check_comparable(experiment: Experiment, teacher: Experiment, named: str) -> None:
+def _check_comparable(experiment: Experiment, teacher: Experiment, record: Record, named: str) -> None:
     """Refuse a run whose trials mean something else; warn of one that was trained with other fixed settings."""
-    here, there = set(experiment.space), set(teacher.space)
-    if here != there:
-        only = {"here": sorted(here - there), "there": sorted(there - here)}
+    here, searched = set(experiment.space), set(teacher.space)
+    if here != searched:
+        only = {"here": sorted(here - searched), "there": sorted(searched - here)}
         what = "; ".join(f"only {place}: {', '.join(paths)}" for place, paths in only.items() if paths)
         raise UserError(f"{WHERE}: {named!r} searches other settings, got {what}; search the same, or delete it")
-    measured = _differences(base_settings(experiment.shared), base_settings(teacher.shared))
+    shared, there = experiment.shared, dict(record.base_settings)
+    ours = base_settings(shared, digests_for(shared, find_pins(experiment, record.pins)))
+    if shared.resources.precision == "auto":  # what it comes to is known once there is a cluster
+        ours["precision"][0] = there["precision"][0]
+    if ours["model"] != there["model"]:  # digests, which nobody wants to read
+        ours["model"], there["model"] = _model(shared), _model(teacher.shared)
+    measured = _differences(ours, there)
     if measured:
         raise UserError(
             f"{WHERE}: {named!r} measured otherwise, its figures cannot be compared, got {'; '.join(measured)}; "
@@ -116,6 +129,10 @@ def _check_comparable(experiment: Experiment, teacher: Experiment, named: str) -
     fixed = _differences(_fixed(experiment.shared), _fixed(teacher.shared), without=here)
     if fixed:
         logger.warning("%s: the trials of %s were trained with other settings: %s", WHERE, named, "; ".join(fixed))
+
+
+def _model(config: RunConfig) -> str:
+    return f"{config.model.base} {config.model.revision or ''}".rstrip()
 
 
 def _fixed(config: RunConfig) -> dict[str, Any]:

@@ -45,6 +45,7 @@ def train_run(
     max_eval_batch: int | None = None,
     shelf: Shelf | None = None,
     is_base_coming: Callable[[], bool] = lambda: False,
+    key: str | None = None,
 ) -> bool:
     """Train one LoRA as ``config`` says, from its last checkpoint if there is one, and return whether it is trained.
 
@@ -63,6 +64,7 @@ def train_run(
         max_eval_batch: Images sampled at a time without gradient at most, where memory is known to be short.
         shelf: What earlier runs of this process have loaded; it changes no number.
         is_base_coming: Whether another run is measuring the base model now, so that this one waits for it.
+        key: Name of those measurements in ``base_dir``, where the run has recorded one; else ``base_key``'s.
 
     Raises:
         UserError: Weights, prompts or a setting are not usable on this machine.
@@ -74,7 +76,7 @@ def train_run(
     torch.manual_seed(torch_seed(config.seed, Stream.PROCESS))  # whatever ran before in this process
     run = replace(build_run(config, shelf), max_eval_batch=max_eval_batch)
     _note(run, trial_dir, "loaded")
-    base = _reference(run, base_dir, is_base_coming)
+    base = _reference(run, base_dir / (key or base_key(config)), is_base_coming)
     network = run.model.network
     lora = config.model.lora
     adapter_seed = torch_seed(config.seed, Stream.ADAPTER)
@@ -137,8 +139,11 @@ def base_run(
     reporter: Reporter,
     max_eval_batch: int | None = None,
     shelf: Shelf | None = None,
+    key: str | None = None,
 ) -> None:
     """Measure the base model as ``config`` evaluates it: trial 0 of a sweep, and the reference of all others.
+
+    Arguments are those of ``train_run``.
 
     Raises:
         UserError: Weights, prompts or a setting are not usable on this machine.
@@ -149,7 +154,7 @@ def base_run(
     """
     run = replace(build_run(config, shelf), max_eval_batch=max_eval_batch)
     _note(run, trial_dir, "loaded")
-    base = _reference(run, base_dir)
+    base = _reference(run, base_dir / (key or base_key(config)))
     if run.workers.is_main:
         with writing(trial_dir):
             save_samples(run, base.pixels_NHW3, trial_dir / "samples" / "base.png")
@@ -161,8 +166,7 @@ def _note(run: Run, trial_dir: Path, event: str, **fields: int) -> None:
         append_event(trial_dir / EVENTS_FILE, event, **fields)
 
 
-def _reference(run: Run, base_dir: Path, is_base_coming: Callable[[], bool] = lambda: False) -> BaseReference:
-    folder = base_dir / base_key(run.config)
+def _reference(run: Run, folder: Path, is_base_coming: Callable[[], bool] = lambda: False) -> BaseReference:
     while load_base(folder) is None and is_base_coming():
         time.sleep(WAIT_S)
     # the main worker decides for all, so that no worker waits in a collective that the others skipped

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -243,24 +243,50 @@ def image_shape(config: RunConfig, model: ModelFamily) -> tuple[int, int, int]:
         raise UserError(f"sampler.height/width: {error}") from error
 
 
-def base_key(config: RunConfig) -> str:
-    """Return a name for the measurements of the base model that this experiment shares with others like it."""
-    return hashlib.sha256(json.dumps(base_settings(config), sort_keys=True).encode()).hexdigest()[:12]
+def base_key(config: RunConfig, named: Mapping[str, str] | None = None) -> str:
+    """Return a name for the measurements of the base model that this experiment shares with others like it.
+
+    Args:
+        config: The experiment.
+        named: Setting -> digest of what it names; a name counts as itself where there is none.
+
+    Raises:
+        UserError: Prompts cannot be read.
+    """
+    return hashlib.sha256(json.dumps(base_settings(config, named), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def base_settings(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that decide what is measured of the base model, in JSON's types."""
-    parts = config.model_dump(mode="json", include={"prompts": True, "sampler": True, "evaluate": True})
+def base_settings(config: RunConfig, named: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Return the settings that decide what is measured of the base model, in JSON's types.
+
+    Prompts count as what they are, not as what they are called. Arguments and errors are those of ``base_key``.
+    """
+    named = named or {}
+    parts = config.model_dump(mode="json", include={"sampler": True, "evaluate": True})
     for key in ("every", "confirm", "select"):
         del parts["evaluate"][key]
-    parts["model"] = [config.model.base, config.model.revision]
+    parts["model"] = named.get("model.base") or [config.model.base, config.model.revision]
+    parts["prompts"] = {
+        name: _prompts_digest(read_prompts(source, where=f"prompts.{name}"))
+        for name, source in (("train", config.prompts.train), ("eval", config.prompts.eval))
+    }
     # the user's own may compare images too; a run is read where their code is not, so nobody asks them
-    if not any(is_own(name, section) or compares_images(name, section) for name, section in config.rewards.items()):
-        del parts["prompts"]["images_per_prompt"]  # nor is the calibration drawn by it
+    if any(is_own(name, section) or compares_images(name, section) for name, section in config.rewards.items()):
+        parts["prompts"]["images_per_prompt"] = config.prompts.images_per_prompt  # so is the calibration drawn
     defining = {"reward", "options", "negate", "relative"}
     parts["rewards"] = {
         name: section.model_dump(mode="json", include=defining) for name, section in config.rewards.items()
     }
+    for name, section in parts["rewards"].items():
+        for option in section["options"]:
+            section["options"][option] = named.get(f"rewards.{name}.options.{option}", section["options"][option])
+    parts["code"] = {
+        setting: digest for setting, digest in named.items() if setting.endswith(".reward") or "judges" in setting
+    }
     parts["sampler"]["base_steps"] = 0  # all steps are the base model's
     parts["precision"] = [config.resources.precision, config.resources.prefix_precision]
     return parts
+
+
+def _prompts_digest(prompts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()

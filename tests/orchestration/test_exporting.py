@@ -156,6 +156,7 @@ def test_the_card_says_where_it_comes_from_and_what_it_scored(
     card = json.loads((exported.folder / "rltune.json").read_text())
     _, base, trained = read_results(folder.results_file)
     assert card == {
+        "schema": 1,
         "rltune": rltune.__version__,
         "run": "tiny",
         "trial": "001",
@@ -165,6 +166,8 @@ def test_the_card_says_where_it_comes_from_and_what_it_scored(
         "settings": VALUES,
         "metrics": trained.metrics,
         "base_metrics": base.metrics,  # of the attempt that went well
+        "trained_with": [],  # by hand
+        "prompts": EVAL_PROMPTS,
         "experiment": experiment_.concrete(VALUES).model_dump(mode="json"),
     }
     assert card["metrics"]["eval/brightness"] > card["base_metrics"]["eval/brightness"]

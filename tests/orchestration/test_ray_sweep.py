@@ -14,8 +14,8 @@ import optuna
 import pytest
 
 from rltune.config.load import load_experiment
+from rltune.orchestration.record import open_run
 from rltune.orchestration.results import read_results
-from rltune.orchestration.rundir import open_run
 from rltune.orchestration.status import read_status
 from rltune.training.events import read_events
 from rltune.training.reporter import read_metrics

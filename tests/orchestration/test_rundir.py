@@ -3,14 +3,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from rltune.config.load import load_experiment
 from rltune.errors import UserError
 from rltune.orchestration.rundir import RunFolder, TrialSpec, write_atomically
-from tests.runs import SEARCHED, experiment
 
 HOLD = """
 import fcntl, sys
@@ -83,75 +80,6 @@ def test_asking_about_a_run_that_is_not_there_makes_nothing(tmp_path: Path) -> N
     assert not folder.is_locked
     assert folder.read_trials() == []
     assert not folder.path.exists()
-
-
-def claimed(tmp_path: Path, **sections: Any) -> RunFolder:
-    folder = RunFolder(tmp_path / "mix")
-    folder.path.mkdir()
-    folder.claim(experiment(**sections))
-    return folder
-
-
-def test_a_claim_writes_the_experiment_with_its_origin(tmp_path: Path) -> None:
-    folder = claimed(tmp_path)
-    text = folder.experiment_file.read_text()
-    assert text.startswith("# rltune ")
-    assert "# ray " in text
-    assert load_experiment(folder.experiment_file).raw == experiment().raw
-
-
-def test_the_same_experiment_claims_its_folder_again(tmp_path: Path) -> None:
-    folder = claimed(tmp_path)
-    folder.claim(experiment())
-    folder.claim(experiment(name="another-file"))  # the folder's name decides
-    folder.claim(experiment(resources={"workers": 2, "concurrent": 3}))
-    folder.claim(experiment(track=["tensorboard"]))
-    folder.claim(experiment(track=[]))
-    folder.claim(experiment(stop={"hours": 2, "stalled_trials": 5}))
-    folder.claim(experiment(search={**SEARCHED["search"], "prune": True, "grace": 5, "reduction": 2}))
-
-
-@pytest.mark.parametrize("search", [{"trials": 9}, {"trials": 4}, {}, None])
-@pytest.mark.parametrize("before", [{"trials": 2}, {}, None])
-def test_more_trials_of_the_same_search_are_a_resume(tmp_path: Path, before: Any, search: Any) -> None:
-    folder = claimed(tmp_path, search=before)
-    folder.claim(experiment(search=search))
-    assert load_experiment(folder.experiment_file).shared.search == experiment(search=search).shared.search
-
-
-def test_a_search_section_may_be_added_for_more_trials(tmp_path: Path) -> None:
-    without = {name: section for name, section in SEARCHED.items() if name != "search"}
-    folder = RunFolder(tmp_path / "mix")
-    folder.path.mkdir()
-    folder.claim(experiment(without))
-    folder.claim(experiment(without, search={"trials": 30}))
-
-
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"optim": {**SEARCHED["optim"], "steps": 20}},
-        {"optim": {**SEARCHED["optim"], "lr": {"log_float": [1e-4, 2e-2]}}},
-        {"search": {**SEARCHED["search"], "seed": 1}},
-        {"objectives": ["brightness"]},
-        {"seed": 7},
-        {"constraints": {"diversity": {"min_ratio_to_base": 0.5}}},
-    ],
-    ids=lambda sections: next(iter(sections)),
-)
-def test_another_experiment_is_refused_and_the_first_one_stays(tmp_path: Path, sections: dict[str, Any]) -> None:
-    folder = claimed(tmp_path)
-    before = folder.experiment_file.read_bytes()
-    with pytest.raises(UserError, match=r"started with other settings than mix\.yaml has now; give another --name"):
-        folder.claim(experiment(**sections))
-    assert folder.experiment_file.read_bytes() == before
-
-
-def test_a_claim_leaves_its_argument_as_it_was(tmp_path: Path) -> None:
-    asked = experiment()
-    folder = claimed(tmp_path)
-    folder.claim(asked)
-    assert asked.raw == experiment().raw
 
 
 def test_trials_are_read_back_by_id(tmp_path: Path) -> None:

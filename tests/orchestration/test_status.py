@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from rltune.orchestration import status as status_module
+from rltune.orchestration.claiming import claim_run
 from rltune.orchestration.results import append_result
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
 from rltune.orchestration.status import RunStatus, StatusReader, TrialStatus, read_status
@@ -81,7 +82,7 @@ def test_a_row_is_on_the_front_or_not(tmp_path: Path) -> None:
 def test_a_run_that_has_just_been_claimed_has_the_base_model_ahead(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "mix")
     with folder.lock():
-        folder.claim(experiment())
+        claim_run(folder, experiment(), precision="fp32")
         status, trials = read(folder)
     assert {name: trial.state for name, trial in trials.items()} == {BASE_TRIAL: "starting"}
     assert status.front is None

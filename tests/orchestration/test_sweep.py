@@ -14,6 +14,7 @@ from rltune.errors import StorageError
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.job import TROUBLE, JobSpec
 from rltune.orchestration.nodes import Node
+from rltune.orchestration.record import base_folder, read_record
 from rltune.orchestration.results import read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
 from rltune.orchestration.sweep import Sweep, _Abort
@@ -22,7 +23,6 @@ from rltune.training.checkpoint import ADAPTER_FILE, Evaluated, Progress, report
 from rltune.training.evaluation import summarise
 from rltune.training.reporter import read_json_lines
 from rltune.training.selection import Selection
-from rltune.training.setup import base_key
 from tests.runs import SEARCHED, experiment, result, write_run
 
 CLUSTER = Cluster(address="127.0.0.1:1", is_own=True, dashboard_url="", nodes=(Node(2.0),))
@@ -35,7 +35,7 @@ def sweep_of(path: Path, *, fresh: bool = True, **sections: Any) -> Sweep:
     asked = experiment(**({"search": SEARCH} | sections))
     if fresh:
         folder = write_run(path / "mix", asked)
-        base = load_base(folder.base_dir / base_key(asked.shared))
+        base = load_base(base_folder(folder, read_record(folder)))
         assert base is not None
         base_metrics = summarise(base.values, base.values)
         sweep = Sweep(asked, folder, CLUSTER)
@@ -215,7 +215,7 @@ def test_a_trial_that_is_done_is_not_stopped(tmp_path: Path, monkeypatch: pytest
 def test_gpu_hours_are_those_of_ended_and_of_running_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = Cluster(address="127.0.0.1:1", is_own=True, dashboard_url="", nodes=(Node(4.0, 4.0),))
     monkeypatch.setattr("tests.orchestration.test_sweep.CLUSTER", cluster)
-    resources = {"workers": 2, "gpus_per_worker": 1}
+    resources = {"workers": 2, "gpus_per_worker": 1, "precision": "fp32"}
     # the base model's second and the first trial's two, on two GPUs each
     sweep = sweep_of(tmp_path, stop={"gpu_hours": 6.5 / 3600}, resources=resources)
     finish(sweep, 0.9)

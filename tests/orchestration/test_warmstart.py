@@ -158,7 +158,7 @@ def test_what_cannot_teach_is_refused(other: Path, tmp_path: Path) -> None:
     assert "measured otherwise" in message
     assert "sampler.guidance 5.0 there and 3.0 here; evaluate.prompts 16 there and 8 here;" in message
     message = refused(taught(other, model={"base": "sd", "lora": {"rank": {"choice": [2, 4, 8]}}}), new)
-    assert "got model ['builtin', nothing] there and ['sd', nothing] here;" in message
+    assert "got model 'builtin' there and 'sd' here;" in message
     rewards = {**SEARCHED["rewards"], "brightness": {"weight": {"simplex": True}, "negate": True}}
     assert "rewards.brightness.negate false there and true here" in refused(taught(other, rewards=rewards), new)
 
