@@ -17,7 +17,7 @@ from rltune.assets import (
 )
 from rltune.cli.terminal import console, marked
 from rltune.errors import RltuneError
-from rltune.orchestration.rundir import LIBRARIES as RUN_LIBRARIES
+from rltune.orchestration.record import LIBRARIES as RUN_LIBRARIES
 
 LIBRARIES = ("rltune", *RUN_LIBRARIES)
 OK, NOTE, BAD = "ok", "note", "bad"

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rltune.config.distributions import show
+from rltune.config.distributions import Choice, show
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import UserError
@@ -152,9 +152,10 @@ def _prompt_sources(experiment: Experiment) -> Iterator[tuple[str, str | Sequenc
     """Yield every prompt set that a trial may use: its name, its source, its number where there are several."""
     for name in ("train", "eval"):
         kind = experiment.space.get(f"prompts.{name}")
-        if kind is None:
+        if not isinstance(kind, Choice):
             yield name, getattr(experiment.shared.prompts, name), ""
-        for number, (_, source) in enumerate(kind.corners() if kind else (), start=1):
+            continue
+        for number, source in enumerate(kind.options, start=1):
             yield name, str(source), f"-{number}"
 
 

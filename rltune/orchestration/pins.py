@@ -186,7 +186,7 @@ def _module(root: Path, module: str) -> Path | None:
 
 
 def _pin(setting: str, named: str, path: Path, files: Sequence[Path]) -> Pin:
-    rows = {str(file.absolute()): [*_stamp(file), _sha256(file)] for file in files}
+    rows: dict[str, list[Any]] = {str(file.absolute()): [*_stamp(file), _sha256(file)] for file in files}
     root = path.absolute()
     names = {str(Path(file).relative_to(root)) if root.is_dir() else "": row[3] for file, row in rows.items()}
     return Pin(setting, named, _digest(names) if names else "", str(root), rows)
