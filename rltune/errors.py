@@ -6,11 +6,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from rltune.redaction import redact
+
 
 class RltuneError(Exception):
-    """Something the user can act on. ``exit_code`` is what the command line leaves with."""
+    """Something the user can act on; its message holds no secret that is known. ``exit_code`` is the command line's."""
 
     exit_code = 1
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class UserError(RltuneError):

@@ -11,6 +11,7 @@ import typer
 from rltune import __version__
 from rltune.cli.terminal import errors, marked, take_any_text
 from rltune.errors import RltuneError
+from rltune.redaction import Redacting
 
 INTERRUPTED = 130
 app = typer.Typer(
@@ -68,6 +69,8 @@ def _root(
     logging.basicConfig(
         level=logging.INFO if is_verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(Redacting())
 
 
 @app.command()

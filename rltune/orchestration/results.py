@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rltune.records import from_record, to_record
+from rltune.redaction import redact
 from rltune.training.reporter import read_json_lines
 
 
@@ -55,10 +56,13 @@ def append_result(path: Path, result: TrialResult) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file and wait until it is on disk. A line that a kill had cut short is dropped first."""
+    """Append a line to a file, secrets masked, and wait until it is on disk.
+
+    A line that a kill had cut short is dropped first.
+    """
     with path.open("ab+") as file:
         _drop_torn_line(file.fileno(), path)
-        file.write(f"{line}\n".encode())
+        file.write(f"{redact(line)}\n".encode())
         file.flush()
         os.fsync(file.fileno())
 

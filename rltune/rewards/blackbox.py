@@ -5,7 +5,10 @@ B: images in the batch. H, W: image rows and columns.
 
 import base64
 import io
+import logging
 import math
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
@@ -21,9 +24,13 @@ from torch import Tensor
 from urllib3.util import Retry
 
 from rltune.errors import RunError, UserError
+from rltune.redaction import Redacting, holds_secret, redact, remember
 from rltune.rewards.base import REWARDS, Card, check_batch
 from rltune.rewards.loading import load_object
 from rltune.rewards.pictures import to_pictures
+
+for _name in ("urllib3.connectionpool", "urllib3.util.retry"):
+    logging.getLogger(_name).addFilter(Redacting())  # they tell of retries, with the address
 
 FORMATS = ("png", "jpeg")
 JPEG_QUALITY = 95
@@ -116,35 +123,53 @@ class HttpReward:
        again, ``retries`` times at most: at once, then after 1, 2, 4 ... s, or after what the header ``Retry-After``
        says. So a request must be harmless to repeat.
     6. Any other status ends the run; the message shows the first 200 characters of the body. Redirects are not
-       followed, so that ``headers`` reach no other host than the one that was named.
+       followed, so that headers reach no other host than the one that was named.
+
+    A secret is named, never written: settings are kept in the run folder, go to trackers and stand beside every
+    exported LoRA. The variables must be set where ``rltune`` is started and, on a cluster that it does not start
+    itself, where ``ray start`` is on every node, since rltune hands no secret to Ray.
 
     Args:
-        url: Address, ``http://`` or ``https://``; required.
+        url: Address, ``http://`` or ``https://``; required unless ``url_from`` is given.
+        url_from: Environment variable that holds the address, where that is a secret.
         timeout_s: Seconds for connecting, and for each wait on the answer.
         retries: How often a request that failed is sent again.
         batch: Most images in a request; requests are sent one after the other.
         format: ``"png"``, the 8-bit picture without loss, or ``"jpeg"``, a fraction of the size.
-        headers: Sent with each request, such as ``Authorization``.
+        headers_from: Header to environment variable, as in ``{Authorization: SCORER_AUTHORIZATION}``; sent with each
+            request.
 
     Raises:
-        UserError: ``url`` is not given, or an option has a wrong value.
+        UserError: The address is not given, an option has a wrong value, or a variable is not set.
     """
 
     url: str = ""
+    url_from: str = ""
     timeout_s: float = 60
     retries: int = 3
     batch: int = 16
     format: str = "png"
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    headers_from: Mapping[str, str] = field(default_factory=dict)
     is_differentiable: ClassVar[bool] = False
     value_range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
     metric_unit: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         example = "the address of a server that scores images, as in 'http://127.0.0.1:8000/score'"
-        if self.url == "":
+        if self.url == "" and self.url_from == "":
             raise UserError(f"reward 'http': url must be given, {example}")
-        _check("url", example, self.url, _is_address(self.url))
+        if self.url and self.url_from:
+            raise UserError("reward 'http': url and url_from must not both be given; delete one")
+        if isinstance(self.url, str) and holds_secret(self.url):
+            raise UserError(
+                f"reward 'http': url must hold no password or token, got {redact(self.url)}; put it into an "
+                "environment variable, and write url_from: ITS_NAME"
+            )
+        _check("url_from", "the name of an environment variable", self.url_from, isinstance(self.url_from, str))
+        option = "url_from" if self.url_from else "url"
+        shown = f"the value of {self.url_from}" if self.url_from else repr(self.url)
+        if not _is_address(self._address):
+            raise UserError(f"reward 'http': {option} must be {example}, got {shown}")
         is_time = _is_number(self.timeout_s) and 0 < self.timeout_s < math.inf
         _check("timeout_s", "a number of seconds above 0", self.timeout_s, is_time)
         _check("retries", "a whole number, 0 or more", self.retries, _is_whole(self.retries) and self.retries >= 0)
@@ -153,12 +178,25 @@ class HttpReward:
         self._check_headers()
 
     def _check_headers(self) -> None:
-        what = "reward 'http': headers must be a mapping of names to ASCII text"
-        if not isinstance(self.headers, Mapping):
-            raise UserError(f"{what}, got {type(self.headers).__name__}")
-        for name, value in self.headers.items():  # a value may be a secret, and is not shown
-            if not all(isinstance(text, str) and text.isascii() and text.isprintable() for text in (name, value)):
-                raise UserError(f"{what}, that of {name!r} is not")
+        what = "reward 'http': headers_from must be a mapping of headers to names of environment variables"
+        if not isinstance(self.headers_from, Mapping):
+            raise UserError(f"{what}, got {type(self.headers_from).__name__}")
+        for header, name in self.headers_from.items():  # it may be the secret itself, and is not shown
+            if not all(
+                isinstance(text, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", text) for text in (header, name)
+            ):
+                raise UserError(f"{what}, that of {header!r} is not")
+        for header, value in self._headers.items():
+            if not (value.isascii() and value.isprintable()):
+                raise UserError(f"{what}, and the value of {self.headers_from[header]} must be printable ASCII")
+
+    @property
+    def _address(self) -> Any:
+        return _read_variable(self.url_from, "url_from") if self.url_from else self.url
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {header: _read_variable(name, f"headers_from: {header}") for header, name in self.headers_from.items()}
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1], clipped and rounded to 8 bits as a PNG is -> ``(B,)`` float32, no gradient.
@@ -188,11 +226,11 @@ class HttpReward:
         body = {"images": [base64.b64encode(file).decode("ascii") for file in files], "prompts": prompts}
         try:
             response = session.post(
-                self.url, json=body, headers=self.headers, timeout=self.timeout_s, allow_redirects=False
+                self._address, json=body, headers=self._headers, timeout=self.timeout_s, allow_redirects=False
             )
         except requests.RequestException as error:
             remedy = f"see that the server is up and answers within timeout_s ({self.timeout_s:g} s)"
-            raise self._fault(_cause(error), remedy) from error
+            raise self._fault(_cause(error), remedy) from None  # it shows the whole address
         status = f"status {response.status_code} ({response.reason})"
         if response.is_redirect:
             raise self._fault(f"{status} to {response.headers['Location']}", "give the address that it leads to as url")
@@ -211,7 +249,7 @@ class HttpReward:
             raise self._fault(str(error), remedy) from error
 
     def _fault(self, what: str, remedy: str) -> RunError:
-        return RunError(f"reward 'http': {self.url}: got {what}; {remedy}")
+        return RunError(f"reward 'http': {self.url or self.url_from}: got {what}; {remedy}")
 
     def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the score itself, asked for again."""
@@ -253,6 +291,17 @@ def _encode(picture: Image.Image, format: str) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format, **({"quality": JPEG_QUALITY} if format == "jpeg" else {}))
     return buffer.getvalue()
+
+
+def _read_variable(name: str, option: str) -> str:
+    value = os.environ.get(name)
+    if not value:
+        raise UserError(
+            f"reward 'http': {option}: the environment variable {name} is not set here; export it where rltune is "
+            "started and, on a cluster that rltune does not start itself, before 'ray start' on every node"
+        )
+    remember(value)
+    return value
 
 
 def _check(option: str, what: str, value: Any, is_right: bool) -> None:

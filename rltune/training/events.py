@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rltune.redaction import redact
+
 logger = logging.getLogger(__name__)
 
 EVENTS_FILE = "events.jsonl"
@@ -32,7 +34,7 @@ class Event:
 
 def append_event(path: Path, event: str, **fields: Any) -> None:
     """Append one event, now. A disk that does not take it costs the line, never the trial."""
-    line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n"
+    line = redact(json.dumps({"time": round(time.time(), 3), "event": event, **fields})) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+", buffering=0) as file:

@@ -7,6 +7,7 @@ import torch
 from rltune.config.experiment import RunConfig
 from rltune.config.sections import RewardConfig, TrustConfig
 from rltune.errors import UserError
+from rltune.redaction import holds_secret, is_secret_name
 from rltune.rewards.base import REWARDS, Reward, compares_group, sees_group
 from rltune.rewards.mixture import RAW, Calibration, Mixture, Shape
 from rltune.rewards.own import build_own, check_own, has_own_gradient, load_own
@@ -59,6 +60,12 @@ def check_reward(name: str, section: RewardConfig, *, needs_gradient: bool) -> N
             it carries weight and the estimator needs one.
     """
     kind = section.reward or name
+    for option, value in section.options.items():
+        if isinstance(value, str) and (is_secret_name(option) or holds_secret(value)):
+            raise UserError(
+                f"rewards.{name}.options.{option}: looks like a secret, and settings are written into the run folder "
+                "and beside every exported LoRA; name an environment variable in its place, and let the code read that"
+            )
     if not is_own(name, section):
         REWARDS.check(kind, section.options)
         return

@@ -22,6 +22,7 @@ from PIL import Image
 
 from rltune.config.experiment import RunConfig
 from rltune.errors import UserError
+from rltune.redaction import redact
 from rltune.training.events import EVENTS_FILE, NOTICE, append_event
 from rltune.training.reporter import MetricsFile
 
@@ -272,7 +273,7 @@ class TrackedMetrics:
         except Exception as error:  # noqa: BLE001  # whatever a tool raises, the trial is worth more than its plots
             self._trackers.pop(name, None)
             what = " ".join(str(error).split()) or type(error).__name__
-            text = f"track: {name} failed ({what[:300]}); it has no more of this trial, metrics.jsonl has all"
+            text = f"track: {name} failed ({redact(what)[:300]}); it has no more of this trial, metrics.jsonl has all"
             logger.warning("%s: %s", self._trial_dir, text)
             append_event(self._trial_dir / EVENTS_FILE, NOTICE, text=text)
             return None

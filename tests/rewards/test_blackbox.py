@@ -6,6 +6,7 @@ import json
 import re
 import socket
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -212,8 +213,13 @@ def fault(server: Server, images_B3HW: Tensor, **options: Any) -> str:
     return text.removeprefix(f"reward 'http': {server.url}: got ")
 
 
-def test_the_server_is_asked_as_the_protocol_says(server: Server, images: Tensor) -> None:
-    reward = REWARDS.build("http", {"url": server.url, "headers": {"Authorization": "Bearer 1", "X-Team": "a"}})
+def test_the_server_is_asked_as_the_protocol_says(
+    server: Server, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCORER_AUTH", "Bearer 1")
+    monkeypatch.setenv("SCORER_TEAM", "a")
+    names = {"Authorization": "SCORER_AUTH", "X-Team": "SCORER_TEAM"}
+    reward = REWARDS.build("http", {"url": server.url, "headers_from": names})
     values = reward(images.clone().requires_grad_(), PROMPTS)
     assert values.dtype == torch.float32
     assert not values.requires_grad
@@ -281,7 +287,7 @@ def test_another_status_is_not_asked_again(server: Server, images: Tensor, statu
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_is_not_followed(server: Server, images: Tensor, status: int) -> None:
     server.answer(status, b"", Location="http://127.0.0.1:9/other")
-    text = fault(server, images, headers={"Authorization": "Bearer 1"})
+    text = fault(server, images)
     assert text.startswith(f"status {status} (")
     assert text.endswith(") to http://127.0.0.1:9/other; give the address that it leads to as url")
 
@@ -359,10 +365,19 @@ def test_a_call_opens_one_connection_and_closes_it(server: Server, images: Tenso
         ({"batch": 0}, "batch must be a whole number, 1 or more, got 0"),
         ({"batch": True}, "batch must be a whole number, 1 or more, got True"),
         ({"format": "webp"}, "format must be 'png' or 'jpeg', got 'webp'"),
-        ({"headers": "Authorization: x"}, "headers must be a mapping of names to ASCII text, got str"),
-        ({"headers": {"X-Number": 3}}, "headers must be a mapping of names to ASCII text, that of 'X-Number' is not"),
-        ({"headers": {"X": "secret\n"}}, "headers must be a mapping of names to ASCII text, that of 'X' is not"),
-        ({"headers": {1: "x"}}, "headers must be a mapping of names to ASCII text, that of 1 is not"),
+        ({"headers": {"X": "a"}}, "option 'headers' is unknown; did you mean 'headers_from'.*"),
+        ({"headers_from": "Authorization: x"}, "headers_from must be a mapping of headers to names of .*, got str"),
+        ({"headers_from": {"X-Number": 3}}, "headers_from must be .*, that of 'X-Number' is not"),
+        ({"headers_from": {"X": "Bearer secret"}}, "headers_from must be .*, that of 'X' is not"),
+        ({"headers_from": {1: "x"}}, "headers_from must be .*, that of 1 is not"),
+        (
+            {"headers_from": {"X": "NOT_SET"}},
+            "headers_from: X: the environment variable NOT_SET is .*",
+        ),
+        ({"url_from": "NOT_SET"}, "url and url_from must not both be given; delete one"),
+        ({"url": "", "url_from": "NOT_SET"}, "url_from: the environment variable NOT_SET is not .*"),
+        ({"url": "http://me:hush@host/"}, r"url must hold no .*, got http://\*\*\*@host/; put it into an .*"),
+        ({"url": "http://host/?token=hush"}, r"url must hold no .*, got http://host/\?token=\*\*\*; put it .*"),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, Any], said: str) -> None:
@@ -370,3 +385,26 @@ def test_a_wrong_option_is_named(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=f"^reward 'http': {said}$"):
         REWARDS.build("http", given)
     assert HttpReward(url="https://host:8443/score?model=a").batch == 16
+
+
+def test_what_is_secret_is_sent_and_never_said(
+    server: Server, images: Tensor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "hush-hush-1234"
+    monkeypatch.setenv("SCORER_AUTH", f"Bearer {secret}")
+    monkeypatch.setenv("SCORER_URL", f"{server.url}?pass={secret}")
+    reward = REWARDS.build("http", {"url_from": "SCORER_URL", "headers_from": {"Authorization": "SCORER_AUTH"}})
+    server.answer(503, b"busy")
+    with caplog.at_level("DEBUG", logger="urllib3"):
+        reward(images, PROMPTS)
+    assert server.headers[0]["Authorization"] == f"Bearer {secret}"
+    server.answer(403, f"{secret} may not".encode())
+    with pytest.raises(RunError, match=r"http': SCORER_URL: got status 403 .* with '\*\*\* may not'") as caught:
+        reward(images, PROMPTS)
+    monkeypatch.setenv("SCORER_URL", f"http://127.0.0.1:9/?pass={secret}")
+    with pytest.raises(RunError) as unreachable:
+        REWARDS.build("http", {"url_from": "SCORER_URL", "retries": 0})(images, PROMPTS)
+    told = [*map(str, (caught.value, unreachable.value, reward)), caplog.text]
+    told += traceback.format_exception(caught.value) + traceback.format_exception(unreachable.value)
+    assert "?pass=***" in caplog.text
+    assert not any(secret in text for text in told)
