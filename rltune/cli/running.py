@@ -29,6 +29,7 @@ from rltune.training.setup import check_options
 from rltune.training.tracking import check_trackers
 
 if TYPE_CHECKING:
+    from rltune.orchestration.results import TrialResult
     from rltune.orchestration.sweep import Sweep
 
 OWN_WEIGHTS = frozenset({"weights", "head", "model", "clip", "vocab"})
@@ -126,7 +127,7 @@ def known_names() -> Known:
 
 
 def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster, here: Path) -> None:
-    from rltune.orchestration.exporting import best_picks, export_trial
+    from rltune.orchestration.exporting import best_picks
     from rltune.orchestration.status import read_status
     from rltune.orchestration.sweep import Sweep
 
@@ -166,17 +167,26 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster, here: Path
         picks = [found.result]
     console.print("\nExported", style="bold")
     quiet_libraries()
-    for result in picks:
-        exported = export_trial(result, folder, experiment)
+    _export(picks, folder, experiment, here)
+
+
+def _export(picks: Sequence["TrialResult"], folder: RunFolder, experiment: Experiment, here: Path) -> None:
+    from rltune.orchestration.exporting import Exported, export_trials
+
+    written: list[Path] = []
+
+    def show(exported: Exported) -> None:
+        written.append(exported.folder)
         console.print(
-            f"{_shown(exported.folder, here)}  loads in diffusers at weight 1.0 "
-            f"(reloaded and compared: images agree to {exported.difference:.1g})",
+            f"{_shown(exported.folder, here)}  loads in diffusers at weight 1.0 ({exported.proof})",
             soft_wrap=True,
         )
-    console.print(
-        f"\nSee it beside the base model:  rltune sample {_shown(folder.exports_dir / picks[0].trial, here)}",
-        soft_wrap=True,
-    )
+
+    try:
+        export_trials(picks, folder, experiment, on_export=show)
+    finally:
+        if written:
+            console.print(f"\nSee it beside the base model:  rltune sample {_shown(written[0], here)}", soft_wrap=True)
 
 
 def _confirm(sweep: "Sweep") -> None:

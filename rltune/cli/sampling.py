@@ -29,11 +29,13 @@ def sample_grid(
         UserError: A LoRA cannot be read, or was trained on another base model; no step is left to the LoRAs.
     """
     from rltune.config.experiment import RunConfig
+    from rltune.diffusion.lora_files import find_lora_file
     from rltune.orchestration.job import quiet_libraries
     from rltune.training.grids import draw_rows, labelled_grid
     from rltune.training.prompts import read_prompts
 
     quiet_libraries()
+    files = [find_lora_file(path) for path in loras]
     cards = [_read_card(path) for path in loras]
     bases = {card["base_model"] for card in cards if card} | ({base} if base else set())
     if len(bases) > 1:
@@ -49,7 +51,7 @@ def sample_grid(
     model = config.model.model_copy(update={"base": base or config.model.base})
     config = config.model_copy(update={"sampler": sampler, "model": model})
     shown = list(prompts) or list(read_prompts(config.prompts.eval, where="prompts.eval")[:NUM_DEFAULT_PROMPTS])
-    rows = draw_rows(config, [_weight_file(path) for path in loras], shown, num_images=num_images, seed=seed)
+    rows = draw_rows(config, files, shown, num_images=num_images, seed=seed)
     labels = ["base", *(path.parent.name if path.is_file() else path.resolve().name for path in loras)]
     output.parent.mkdir(parents=True, exist_ok=True)
     labelled_grid(rows, labels, shown, num_images=num_images).save(output)
@@ -63,13 +65,6 @@ def _plain_config() -> Any:
     from rltune.config.experiment import RunConfig
 
     return RunConfig.model_validate({"rewards": {"brightness": {}}})
-
-
-def _weight_file(path: Path) -> Path:
-    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"sample: {path} holds no LoRA; name an exported folder or a .safetensors file")
-    return file
 
 
 def _read_card(path: Path) -> dict[str, Any] | None:

@@ -109,6 +109,14 @@ def load_lora_state(network: nn.Module, state: dict[str, Tensor]) -> None:
     set_peft_model_state_dict(network, state, adapter_name=ADAPTER)
 
 
+@torch.no_grad()
+def adapter_updates(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield each adapted layer's name and what its active adapters add to its weight, in its shape and precision."""
+    for name, module in network.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, _update(module)
+
+
 def fold_scale(state: dict[str, Tensor], *, scale: float) -> dict[str, Tensor]:
     """Return adapters whose update B A already contains ``scale`` (alpha / rank).
 
@@ -124,8 +132,33 @@ def adapters_off(network: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def adapters_as_loaded(network: nn.Module) -> Iterator[None]:
+    """Run adapters inside the block as a file of theirs runs in this network: in its precision, their scale folded in.
+
+    peft casts what it loads to the precision of the layer it belongs to. So what is evaluated is what will be used. In
+    a network of the adapters' own precision nothing changes.
+    """
+    changed = []
+    for layer in _lora_layers(network):
+        dtype = layer.get_base_layer().weight.dtype
+        for name in (name for name in layer.active_adapters if name in layer.lora_A):
+            a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+            if a.dtype != dtype:
+                changed.append((layer, name, a.data, b.data, scale))
+                a.data, b.data, layer.scaling[name] = a.data.to(dtype), (b.data * scale).to(dtype), 1.0
+    try:
+        yield
+    finally:
+        for layer, name, a_data, b_data, scale in changed:
+            layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = a_data, b_data
+            layer.scaling[name] = scale
+
+
 class MergedLora:
     """The adapters folded into the weights they are attached to, for calls without gradient.
+
+    Only plain ones are: those with more than B A to them, such as DoRA's magnitudes, run as peft runs them.
 
     The merged weights are a second copy of the adapted layers alone, made once and taken anew for every set of adapter
     values. The network's own weights are put aside while it runs and put back untouched, so that nothing is rounded
@@ -133,7 +166,7 @@ class MergedLora:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._layers = _lora_layers(network)
+        self._layers = [layer for layer in _lora_layers(network) if _is_plain(layer)]
         self._merged = [_merged_weight(layer) for layer in self._layers]
 
     @contextmanager
@@ -155,11 +188,20 @@ def _lora_layers(network: nn.Module) -> list[Any]:
     return [module for module in network.modules() if isinstance(module, LoraLayer)]
 
 
+def _is_plain(layer: Any) -> bool:
+    """Whether the layer's update is (alpha / r) B A and nothing else."""
+    return not any(name in layer.lora_variant or layer.lora_bias.get(name) for name in layer.active_adapters)
+
+
 @torch.no_grad()
 def _merged_weight(layer: Any) -> Tensor:
     weight = cast(Tensor, layer.get_base_layer().weight)
+    return weight.data + _update(layer).to(weight.dtype)
+
+
+def _update(layer: Any) -> Tensor:
     updates = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
-    return weight.data + sum(updates, torch.zeros_like(weight.data)).to(weight.dtype)
+    return sum(updates, torch.zeros_like(layer.get_base_layer().weight.data))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """From a trial of a run to LoRA files that were loaded again and compared. Runs in the calling process."""
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,10 @@ import rltune
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment
 from rltune.diffusion.families.base import ModelFamily
+from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, load_lora_state
-from rltune.errors import RunError, UserError
-from rltune.export.diffusers import check_reload, write_card, write_lora
+from rltune.errors import RltuneError, RunError, UserError
+from rltune.export.diffusers import check_adapter, check_reload, rounding_of, write_card, write_lora
 from rltune.orchestration.fronts import read_front
 from rltune.orchestration.objectives import Front
 from rltune.orchestration.record import read_record, read_trial_versions, settled, with_own_prompts
@@ -27,6 +28,8 @@ from rltune.training.loading import load_base_model
 from rltune.training.setup import eval_image_set, make_sampler
 
 NUM_CHECKED_IMAGES = 4
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Number formats that LoRAs are used in; an accelerator's default here is bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,17 @@ class Exported:
     trial: str
     folder: Path
     difference: float
-    """Greatest difference of an image after reloading, RGB in [0, 1]."""
+    """Greatest difference of an image after reloading, RGB in [0, 1], float32."""
+    effect: float
+    """Greatest difference of an image from the base model's, the same."""
+    rounding: Mapping[str, float]
+    """Greatest difference of an image in another number format from float32's, by format."""
+
+    @property
+    def proof(self) -> str:
+        """What was compared, in words."""
+        formats = ", ".join(f"{name} changes them by {value:.1g}" for name, value in self.rounding.items())
+        return f"reloaded and compared in float32: images agree to {self.difference:.1g}; {formats}"
 
 
 def pick_trial(pick: str, folder: RunFolder, experiment: Experiment) -> TrialResult:
@@ -75,44 +88,105 @@ def best_picks(front: Front) -> list[TrialResult]:
     return list({result.trial: result for result in picked}.values())
 
 
+def export_trials(
+    picks: Sequence[TrialResult], folder: RunFolder, experiment: Experiment, *, on_export: Callable[[Exported], None]
+) -> None:
+    """Export every pick; one that fails does not keep the others from being written.
+
+    Raises:
+        RunError: Some failed; the message names each with its reason.
+    """
+    faults = []
+    for result in picks:
+        try:
+            on_export(export_trial(result, folder, experiment))
+        except (RltuneError, RuntimeError, ValueError, OSError) as error:
+            faults.append(f"trial {result.trial}: {error}")
+    if len(faults) == len(picks) == 1:
+        raise RunError(faults[0])
+    if faults:
+        raise RunError(f"{len(faults)} of {len(picks)} exports failed\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
 def export_trial(result: TrialResult, folder: RunFolder, experiment: Experiment) -> Exported:
     """Write a trial's LoRA, load it into a fresh pipeline and compare the images of the first held-out prompts.
 
+    Both are compared in float32, whatever the run's precision: there a difference is the file's. Its folder appears
+    once it has passed.
+
     Raises:
-        RunError: The checkpoint is gone, or the reloaded LoRA gives other images.
+        RunError: The checkpoint is gone, its adapter is zero, or the reloaded LoRA is not the trained adapter.
     """
     record = read_record(folder)
     asked = experiment.concrete(result.values)
     config = with_own_prompts(settled(asked, record), folder, record)
     checkpoint = folder.path / result.checkpoint
     if not checkpoint.is_dir():
-        raise RunError(f"trial {result.trial}: its checkpoint {checkpoint} is gone; train it again")
+        raise RunError(f"its checkpoint {checkpoint} is gone; train it again")
     state = load_adapter(checkpoint)
+    check_adapter(state)
     lora = config.model.lora
+    exact = _in_float32(config)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_base_model(config, device)
+    model = load_base_model(exact, device)
     images = eval_image_set(config, model)
     numbers = range(min(NUM_CHECKED_IMAGES, len(images)))
 
     def draw(drawn: ModelFamily) -> Tensor:
-        return draw_images(make_sampler(config, drawn), images, numbers, device)
+        # convolutions in TF32, an accelerator's default, would round more than the comparison allows
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return draw_images(make_sampler(exact, drawn), images, numbers, device)
 
+    base_B3HW = draw(model)
     add_lora(model.network, rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets, seed=0)
     load_lora_state(model.network, state)
     expected_B3HW = draw(model)
-    target = folder.exports_dir / result.trial
-    path = write_lora(model, state, rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets, folder=target)
+    unproved = folder.exports_dir / f"{result.trial}.unproved"
+    path = write_lora(model, state, rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets, folder=unproved)
     del model  # two large models need not fit beside each other
     gc.collect()
-    difference = check_reload(path, load_base_model(config, device), draw, expected_B3HW)
-    save_grid(to_uint8(expected_B3HW), target / "samples.png", columns=len(numbers))
-    _write_card(target, result, folder, settled(asked, record), images.prompts)
-    return Exported(result.trial, target, difference)
+    reload = check_reload(
+        path,
+        load_base_model(exact, device),
+        draw,
+        state=state,
+        scale=lora.alpha_value / lora.rank,
+        base_B3HW=base_B3HW,
+        expected_B3HW=expected_B3HW,
+    )
+    rounding = {}
+    for name, dtype in HALVES.items():
+        if name == "bfloat16" or device.type != "cpu":  # where float16 takes thirty times as long
+            half = load_model(config.model.base, revision=config.model.revision, dtype=dtype, device=device)
+            rounding[name] = rounding_of(path, half, draw, expected_B3HW)
+    save_grid(to_uint8(expected_B3HW), unproved / "samples.png", columns=len(numbers))
+    exported = Exported(result.trial, folder.exports_dir / result.trial, reload.difference, reload.effect, rounding)
+    _write_card(unproved, result, folder, settled(asked, record), images.prompts, exported)
+    _move_files(unproved, exported.folder)
+    return exported
+
+
+def _in_float32(config: RunConfig) -> RunConfig:
+    resources = config.resources.model_copy(update={"precision": "fp32", "prefix_precision": "same"})
+    return config.model_copy(update={"resources": resources})
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Move a folder's files over those of another, which keeps what else is in it."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.iterdir():
+        file.replace(target / file.name)
+    source.rmdir()
 
 
 def _write_card(
-    target: Path, result: TrialResult, folder: RunFolder, config: RunConfig, prompts: Sequence[str]
+    target: Path,
+    result: TrialResult,
+    folder: RunFolder,
+    config: RunConfig,
+    prompts: Sequence[str],
+    exported: Exported,
 ) -> None:
     base = next(row for row in read_results(folder.results_file) if row.trial == BASE_TRIAL and row.is_ok)
     write_card(
@@ -125,6 +199,7 @@ def _write_card(
             "base_model": config.model.base,
             "base_revision": config.model.revision,
             "strength": "load at weight 1.0: alpha / rank is folded into the weights",
+            "reloaded": {"difference": exported.difference, "effect": exported.effect, **exported.rounding},
             "settings": dict(result.values),
             "metrics": dict(result.metrics),
             "base_metrics": dict(base.metrics),

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from rltune.diffusion.chain import NO_GRADIENT
+from rltune.diffusion.lora import adapters_as_loaded
 from rltune.diffusion.sampling import Sampler
 from rltune.intervals import standard_error
 from rltune.rewards.base import Reward
@@ -83,7 +84,8 @@ def sample_and_score(
     for start in range(0, len(mine), batch_size):
         numbers = mine[start : start + batch_size]
         prompts = [images.prompt_of(number) for number in numbers]
-        pixels_B3HW = draw_images(sampler, images, numbers, workers.device).float()
+        with adapters_as_loaded(sampler.model.network):
+            pixels_B3HW = draw_images(sampler, images, numbers, workers.device).float()
         check_finite(pixels_B3HW, prompts)
         with embeddings_kept():
             values = {

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.chain import NO_GRADIENT, StepNoise
+from rltune.diffusion.lora_files import load_lora_file, unload_lora_file
 from rltune.errors import UserError
 from rltune.training.evaluation import Pixels, to_uint8
 from rltune.training.loading import load_base_model
@@ -40,13 +41,15 @@ def draw_rows(
     rows: list[Pixels] = []
     for file in [None, *lora_files]:
         if file is not None:
-            model.pipeline.unload_lora_weights()  # the one before: peft warns of a second one beside it
-            try:
-                model.pipeline.load_lora_weights(file.parent, weight_name=file.name)
-            except (ValueError, RuntimeError, KeyError, OSError) as error:
-                raise UserError(f"{file}: not a LoRA that {config.model.base!r} can load ({error})") from error
+            unload_lora_file(model)  # the one before: peft warns of a second one beside it
+            parts = load_lora_file(model, file)
+            if sampler.num_base_steps > 0 and parts != {model.lora_prefix}:
+                raise UserError(
+                    f"{file}: reaches the text encoder, whose prompts all steps share; sample it with --base-steps 0"
+                )
+            sampler = make_sampler(config, model)  # prompts are embedded anew, by this LoRA's text encoder
         numbers = range(len(prompts) * num_images)
-        parts = []
+        batches = []
         for start in range(0, len(numbers), BATCH):
             chosen = numbers[start : start + BATCH]
             x_BCHW = noise(seed, Stream.EVAL_LATENT, [(number,) for number in chosen], shape).to(device)
@@ -54,8 +57,8 @@ def draw_rows(
             shown = [prompts[number // num_images] for number in chosen]
             with torch.no_grad():
                 latents = sampler.latents(shown, x_BCHW, plan=NO_GRADIENT, noise=chain_noise)
-                parts.append(to_uint8(sampler.decode(latents)))
-        rows.append(np.concatenate(parts))
+                batches.append(to_uint8(sampler.decode(latents)))
+        rows.append(np.concatenate(batches))
     return rows
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import add_lora, lora_parameters, lora_state
+from rltune.diffusion.lora_files import WEIGHT_FILE
 from rltune.errors import RunError
-from rltune.export.diffusers import TOLERANCE, WEIGHT_FILE, check_reload, write_card, write_lora
+from rltune.export.diffusers import TOLERANCE, Reload, check_adapter, check_reload, rounding_of, write_card, write_lora
 from rltune.training.evaluation import draw_images
 from rltune.training.loading import load_base_model
 from rltune.training.setup import eval_image_set, make_sampler
@@ -52,7 +53,7 @@ def drawing(config: RunConfig) -> Callable[[ModelFamily], Tensor]:
 class Trained:
     """A model with a random adapter of alpha / rank 4, its images, and the file it was written to."""
 
-    def __init__(self, pipeline: Path, folder: Path, targets: str = "attention") -> None:
+    def __init__(self, pipeline: Path, folder: Path, targets: str = "attention", size: float = 0.3) -> None:
         self.config = config_of(pipeline)
         self.draw = drawing(self.config)
         model = load_base_model(self.config, CPU)
@@ -60,7 +61,7 @@ class Trained:
         add_lora(model.network, rank=RANK, alpha=ALPHA, targets=targets, seed=0)
         generator = torch.Generator().manual_seed(5)
         for parameter in lora_parameters(model.network):
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+            parameter.data = torch.randn(parameter.shape, generator=generator) * size
         self.state = lora_state(model.network)
         self.images_B3HW = self.draw(model)
         self.model = model
@@ -68,6 +69,10 @@ class Trained:
 
     def fresh(self) -> ModelFamily:
         return load_base_model(self.config, CPU)
+
+    def check(self, path: Path) -> Reload:
+        images = {"base_B3HW": self.base_B3HW, "expected_B3HW": self.images_B3HW}
+        return check_reload(path, self.fresh(), self.draw, state=self.state, scale=ALPHA / RANK, **images)
 
 
 @pytest.fixture(scope="module", params=["attention", "all"])
@@ -84,8 +89,9 @@ def test_the_adapter_under_test_changes_the_images(trained: Trained) -> None:
 
 
 def test_a_reload_gives_the_images_of_the_adapter(trained: Trained) -> None:
-    difference = check_reload(trained.path, trained.fresh(), trained.draw, trained.images_B3HW)
-    assert difference < ROUNDING
+    reload = trained.check(trained.path)
+    assert reload.difference < ROUNDING
+    assert reload.effect == greatest_difference(trained.images_B3HW, trained.base_B3HW)
     assert TOLERANCE < 1 / 255  # what passes cannot be seen in 8 bits
 
 
@@ -148,7 +154,7 @@ def test_plain_diffusers_in_another_process_sees_the_same_network(tiny_pipeline:
 
 def test_a_reader_that_ignores_alpha_gets_the_same_images(trained: Trained, tmp_path: Path) -> None:
     path = without_metadata(trained.path, tmp_path / "plain.safetensors")
-    assert check_reload(path, trained.fresh(), trained.draw, trained.images_B3HW) < ROUNDING
+    assert trained.check(path).difference < ROUNDING
 
 
 def test_the_weights_plus_b_times_a_give_the_same_images(trained: Trained) -> None:
@@ -179,23 +185,107 @@ def tampered(trained: Trained, target: Path, change: Callable[[dict[str, Tensor]
     return target
 
 
-@pytest.mark.filterwarnings("ignore:While injecting the PEFT adapters:RuntimeWarning")  # the missing part
-@pytest.mark.parametrize(
-    "change",
-    [
+Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("unet.down_blocks", "unet.lower_blocks"): tensor for name, tensor in state.items()}
+
+
+def swapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first layer's weights in the second and the other way round, of the same shapes."""
+    one, other = sorted({name.rpartition(".lora_")[0] for name in state if "attn1.to_" in name})[:2]
+    places = {one: other, other: one}
+
+    def place(name: str) -> str:
+        layer, mark, rest = name.rpartition(".lora_")
+        return places.get(layer, layer) + mark + rest
+
+    return {place(name): tensor for name, tensor in state.items()}
+
+
+CHANGES: dict[str, tuple[Change, str]] = {
+    "half as strong": (
         lambda state: {name: 0.5 * tensor if ".lora_B." in name else tensor for name, tensor in state.items()},
+        "its update of .* is another than the trained one",
+    ),
+    "in the wrong layers": (swapped, "its update of .* is another than the trained one"),
+    "a part is missing": (
         lambda state: {name: tensor for i, (name, tensor) in enumerate(sorted(state.items())) if i >= 4},
+        "it leaves out down_blocks",
+    ),
+    "half a layer is missing": (
+        lambda state: {name: tensor for i, (name, tensor) in enumerate(sorted(state.items())) if i >= 1},
+        "a part is missing: it names layers that it has no values for",
+    ),
+    "a part binds to nothing": (renamed, "a part would be missing: of its .* tensors, .* have no place"),
+    "nothing binds": (
+        lambda state: {name.replace("blocks", "layers").replace("mid_", "m_"): t for name, t in state.items()},
+        "not a LoRA that this base model can load",
+    ),
+    "not finite": (
         lambda state: {name: torch.full_like(tensor, torch.nan) for name, tensor in state.items()},
-    ],
-    ids=["half as strong", "a part is missing", "not finite"],
-)
-def test_a_file_that_gives_other_images_is_refused(
-    tiny_pipeline: Path, tmp_path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+        "holds values that are not finite",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def faint(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Far below what 8 bits show, so that images alone would let any file pass."""
+    trained = Trained(tiny_pipeline, tmp_path_factory.mktemp("faint"), size=1e-4)
+    assert 0 < greatest_difference(trained.images_B3HW, trained.base_B3HW) < 1e-5
+    assert trained.check(trained.path).difference < 1e-5
+    return trained
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_is_not_the_adapter_is_refused_however_small_its_effect(
+    faint: Trained, tmp_path: Path, change: str
 ) -> None:
-    trained = Trained(tiny_pipeline, tmp_path / "lora")
-    path = tampered(trained, tmp_path / "other.safetensors", change)
-    with pytest.raises(RunError, match=r"other\.safetensors: reloaded with diffusers it gives other images .* not fit"):
-        check_reload(path, trained.fresh(), trained.draw, trained.images_B3HW)
+    path = tampered(faint, tmp_path / "other.safetensors", CHANGES[change][0])
+    with pytest.raises(RunError, match=rf"other\.safetensors: .*{CHANGES[change][1]}.*; the file is not fit for use"):
+        faint.check(path)
+
+
+def test_images_are_compared_too(trained: Trained) -> None:
+    """By their size, and by the share of the effect: the layers of the file are right here, what draws them is not."""
+    images = {"base_B3HW": trained.base_B3HW, "expected_B3HW": trained.images_B3HW}
+
+    def check(error: Tensor, size: float = 1.0) -> Reload:
+        """Draw images whose effect is ``size`` times that of the adapter, off by ``error``."""
+        shown = {**images, "expected_B3HW": trained.base_B3HW + size * (trained.images_B3HW - trained.base_B3HW)}
+        drawn = {"draw": lambda model: shown["expected_B3HW"] + error}
+        return check_reload(trained.path, trained.fresh(), **drawn, state=trained.state, scale=ALPHA / RANK, **shown)
+
+    flat = torch.ones_like(trained.images_B3HW)
+    assert check(0.9 * TOLERANCE * flat).difference == pytest.approx(0.9 * TOLERANCE, rel=1e-3)
+    with pytest.raises(RunError, match=r"it gives other images than the trained adapter, by 0\.0022 where 0\.002"):
+        check(1.1 * TOLERANCE * flat)
+    # an effect of a thousandth, the images of the base model: not to be seen, and all of the effect
+    effect = trained.images_B3HW - trained.base_B3HW
+    with pytest.raises(RunError, match=r"its images differ from the trained adapter's by .*, and those from the base"):
+        check(-1e-3 * effect, size=1e-3)
+
+
+def test_an_adapter_that_does_nothing_is_named() -> None:
+    state = {"x.lora_A.weight": torch.ones(2, 3), "x.lora_B.weight": torch.zeros(3, 2)}
+    with pytest.raises(RunError, match="the adapter is exactly zero, so that the LoRA would be the base model"):
+        check_adapter(state)
+    check_adapter({**state, "x.lora_B.weight": torch.tensor([[0.0, 1e-30]])})
+    with pytest.raises(RunError, match=r"the adapter's x\.lora_A\.weight is not finite"):
+        check_adapter({**state, "x.lora_A.weight": torch.tensor([[0.0, torch.inf]])})
+
+
+def test_what_another_number_format_changes_is_a_figure(trained: Trained) -> None:
+    """By hand: peft casts a loaded adapter to the format of its base."""
+    half = config_of(trained.config.model.base, resources={"precision": "bf16"})
+    by_hand = load_base_model(half, CPU)
+    by_hand.pipeline.load_lora_weights(trained.path)
+    assert {p.dtype for p in lora_parameters(by_hand.network)} == {torch.bfloat16}
+    expected = greatest_difference(drawing(half)(by_hand).float(), trained.images_B3HW)
+    assert rounding_of(trained.path, load_base_model(half, CPU), trained.draw, trained.images_B3HW) == expected
+    assert expected > TOLERANCE  # the very difference that says nothing of the file
 
 
 def test_an_adapter_whose_scale_is_one_is_written_as_it_is(tiny_pipeline: Path, tmp_path: Path) -> None:

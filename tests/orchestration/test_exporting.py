@@ -9,12 +9,16 @@ from PIL import Image
 
 import rltune
 from rltune.config.load import Experiment
+from rltune.diffusion.lora import lora_parameters
+from rltune.diffusion.lora_files import WEIGHT_FILE
 from rltune.errors import RunError, UserError
-from rltune.export.diffusers import WEIGHT_FILE
-from rltune.orchestration.exporting import Exported, best_picks, export_trial, pick_trial
+from rltune.export.diffusers import TOLERANCE, write_lora
+from rltune.orchestration import exporting
+from rltune.orchestration.exporting import Exported, best_picks, export_trial, export_trials, pick_trial
 from rltune.orchestration.fronts import read_front
 from rltune.orchestration.results import TrialResult, append_result, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
+from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import draw_images, to_uint8
 from rltune.training.loading import load_base_model
 from rltune.training.loop import base_run, train_run
@@ -163,6 +167,7 @@ def test_the_card_says_where_it_comes_from_and_what_it_scored(
         "base_model": str(tiny_pipeline),
         "base_revision": None,
         "strength": "load at weight 1.0: alpha / rank is folded into the weights",
+        "reloaded": {"difference": exported.difference, "effect": exported.effect, **exported.rounding},
         "settings": VALUES,
         "metrics": trained.metrics,
         "base_metrics": base.metrics,  # of the attempt that went well
@@ -196,5 +201,85 @@ def test_a_checkpoint_that_is_gone_is_said_so(run: tuple[RunFolder, Experiment])
     folder, experiment_ = run
     lost = result("007", 0.7, values=VALUES, checkpoint="trials/007/checkpoints/step-000003")
     with pytest.raises(RunError, match=r"trial 007: its checkpoint .*trials/007/.* is gone; train it again"):
-        export_trial(lost, folder, experiment_)
+        export_trials([lost], folder, experiment_, on_export=pytest.fail)
     assert not (folder.exports_dir / "007").exists()
+
+
+def test_a_pick_that_fails_does_not_keep_the_others_from_being_written(
+    run: tuple[RunFolder, Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, experiment_ = run
+    good = pick_trial("knee", folder, experiment_)
+    lost = result("007", 0.7, values=VALUES, checkpoint="trials/007/checkpoints/step-000003")
+    zero = TrialResult(**{**vars(good), "trial": "008"})
+    states = iter([{name: 0 * value for name, value in load_adapter(folder.path / good.checkpoint).items()}])
+    monkeypatch.setattr(exporting, "load_adapter", lambda checkpoint: next(states, None) or load_adapter(checkpoint))
+    written: list[str] = []
+    picks = [zero, lost, good]
+    with pytest.raises(RunError) as caught:
+        export_trials(picks, folder, experiment_, on_export=lambda exported: written.append(exported.trial))
+    assert written == ["001"]
+    first, *faults = str(caught.value).splitlines()
+    assert first == "2 of 3 exports failed"
+    assert [fault.split(",")[0].strip() for fault in faults] == [
+        "trial 008: the adapter is exactly zero",
+        f"trial 007: its checkpoint {folder.path / lost.checkpoint} is gone; train it again",
+    ]
+    assert sorted(path.name for path in folder.exports_dir.iterdir()) == ["001"]
+
+
+def test_a_file_that_fails_its_proof_does_not_stand_in_an_exports_place(
+    run: tuple[RunFolder, Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, experiment_ = run
+    good = pick_trial("knee", folder, experiment_)
+
+    def write_weaker(model: Any, state: Any, **place: Any) -> Path:
+        return write_lora(model, {name: 0.9 * value for name, value in state.items()}, **place)
+
+    monkeypatch.setattr(exporting, "write_lora", write_weaker)
+    other = TrialResult(**{**vars(good), "trial": "009"})
+    with pytest.raises(RunError, match=r"trial 009: .*exports/009\.unproved/.*; the file is not fit for use$"):
+        export_trials([other], folder, experiment_, on_export=pytest.fail)
+    assert not (folder.exports_dir / "009").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_in_either_precision_exports(tiny_pipeline: Path, tmp_path: Path, precision: str) -> None:
+    """In bfloat16 images of the same file are 0.02 from float32's, ten times what the comparison allows."""
+    experiment_ = asked(tiny_pipeline, resources={"precision": precision})
+    folder = RunFolder(tmp_path / "tiny")
+    folder.path.mkdir()
+    reporter = FolderReporter(folder.checkpoints_dir("001"))
+    config = experiment_.concrete(VALUES)
+    train_run(config, trial_dir=folder.trial_dir("001"), base_dir=folder.base_dir, reporter=reporter)
+    checkpoint = reporter.latest()
+    assert checkpoint is not None
+    trained = TrialResult("001", "ok", VALUES, VALUES, metrics=reporter.reports[-1])
+    for row in (result(BASE_TRIAL), trained):
+        append_result(folder.results_file, row)
+    picked = TrialResult(**{**vars(trained), "checkpoint": str(checkpoint.relative_to(folder.path))})
+    exported = export_trial(picked, folder, experiment_)
+    assert 0 <= exported.difference < 2e-5
+    assert exported.effect > 0.01
+    assert exported.rounding["bfloat16"] > TOLERANCE
+
+    # what was evaluated last is what a user of that precision draws from the file
+    model = load_base_model(config, torch.device("cpu"))
+    model.pipeline.load_lora_weights(exported.folder)
+    assert {str(p.dtype) for p in lora_parameters(model.network)} == {
+        {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[precision]
+    }
+    images = eval_image_set(config, model)
+    drawn_BHW3 = to_uint8(draw_images(make_sampler(config, model), images, range(len(images)), torch.device("cpu")))
+    grid = np.asarray(Image.open(folder.trial_dir("001") / "samples" / "step-000003.png"))
+    shown_BHW3 = cut(grid, *drawn_BHW3.shape[:3])
+    # float32 folds its adapters in another order, and a value on the edge of two bytes may fall to either
+    assert np.abs(shown_BHW3.astype(int) - drawn_BHW3.astype(int)).max() <= (1 if precision == "fp32" else 0)
+
+
+def cut(grid: np.ndarray[Any, Any], count: int, height: int, width: int) -> np.ndarray[Any, Any]:
+    """Return the pictures of a grid, row by row."""
+    rows, columns = grid.shape[0] // height, grid.shape[1] // width
+    cells = grid.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
+    return cells.reshape(-1, height, width, 3)[:count]
