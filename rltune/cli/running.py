@@ -158,7 +158,7 @@ def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster, here: Path
         console.print(front_view(front))
         picks = best_picks(front)
         if not picks:
-            console.print(f"\n{nothing_to_export(front, sweep.nearest, _shown(folder.path))}", soft_wrap=True)
+            console.print(f"\n{nothing_to_export(front, sweep.nearest, _shown(folder.path, here))}", soft_wrap=True)
             return
     else:
         console.print("\nGain over the base model", style="bold")

@@ -194,7 +194,7 @@ def test_a_file_that_is_no_lora_is_refused(tiny_pipeline: Path, tmp_path: Path, 
         save_file({"weight": torch.zeros(2)}, path)
     else:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"x\.safetensors: not a LoRA that '.*' can load"):
+    with pytest.raises(UserError, match=r"x\.safetensors: not a LoRA"):
         draw([path], tmp_path / "grid.png", base=str(tiny_pipeline))
 
 
