@@ -48,7 +48,14 @@ def train_model(output: Path, work: Path, *, seed: int, scale: float, device: st
 
 
 def show_scenes(output: Path, *, count: int, seed: int) -> None:
-    """Write a grid of scenes and print their captions in the grid's order."""
+    """Write a grid of scenes and print their captions in the grid's order.
+
+    Raises:
+        UserError: ``output`` cannot be written.
+    """
+    from rltune.cli.pictures import check_output
+
+    check_output(output)
     from rltune.builtin.render import render
     from rltune.builtin.scenes import make_scene
     from rltune.training.evaluation import save_grid, to_uint8

@@ -118,6 +118,7 @@ def _cluster(address: str | None) -> Iterator[Finding]:
     found = find_address(address)
     if found is None:
         yield Finding(NOTE, "no Ray cluster is running here; a run starts one of its own, on loopback only")
+        yield from _places()
         return
     try:
         with connect(address) as cluster:
@@ -126,3 +127,18 @@ def _cluster(address: str | None) -> Iterator[Finding]:
                 yield Finding(OK, f"dashboard {cluster.dashboard_url}")
     except RltuneError as error:
         yield Finding(BAD, str(error))
+
+
+def _places() -> Iterator[Finding]:
+    from rltune.orchestration.places import find_place, token_folder
+
+    place = find_place()
+    if not place.is_usable:
+        what = f"a Ray cluster of a run cannot keep its files in {place.folder}: {place.fault}"
+        yield Finding(BAD, f"{what}; set RAY_TMPDIR to a folder with a short path that can be written")
+    elif place.is_ray_s_own:
+        yield Finding(OK, f"Ray keeps its files in {place.folder / 'ray'}")
+    else:
+        yield Finding(NOTE, f"Ray keeps its files in {place.folder / 'ray'}, not below TMPDIR: {place.fault}")
+    if token_folder() is None:
+        yield Finding(NOTE, "HOME is not there or cannot be written; a run keeps Ray's token in its environment")

@@ -26,14 +26,17 @@ def sample_grid(
     """Draw the base model and each LoRA on the same prompts and noise, and write one labelled PNG.
 
     Raises:
-        UserError: A LoRA cannot be read, or was trained on another base model; no step is left to the LoRAs.
+        UserError: ``output`` cannot be written; a LoRA cannot be read, or was trained on another base model; no step is
+            left to the LoRAs.
     """
+    from rltune.cli.pictures import check_output, save_picture
     from rltune.config.experiment import RunConfig
     from rltune.diffusion.lora_files import find_lora_file
     from rltune.orchestration.job import quiet_libraries
     from rltune.training.grids import draw_rows, labelled_grid
     from rltune.training.prompts import read_prompts
 
+    check_output(output)
     quiet_libraries()
     files = [find_lora_file(path) for path in loras]
     cards = [_read_card(path) for path in loras]
@@ -53,9 +56,8 @@ def sample_grid(
     shown = list(prompts) or list(read_prompts(config.prompts.eval, where="prompts.eval")[:NUM_DEFAULT_PROMPTS])
     rows = draw_rows(config, files, shown, num_images=num_images, seed=seed)
     labels = ["base", *(path.parent.name if path.is_file() else path.resolve().name for path in loras)]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(rows, labels, shown, num_images=num_images).save(output)
-    console.print(f"{output}: {len(rows)} rows ({', '.join(labels)}), {num_images} images for each of", soft_wrap=True)
+    written = save_picture(labelled_grid(rows, labels, shown, num_images=num_images), output)
+    console.print(f"{written}: {len(rows)} rows ({', '.join(labels)}), {num_images} images for each of", soft_wrap=True)
     for prompt in shown:
         console.print(f"  {prompt}", soft_wrap=True)
 

@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 import sys
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import Any
 
 from rltune.errors import RunError, UserError
 from rltune.orchestration.nodes import Node, read_nodes
+from rltune.orchestration.places import find_place, ray_s_temporary_folder, serves_python, token_folder
 
 QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -78,6 +79,8 @@ def prepare(address: str | None) -> str | None:
         wanted |= LOCAL  # Ray rewrites a loopback address to the machine's own unless the client too is told
     if found is not None and _has_token():
         wanted["RAY_AUTH_MODE"] = "token"  # without it a client with a token hangs for 20 s and fails in riddles
+    if found is None and not _has_token() and token_folder() is None:
+        wanted["RAY_AUTH_TOKEN"] = uuid.uuid4().hex + uuid.uuid4().hex  # Ray would write one into HOME, or not start
     os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
     return found
 
@@ -93,7 +96,7 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
         num_cpus: CPUs of a cluster that is started here; all by default.
 
     Raises:
-        UserError: The address is of a kind that cannot be attached to.
+        UserError: The address is of a kind that cannot be attached to, or Ray has no folder for its files.
         RunError: There is no cluster at the address, or it could not be started.
     """
     found = prepare(address)
@@ -107,20 +110,31 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
             f"--address: nothing answers at {found!r}; check host and port, or start a cluster there with "
             "'ray start --head'"
         )
+    place = find_place() if found is None else None
+    if place is not None and not place.is_usable:
+        raise UserError(
+            f"a local Ray cluster cannot keep its files in {place.folder}: {place.fault}; set RAY_TMPDIR to a folder "
+            "with a short path that can be written"
+        )
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     try:
-        if found is None:
-            context = ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **quiet)
+        if place is not None:
+            if not serves_python():  # neither here nor in Ray's processes, which inherit it
+                os.environ["TMPDIR"] = str(place.folder)
+            where = None if place.is_ray_s_own else str(place.folder / "ray")
+            context = ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, _temp_dir=where, **quiet)
         else:
             context = ray.init(address=found, **quiet)
     except SystemExit as end:  # Ray's own handler of SIGTERM, until ours stands in its place
         raise KeyboardInterrupt from end
     except Exception as error:  # ray raises whatever its layers raise
-        where = f"--address: no Ray cluster answers at {found!r}" if found else "a local Ray cluster did not start"
-        advice = "check address and token (RAY_AUTH_TOKEN)" if found else "see /tmp/ray/session_latest/logs"
-        raise RunError(f"{where}: {error}; {advice}") from error
+        what = f"--address: no Ray cluster answers at {found!r}" if found else "a local Ray cluster did not start"
+        advice = "check address and token (RAY_AUTH_TOKEN)"
+        if place is not None:
+            advice = f"see {place.folder}/ray/session_latest/logs, and what 'rltune doctor' says"
+        raise RunError(f"{what}: {error}; {advice}") from error
     if found is None and not context.address_info["gcs_address"].startswith("127."):
         ray.shutdown()
         raise RunError(
@@ -154,7 +168,7 @@ def _term_as_interrupt() -> Any:
 def _running_here() -> str | None:
     """Return the address that ``ray start --head`` left on this machine, if something still listens there."""
     try:
-        address = (Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster").read_text().strip()
+        address = (ray_s_temporary_folder() / "ray" / "ray_current_cluster").read_text().strip()
     except OSError:
         return None
     return address if _answers(address, timeout_s=0.5) else None
@@ -170,5 +184,5 @@ def _answers(address: str, *, timeout_s: float = 5.0) -> bool:
 
 
 def _has_token() -> bool:
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH", str(Path.home() / ".ray" / "auth_token"))
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
     return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).is_file()

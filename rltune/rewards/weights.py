@@ -207,7 +207,8 @@ def is_offline() -> bool:
 
 def cache_dir() -> Path:
     """Return the folder of the files that are not on the hub."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "rltune").expanduser()
+    # as the hub's library has it: Path.home() fails where a container's user has no home
+    return Path(os.path.expanduser(os.environ.get(CACHE_VARIABLE) or "~/.cache/rltune"))
 
 
 def format_size(size_mb: float) -> str:
