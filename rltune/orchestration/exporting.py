@@ -16,6 +16,7 @@ from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, load_lora_state
 from rltune.errors import RltuneError, RunError, UserError
 from rltune.export.diffusers import check_adapter, check_reload, rounding_of, write_card, write_lora
+from rltune.orchestration.confirmations import comparable, read_confirmations
 from rltune.orchestration.fronts import read_front
 from rltune.orchestration.objectives import Front
 from rltune.orchestration.record import read_record, read_trial_versions, settled, with_own_prompts
@@ -180,6 +181,19 @@ def _move_files(source: Path, target: Path) -> None:
     source.rmdir()
 
 
+def _measurements(
+    result: TrialResult, folder: RunFolder, config: RunConfig
+) -> tuple[Mapping[str, float], Mapping[str, float], dict[str, int]]:
+    """Return a trial's metrics, the base model's on the same images, and how many prompts, fresh ones, they are of."""
+    found = comparable(read_confirmations(folder))
+    row = found and found.of(result)
+    if found is not None and row is not None:
+        counts = {"prompts": row.num_prompts, "fresh_prompts": row.num_prompts - row.num_reused}
+        return row.metrics, found.base.metrics, counts
+    base = next(row for row in read_results(folder.results_file) if row.trial == BASE_TRIAL and row.is_ok)
+    return result.metrics, base.metrics, {"prompts": config.evaluate.prompts, "fresh_prompts": 0}
+
+
 def _write_card(
     target: Path,
     result: TrialResult,
@@ -188,7 +202,7 @@ def _write_card(
     prompts: Sequence[str],
     exported: Exported,
 ) -> None:
-    base = next(row for row in read_results(folder.results_file) if row.trial == BASE_TRIAL and row.is_ok)
+    metrics, base_metrics, measured_on = _measurements(result, folder, config)
     write_card(
         target,
         {
@@ -201,8 +215,9 @@ def _write_card(
             "strength": "load at weight 1.0: alpha / rank is folded into the weights",
             "reloaded": {"difference": exported.difference, "effect": exported.effect, **exported.rounding},
             "settings": dict(result.values),
-            "metrics": dict(result.metrics),
-            "base_metrics": dict(base.metrics),
+            "metrics": dict(metrics),
+            "base_metrics": dict(base_metrics),
+            "measured_on": measured_on,
             "trained_with": list(read_trial_versions(folder, result.trial)),
             "prompts": list(prompts[:NUM_CHECKED_IMAGES]),
             "experiment": config.model_dump(mode="json"),

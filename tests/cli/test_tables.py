@@ -105,6 +105,14 @@ def test_a_row_shows_its_mark_and_knobs(folder: RunFolder) -> None:
     assert rows["003"][0] == "!"
 
 
+def test_a_base_model_that_breaks_a_bound_is_marked(tmp_path: Path) -> None:
+    base = result(BASE_TRIAL, 0.5, 0.0, constraints={"brightness.min": 0.2})
+    folder = write_run(tmp_path / "mix", experiment(), [base])
+    lines = render(status_view(read_status(folder, experiment()), ["brightness", "drift"]), 120)
+    assert any(line.split()[:3] == ["!", BASE_TRIAL, "base"] for line in lines)
+    assert "! breaks a constraint" in words(lines)
+
+
 def test_a_knob_that_a_trial_does_not_have_is_blank(tmp_path: Path) -> None:
     optim = {"steps": 10, "batch": 4, "lr": {"log_float": [1e-4, 1e-2], "when": {"model.lora.rank": 4}}}
     asked = experiment(optim=optim)

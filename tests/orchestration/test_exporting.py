@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from rltune.diffusion.lora_files import WEIGHT_FILE
 from rltune.errors import RunError, UserError
 from rltune.export.diffusers import TOLERANCE, write_lora
 from rltune.orchestration import exporting
-from rltune.orchestration.exporting import Exported, best_picks, export_trial, export_trials, pick_trial
+from rltune.orchestration.confirmations import Confirmation
+from rltune.orchestration.exporting import (
+    Exported,
+    _measurements,
+    best_picks,
+    export_trial,
+    export_trials,
+    pick_trial,
+)
 from rltune.orchestration.fronts import read_front
-from rltune.orchestration.results import TrialResult, append_result, read_results
+from rltune.orchestration.results import TrialResult, append_line, append_result, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
 from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import draw_images, to_uint8
@@ -171,11 +180,28 @@ def test_the_card_says_where_it_comes_from_and_what_it_scored(
         "settings": VALUES,
         "metrics": trained.metrics,
         "base_metrics": base.metrics,  # of the attempt that went well
+        "measured_on": {"prompts": 3, "fresh_prompts": 0},
         "trained_with": [],  # by hand
         "prompts": EVAL_PROMPTS,
         "experiment": experiment_.concrete(VALUES).model_dump(mode="json"),
     }
     assert card["metrics"]["eval/brightness"] > card["base_metrics"]["eval/brightness"]
+
+
+def test_a_card_has_both_models_by_the_same_measurements(tmp_path: Path) -> None:
+    trial = result("001", 0.9, 0.1, checkpoint="a")
+    folder = write_run(tmp_path / "mix", experiment(), [result(BASE_TRIAL, 0.5), trial])
+    config = experiment().shared
+    assert _measurements(trial, folder, config)[0] == trial.metrics
+    for name, brightness, checkpoint in ((BASE_TRIAL, 0.4, ""), ("001", 0.7, "a")):
+        fresh = {"eval/brightness": brightness}
+        row = Confirmation(name, checkpoint, 8, fresh, prompts=("a", "b"), num_reused=0)
+        append_line(folder.confirmed_file, json.dumps(asdict(row)))
+    metrics, base_metrics, measured_on = _measurements(trial, folder, config)
+    assert (metrics["eval/brightness"], base_metrics["eval/brightness"]) == (0.7, 0.4)
+    assert measured_on == {"prompts": 8, "fresh_prompts": 8}
+    older = result("001", 0.9, 0.1, checkpoint="b")  # another checkpoint than was measured again
+    assert _measurements(older, folder, config)[:2] == (older.metrics, result(BASE_TRIAL, 0.5).metrics)
 
 
 def test_the_samples_are_the_lora_s_images_of_the_first_held_out_prompts(
