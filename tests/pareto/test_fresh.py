@@ -44,6 +44,16 @@ def test_of_one_objective_it_is_the_leaders_mean_with_students_interval() -> Non
     assert found.half_width_without_effect == pytest.approx(expected, rel=1e-9)  # a mean's error is that of any shift
 
 
+def test_what_two_objectives_have_in_common_on_a_prompt_is_no_volume() -> None:
+    gains_PD = np.random.default_rng(0).normal(0.3, 1.0, (6, 2)) + np.random.default_rng(1).normal(0, 1.0, (6, 1))
+    found = fresh_volume(np.array([[1.5, 1.5]]), gains_PD[:, None])
+    # the mean of x times that of y is their product and the P-th part of their covariance: unbiased without it, which
+    # is the mean over pairs of different prompts
+    x_P, y_P = 1 + gains_PD.T
+    pairs = [x_P[i] * y_P[j] for i in range(6) for j in range(6) if i != j]
+    assert found.value == pytest.approx(np.mean(pairs), rel=1e-9)
+
+
 NUM_TRIALS, NUM_PROMPTS, NUM_OBJECTIVES, NOISE, NUM_SWEEPS = 12, 16, 3, 0.6, 600
 """A sweep as mix.yaml's: gains of single prompts scatter by 0.6 deviations of the base model."""
 
