@@ -7,6 +7,7 @@ from typing import Any
 
 from rltune.cli.terminal import console
 from rltune.errors import UserError
+from rltune.records import check_schema
 
 NUM_DEFAULT_PROMPTS = 4
 
@@ -33,6 +34,7 @@ def sample_grid(
     from rltune.config.experiment import RunConfig
     from rltune.diffusion.lora_files import find_lora_file
     from rltune.orchestration.job import quiet_libraries
+    from rltune.orchestration.record import base_of
     from rltune.training.grids import draw_rows, labelled_grid
     from rltune.training.prompts import read_prompts
 
@@ -51,9 +53,12 @@ def sample_grid(
         raise UserError(
             f"sample: --base-steps must leave the LoRA some of the {sampler.steps} steps, got {sampler.base_steps}"
         )
-    model = config.model.model_copy(update={"base": base or config.model.base})
+    own = next((base_of(path.parent, config.model.base) for path in files), config.model.base)
+    model = config.model.model_copy(update={"base": base or own})
     config = config.model_copy(update={"sampler": sampler, "model": model})
-    shown = list(prompts) or list(read_prompts(config.prompts.eval, where="prompts.eval")[:NUM_DEFAULT_PROMPTS])
+    # a card has the run's own prompts: the file they were in may be another by now, or elsewhere
+    held_out = prompts or (card or {}).get("prompts") or read_prompts(config.prompts.eval, where="prompts.eval")
+    shown = list(prompts or held_out[:NUM_DEFAULT_PROMPTS])
     rows = draw_rows(config, files, shown, num_images=num_images, seed=seed)
     labels = ["base", *(path.parent.name if path.is_file() else path.resolve().name for path in loras)]
     written = save_picture(labelled_grid(rows, labels, shown, num_images=num_images), output)
@@ -77,4 +82,5 @@ def _read_card(path: Path) -> dict[str, Any] | None:
         content: dict[str, Any] = json.loads(card.read_text())
     except ValueError as error:
         raise UserError(f"sample: {card} is damaged ({error}); export the LoRA again, or delete this file") from error
+    check_schema(content, card)
     return content

@@ -163,7 +163,7 @@ def export_trial(result: TrialResult, folder: RunFolder, experiment: Experiment)
             rounding[name] = rounding_of(path, half, draw, expected_B3HW)
     save_grid(to_uint8(expected_B3HW), unproved / "samples.png", columns=len(numbers))
     exported = Exported(result.trial, folder.exports_dir / result.trial, reload.difference, reload.effect, rounding)
-    _write_card(unproved, result, folder, settled(asked, record), images.prompts, exported)
+    _write_card(unproved, result, folder, asked, images.prompts, exported, revision=config.model.revision)
     _move_files(unproved, exported.folder)
     return exported
 
@@ -201,6 +201,8 @@ def _write_card(
     config: RunConfig,
     prompts: Sequence[str],
     exported: Exported,
+    *,
+    revision: str | None,
 ) -> None:
     metrics, base_metrics, measured_on = _measurements(result, folder, config)
     write_card(
@@ -211,7 +213,7 @@ def _write_card(
             "run": folder.name,
             "trial": result.trial,
             "base_model": config.model.base,
-            "base_revision": config.model.revision,
+            "base_revision": revision,
             "strength": "load at weight 1.0: alpha / rank is folded into the weights",
             "reloaded": {"difference": exported.difference, "effect": exported.effect, **exported.rounding},
             "settings": dict(result.values),

@@ -113,6 +113,20 @@ def prompts_digest(prompts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
 
 
+def base_of(export: Path, named: str) -> str:
+    """Return the base model of an exported LoRA: a relative folder as it was meant where its run was started.
+
+    Args:
+        export: The LoRA's folder, perhaps still that of its run.
+        named: What its card calls the base model.
+    """
+    record = read_record(RunFolder(export.resolve().parent.parent))
+    if record is None or Path(named).expanduser().is_dir():
+        return named
+    pins = (pin for pin in record.pins if (pin.setting, pin.named) == ("model.base", named))
+    return next((pin.path for pin in pins if Path(pin.path).is_dir() and named != "builtin"), named)
+
+
 def settled(config: RunConfig, record: Record | None) -> RunConfig:
     """Return a concrete experiment with what was decided when its run was started: precision, commit of the base."""
     if record is None:

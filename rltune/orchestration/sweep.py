@@ -34,6 +34,7 @@ from rltune.orchestration.tuning import Dealer, Overseer, Recorder, train_traina
 from rltune.orchestration.usage import last_sign
 from rltune.orchestration.warm import warm_trainable
 from rltune.orchestration.warmstart import keep_lessons, read_lessons
+from rltune.records import to_record
 from rltune.training.base import BaseReference, load_base
 from rltune.training.checkpoint import list_checkpoints, own_metrics, read_checkpoint_meta, why_not_whole
 from rltune.training.evaluation import summarise
@@ -447,7 +448,7 @@ class Sweep:
             self._study_file.update(self.results)
         front = self.front()
         if front is not None:
-            write_atomically(self._folder.path / "front.json", json.dumps(front_as_dict(front), indent=2))
+            write_atomically(self._folder.path / "front.json", json.dumps(to_record(front_as_dict(front)), indent=2))
             write_atomically(self._folder.path / "front.csv", front_as_csv(front))
 
 

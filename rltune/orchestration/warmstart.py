@@ -21,6 +21,7 @@ from rltune.orchestration.record import Record, open_run, read_record
 from rltune.orchestration.results import TrialResult, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
 from rltune.orchestration.search import is_finite, params_of
+from rltune.records import to_record
 from rltune.training.selection import violations
 from rltune.training.setup import base_settings
 
@@ -85,7 +86,7 @@ def read_lessons(experiment: Experiment, folder: RunFolder) -> list[TrialResult]
 def keep_lessons(experiment: Experiment, folder: RunFolder, lessons: list[TrialResult]) -> None:
     """Write what was taken into the run folder, the first time; nothing where no other run is named."""
     if experiment.shared.search.warm_start is not None and not folder.warm_start_file.is_file():
-        lines = [json.dumps(asdict(lesson), allow_nan=False) + "\n" for lesson in lessons]
+        lines = [json.dumps(to_record(asdict(lesson)), allow_nan=False) + "\n" for lesson in lessons]
         write_atomically(folder.warm_start_file, "".join(lines))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from rltune.diffusion.sampling import Sampler
+from rltune.records import check_schema, to_record
 from rltune.rewards.base import Reward
 from rltune.rewards.mixture import Calibration, calibrate, score
 from rltune.training.evaluation import ImageSet, Pixels, Values, per_prompt, sample_and_score
@@ -82,7 +83,7 @@ def save_base(folder: Path, base: BaseReference) -> None:
         "values": {name: values_P.tolist() for name, values_P in base.values.items()},
         "units": {name: asdict(unit) for name, unit in base.units.items()},
     }
-    (partial / "base.json").write_text(json.dumps(numbers, indent=2))
+    (partial / "base.json").write_text(json.dumps(to_record(numbers), indent=2))
     if folder.exists():
         shutil.rmtree(partial)
     else:
@@ -94,6 +95,7 @@ def load_base(folder: Path) -> BaseReference | None:
     if not (folder / "base.json").is_file():
         return None
     numbers = json.loads((folder / "base.json").read_text())
+    check_schema(numbers, folder / "base.json")
     return BaseReference(
         calibration={
             name: Calibration(unit["mean"], unit["std"], tuple(unit["values"]))

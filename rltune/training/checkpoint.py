@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from rltune.errors import RunError, writing
+from rltune.records import check_schema, from_record, to_record
 
 ADAPTER_FILE = "adapter.safetensors"
 """The adapters as they are at the checkpoint's own step."""
@@ -152,7 +153,7 @@ def save_checkpoint(
         contents[SELECTED_FILE] = save(dict(selected.adapter))
     files = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     meta = CheckpointMeta(progress, last, selected.evaluated if selected else None, files)
-    contents[META_FILE] = _meta_text(asdict(meta)).encode()
+    contents[META_FILE] = _meta_text(to_record(asdict(meta))).encode()
     partial = folder.with_name(folder.name + ".partial")
     try:
         with writing(folder):
@@ -298,7 +299,8 @@ def _read_meta(folder: Path) -> CheckpointMeta:
         None if content[name] is None else Evaluated(content[name]["step"], content[name]["metrics"])
         for name in ("last", "selected")
     )
-    return CheckpointMeta(Progress(**content["progress"]), last, selected, content["files"])
+    check_schema(content, folder)
+    return CheckpointMeta(from_record(Progress, content["progress"], folder), last, selected, content["files"])
 
 
 def _flush(path: Path) -> None:
