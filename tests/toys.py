@@ -363,8 +363,8 @@ def on_workers(count: int, toy: Toy, estimator: Estimator, **settings: Any) -> l
         return [future.result() for future in [pool.submit(work, rank) for rank in range(count)]]
 
 
-def flat_gradient(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
-    parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+def flat_gradient(loss: Tensor, parameters: Sequence[nn.Parameter], *, retain_graph: bool = False) -> Tensor:
+    parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True, retain_graph=retain_graph)
     return torch.cat([part.flatten() for part in parts])
 
 

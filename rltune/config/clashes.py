@@ -195,13 +195,7 @@ def _estimator_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
     if known.estimators and name not in known.estimators:
         return
     if name in known.policy_estimators:
-        if config.sampler.eta == 0:
-            what = f"{name} learns from the noise of sampling, got eta 0"
-            yield Clash("sampler.eta", what, "write eta: 1.0", ("estimator.name",))
-        if config.regularize.flatness_weights or config.regularize.flatness_image:
-            key = "flatness_weights" if config.regularize.flatness_weights else "flatness_image"
-            what = f"{name} has no gradient of the reward to be flat in, got {getattr(config.regularize, key)}"
-            yield Clash(f"regularize.{key}", what, "set it to 0", ("estimator.name",))
+        yield from _policy_clashes(config)
     elif known.policy_estimators:
         for reward, weight in config.weights.items():
             kind = config.kind_of(reward)
@@ -211,13 +205,38 @@ def _estimator_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
                 remedy = f"give it weight 0 to watch it only, or take an estimator that needs none: {able}"
                 others = ("estimator.name", f"rewards.{reward}", f"rewards.{reward}.reward")
                 yield Clash(f"rewards.{reward}.weight", what, remedy, others)
-    if name in known.policy_estimators and config.mixture.method in ("non_dominated", "gradient_balance"):
-        what = f"weighs gradients of rewards, of which {name} uses none, got {config.mixture.method!r}"
-        yield Clash("mixture.method", what, "take sum, chebyshev or win_rate", ("estimator.name",))
     if config.estimator.checkpoint == "serial" and known.serial_estimators and name not in known.serial_estimators:
         what = f"serial mode needs detached inputs, which {name} has not, got 'serial'"
         able = ", ".join(known.serial_estimators)
         yield Clash("estimator.checkpoint", what, f"take auto or always, or one of {able}", ("estimator.name",))
+
+
+def _policy_clashes(config: "RunConfig") -> Iterator[Clash]:
+    """What does not go with estimators that sample, score, and compare, and backpropagate no reward."""
+    name = config.estimator.name
+    if config.sampler.eta == 0:
+        what = f"{name} learns from the noise of sampling, got eta 0"
+        yield Clash("sampler.eta", what, "write eta: 1.0", ("estimator.name",))
+    if config.regularize.flatness_weights or config.regularize.flatness_image:
+        key = "flatness_weights" if config.regularize.flatness_weights else "flatness_image"
+        what = f"{name} has no gradient of the reward to be flat in, got {getattr(config.regularize, key)}"
+        yield Clash(f"regularize.{key}", what, "set it to 0", ("estimator.name",))
+    if config.mixture.method in ("non_dominated", "gradient_balance"):
+        what = f"weighs gradients of rewards, of which {name} uses none, got {config.mixture.method!r}"
+        yield Clash("mixture.method", what, "take sum, chebyshev or win_rate", ("estimator.name",))
+    if config.resources.prefix_precision != "same":
+        what = f"{name} learns from how likely each sampled step was, and must sample in the arithmetic it scores in"
+        remedy = "delete it; resources.precision: bf16 runs sampling and scoring alike"
+        what = f"{what}, got {config.resources.prefix_precision!r}"
+        yield Clash("resources.prefix_precision", what, remedy, ("estimator.name",))
+    weighty = [reward for reward, weight in config.weights.items() if weight > 0]
+    for reward in weighty:
+        reference = config.rewards[reward].trust.reference
+        if reference is not None and len(weighty) > 1:
+            what = f"{name} compares images by all rewards together, and trust in one of {len(weighty)} weighs none"
+            remedy = "leave it out, or give the other rewards weight 0"
+            others = ("estimator.name", *(f"rewards.{other}.weight" for other in weighty), "rewards")
+            yield Clash(f"rewards.{reward}.trust.reference", f"{what}, got {reference!r}", remedy, others)
 
 
 def _splitting_clashes(config: "RunConfig", deciding: tuple[str, ...], what: str, group: int) -> Iterator[Clash]:

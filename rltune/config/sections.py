@@ -121,7 +121,8 @@ class RegularizeConfig(StrictModel):
 
 
 class TrustConfig(StrictModel):
-    """Images count more where the reward knows what it sees: trust by the distance of its features from these."""
+    """A reward's part of an image's loss counts more where it knows what it sees: trust by the distance of its features
+    from these. Policy gradients compare images by all rewards at once, and take it with a single one."""
 
     reference: PathText | None = None
     """What the reward was trained on, or like it: a folder of images, a safetensors file with a tensor ``features``
@@ -163,7 +164,7 @@ class RewardConfig(StrictModel):
     relative: RelativeConfig = RelativeConfig()
     """Score it relative to control words, so that what it likes about every image cancels."""
     trust: TrustConfig = TrustConfig()
-    """Let images count more where the reward knows what it sees."""
+    """Let images count more, in this reward's part of the loss, where it knows what it sees."""
     standardise: Bool = True
     """Weigh it in standard deviations of the base model; if not, in its own unit."""
     micro_batch: Int | None = Field(None, ge=1)
@@ -311,7 +312,7 @@ class ResourcesConfig(StrictModel):
     """Number format of the frozen networks; ``auto`` is bf16 on a GPU and fp32 on a CPU. Adapters stay in fp32."""
     prefix_precision: Literal["same", "bf16"] = "same"
     """Number format of the steps without gradient; bf16 is faster where the hardware has it, and its trajectories
-    differ by the rounding."""
+    differ by the rounding. Not for policy gradients, which must score a step in the arithmetic that drew it."""
     compile: Bool = False
     """Compile the network with torch.compile: faster steps after a minute or more of compiling."""
     threads_per_worker: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"

@@ -85,7 +85,7 @@ class DAG:
             back_B = rollout.chain.table.log_prob_back(step, x_BCHW, next_BCHW)
             residual_B = flow_B(rollout, step) + log_prob_B - back_B - flow_B(rollout, step + 1)
             moved_B = (f_BCHW - rollout.outputs[step]).square().flatten(1).mean(1)
-            return residual_B.square() + self.output_weight * moved_B
+            return rollout.trust_B * residual_B.square() + self.output_weight * moved_B
 
         steps = draw_steps(round, rollouts, self.fraction)
         for _ in range(self.epochs):
@@ -104,6 +104,6 @@ def clean_rewards(round: Round, rollout: Rollout) -> list[Tensor]:
     for step, (x_BCHW, f_BCHW) in enumerate(zip(rollout.states[:-1], rollout.outputs, strict=True)):
         clean_BCHW = float(table.d_T[step]) * x_BCHW + float(table.e_T[step]) * f_BCHW
         with round.timer.measure("reward"):
-            rewards.append(round.mixture(round.sampler.decode(clean_BCHW), rollout.batch.prompts).total_B)
+            rewards.append(round.mixture(round.sampler.decode(clean_BCHW), rollout.batch.prompts).compared_B)
         round.tally.num_queries += len(rollout.batch.prompts)
     return rewards

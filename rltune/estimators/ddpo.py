@@ -68,7 +68,9 @@ class DDPO:
         everyone = round.state.advantages(*gathered(round, rollouts))
         advantages = split(round, rollouts, everyone)
         bound = self.advantage_clip
-        advantage_of = {id(r): values_B.clamp(-bound, bound) for r, values_B in zip(rollouts, advantages, strict=True)}
+        advantage_of = {
+            id(r): r.trust_B * values_B.clamp(-bound, bound) for r, values_B in zip(rollouts, advantages, strict=True)
+        }
 
         def loss(rollout: Rollout, step: int, log_prob_B: Tensor, ratio_B: Tensor, f_BCHW: Tensor) -> Tensor:
             return clipped_surrogate(advantage_of[id(rollout)], ratio_B, self.clip)

@@ -72,7 +72,7 @@ class DPOK:
             advantage_B = rollout.reward_B - self._values(value, rollout, step, slice(None)).detach()
             kl_B = round.drift_B(rollout.chain, step, rollout.states[step], f_BCHW)
             gain_B = advantage_B * ratio_B.clamp(1 - self.clip, 1 + self.clip)
-            return -self.reward_weight * gain_B + self.kl_weight * kl_B
+            return -self.reward_weight * rollout.trust_B * gain_B + self.kl_weight * kl_B
 
         steps = draw_steps(round, rollouts, self.fraction)
         for epoch in range(self.epochs):

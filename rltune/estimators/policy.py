@@ -4,7 +4,7 @@ B: images. C, H, W: latent channels, rows, columns.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -28,6 +28,8 @@ class Rollout:
     """The network's output f_BCHW at every step."""
     reward_B: Tensor
     """The mixed reward of the images."""
+    trust_B: Tensor
+    """The weight of each image's part in the loss, as PrefPaint (arXiv:2410.21966, section 3.3) has it; mostly 1."""
     first_image: int
     """Number, within the round, of the first of its images."""
     log_probs: dict[int, Tensor] = field(default_factory=dict)
@@ -45,7 +47,11 @@ class Rollout:
 
 @torch.no_grad()
 def roll_out(round: Round) -> list[Rollout]:
-    """Sample and score this worker's images."""
+    """Sample and score this worker's images.
+
+    Raises:
+        UserError: A reward among several is trusted.
+    """
     rollouts, first_image = [], round.first_image
     for batch in round.batches:
         passed: list[tuple[Tensor, Tensor]] = []
@@ -55,10 +61,14 @@ def roll_out(round: Round) -> list[Rollout]:
         with round.timer.measure("reward"):
             score = round.mixture(round.sampler.decode(x_BCHW), batch.prompts)
         states, outputs = zip(*passed, strict=True)
-        round.tally.add(score)
+        if score.plain_B is not None and score.trust_B is None:
+            raise UserError("rewards: trust in one of several rewards does not weigh an image as a whole; leave it out")
+        reward_B, trust_B = score.compared_B, score.trust_B
+        trust_B = torch.ones_like(reward_B) if trust_B is None else trust_B
+        round.tally.add(replace(score, total_B=reward_B))
         round.tally.num_queries += len(batch.prompts)
         round.tally.num_calls += len(batch.prompts) * chain.table.num_steps
-        rollouts.append(Rollout(chain, batch, [*states, x_BCHW], list(outputs), score.total_B, first_image))
+        rollouts.append(Rollout(chain, batch, [*states, x_BCHW], list(outputs), reward_B, trust_B, first_image))
         first_image += len(batch.prompts)
     return rollouts
 

@@ -41,10 +41,22 @@ class MixtureScore:
     """The scores of one batch. ``raw`` and ``standardised`` hold a ``(B,)`` float32 tensor per reward scored."""
 
     total_B: Tensor
-    """The number that is trained on; of a weighted sum, 0 is the base model's mean. Differentiable where the rewards
-    are."""
+    """The number that is backpropagated, trust included; of a weighted sum, 0 is the base model's mean. Differentiable
+    where the rewards are."""
     raw: Mapping[str, Tensor]
     standardised: Mapping[str, Tensor]
+    plain_B: Tensor | None = None
+    """The same number without trust, where some reward is trusted."""
+    trust_B: Tensor | None = None
+    """The weight of each image in a loss, where the only reward that carries weight is trusted."""
+
+    @property
+    def compared_B(self) -> Tensor:
+        """The number that images are compared by where nothing is backpropagated.
+
+        Trust is no part of it: an image that is trusted more would be taken for a better one, or a worse one below 0.
+        """
+        return self.total_B if self.plain_B is None else self.plain_B
 
 
 def calibrate(reward_values_N: Tensor) -> Calibration:
@@ -181,11 +193,18 @@ class Mixture:
                     standardised[name] = (self.shapes[name](raw[name]) - unit.mean) / unit.std
             # weight 0 adds no 0 * score, which overflow would make nan
             carried = {name: score_B for name, score_B in standardised.items() if self.weights[name] > 0}
-            for name in self.trusts.keys() & carried.keys():
-                features_BD = features(self.rewards[name], images_B3HW, prompts)
-                carried[name] = self.trusts[name](features_BD) * carried[name]
-            total_B = self.scalarise(carried, self.weights, images_B3HW, self._base_scores)
-        return MixtureScore(total_B=total_B, raw=raw, standardised=standardised)
+            trust = {
+                name: self.trusts[name](features(self.rewards[name], images_B3HW, prompts))
+                for name in carried
+                if name in self.trusts
+            }
+            with nullcontext() if not trust else torch.no_grad():
+                plain_B = self.scalarise(carried, self.weights, images_B3HW, self._base_scores)
+            if not trust:
+                return MixtureScore(total_B=plain_B, raw=raw, standardised=standardised)
+            total_B = self.scalarise(carried, self.weights, images_B3HW, self._base_scores, trust)
+        trust_B = next(iter(trust.values())) if len(carried) == 1 else None
+        return MixtureScore(total_B, raw, standardised, plain_B, trust_B)
 
     def metrics(self, images_B3HW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return each scored reward's ``metric`` of the images: ``(B,)`` float32, in its own unit.

@@ -1,16 +1,22 @@
 """From several standardised rewards to the one number that is trained on.
 
-B: images in the batch. N: base-model images. H, W: image rows and columns. Weights sum to 1.
+Trust in a reward weighs its term in the number, and so its pull on the image; it decides neither which reward is worst
+nor which image is beaten, and no score is multiplied by it before it is compared.
+
+B: images in the batch. K: rewards. N: base-model images. H, W: image rows and columns. Weights sum to 1.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 Scores = Mapping[str, Tensor]
+TRUSTED: Scores = MappingProxyType({})
+"""Every reward as it is."""
 
 
 class Scalarisation(Protocol):
@@ -23,7 +29,12 @@ class Scalarisation(Protocol):
     alone."""
 
     def __call__(
-        self, scores: Scores, weights: Mapping[str, float], images_B3HW: Tensor, base_scores: Scores
+        self,
+        scores: Scores,
+        weights: Mapping[str, float],
+        images_B3HW: Tensor,
+        base_scores: Scores,
+        trust: Scores = TRUSTED,
     ) -> Tensor:
         """Return ``(B,)``, larger is better, differentiable.
 
@@ -32,6 +43,7 @@ class Scalarisation(Protocol):
             weights: Of the same names.
             images_B3HW: What was scored.
             base_scores: ``(N,)`` of the same rewards on images of the base model.
+            trust: ``(B,)`` weights, constants, of the terms of some of the rewards; of the others they are 1.
         """
         ...
 
@@ -44,10 +56,20 @@ class WeightedSum:
     needs_gradient: ClassVar[bool] = False
 
     def __call__(
-        self, scores: Scores, weights: Mapping[str, float], images_B3HW: Tensor, base_scores: Scores
+        self,
+        scores: Scores,
+        weights: Mapping[str, float],
+        images_B3HW: Tensor,
+        base_scores: Scores,
+        trust: Scores = TRUSTED,
     ) -> Tensor:
         """Return the weighted sum ``(B,)``."""
-        return torch.stack([weights[name] * score_B for name, score_B in scores.items()]).sum(dim=0)
+        terms = [weights[name] * _trusted(trust, name, score_B) for name, score_B in scores.items()]
+        return torch.stack(terms).sum(dim=0)
+
+
+def _trusted(trust: Scores, name: str, term_B: Tensor) -> Tensor:
+    return trust[name] * term_B if name in trust else term_B
 
 
 @dataclass(frozen=True)
@@ -65,11 +87,18 @@ class Chebyshev:
     needs_gradient: ClassVar[bool] = False
 
     def __call__(
-        self, scores: Scores, weights: Mapping[str, float], images_B3HW: Tensor, base_scores: Scores
+        self,
+        scores: Scores,
+        weights: Mapping[str, float],
+        images_B3HW: Tensor,
+        base_scores: Scores,
+        trust: Scores = TRUSTED,
     ) -> Tensor:
         """Return minus the augmented distance to the ideal, ``(B,)``."""
         lag_KB = torch.stack([weights[name] * (score_B - self.ideal) for name, score_B in scores.items()])
-        return lag_KB.amin(dim=0) + self.rho * lag_KB.sum(dim=0)
+        trust_KB = torch.stack([_trusted(trust, name, torch.ones_like(score_B)) for name, score_B in scores.items()])
+        trust_of_worst_B = trust_KB.gather(0, lag_KB.argmin(dim=0, keepdim=True))[0]
+        return trust_of_worst_B * lag_KB.amin(dim=0) + self.rho * (trust_KB * lag_KB).sum(dim=0)
 
 
 @dataclass(frozen=True)
@@ -85,14 +114,19 @@ class WinRate:
     needs_gradient: ClassVar[bool] = False
 
     def __call__(
-        self, scores: Scores, weights: Mapping[str, float], images_B3HW: Tensor, base_scores: Scores
+        self,
+        scores: Scores,
+        weights: Mapping[str, float],
+        images_B3HW: Tensor,
+        base_scores: Scores,
+        trust: Scores = TRUSTED,
     ) -> Tensor:
         """Return the weighted win rate ``(B,)``."""
-        rates = [
-            weights[name] * torch.sigmoid(score_B[:, None] - base_scores[name].to(score_B)).mean(dim=1)
+        rates = {
+            name: torch.sigmoid(score_B[:, None] - base_scores[name].to(score_B)).mean(dim=1)
             for name, score_B in scores.items()
-        ]
-        return torch.stack(rates).sum(dim=0)
+        }
+        return WeightedSum()(rates, weights, images_B3HW, base_scores, trust)
 
 
 @dataclass(frozen=True)
@@ -107,11 +141,16 @@ class NonDominated:
     needs_gradient: ClassVar[bool] = True
 
     def __call__(
-        self, scores: Scores, weights: Mapping[str, float], images_B3HW: Tensor, base_scores: Scores
+        self,
+        scores: Scores,
+        weights: Mapping[str, float],
+        images_B3HW: Tensor,
+        base_scores: Scores,
+        trust: Scores = TRUSTED,
     ) -> Tensor:
         """Return the weighted sum times ``B / size of the set`` or 0, ``(B,)``."""
         is_kept_B = non_dominated(torch.stack([score_B.detach() for score_B in scores.values()], dim=1))
-        total_B = WeightedSum()(scores, weights, images_B3HW, base_scores)
+        total_B = WeightedSum()(scores, weights, images_B3HW, base_scores, trust)
         share = is_kept_B.to(total_B) * (len(total_B) / is_kept_B.sum().clamp(min=1))
         return total_B * share
 
@@ -129,19 +168,24 @@ class GradientBalance:
     """The weighted sum, each reward's image gradient scaled to the same length: a weight is then a share of the pull.
 
     A reward with steep, noisy gradients drowns the others however it is standardised. For every image the gradients
-    g_k are normalised, mixed by weight, and given back the weighted mean of their lengths:
-    ``(sum_k w_k g_k / |g_k|) * (sum_k w_k |g_k|)``. The idea is GradNorm's (arXiv:1711.02257), per image and without
-    its learnt weights; the number itself is the weighted sum, only its gradient differs.
+    g_k are normalised, mixed by weight and trust t_k, and given back the weighted mean of their lengths:
+    ``(sum_k w_k t_k g_k / |g_k|) * (sum_k w_k |g_k|)``. The idea is GradNorm's (arXiv:1711.02257), per image and
+    without its learnt weights; the number itself is the weighted sum, only its gradient differs.
     """
 
     sees_batch: ClassVar[bool] = False
     needs_gradient: ClassVar[bool] = True
 
     def __call__(
-        self, scores: Scores, weights: Mapping[str, float], images_B3HW: Tensor, base_scores: Scores
+        self,
+        scores: Scores,
+        weights: Mapping[str, float],
+        images_B3HW: Tensor,
+        base_scores: Scores,
+        trust: Scores = TRUSTED,
     ) -> Tensor:
         """Return the weighted sum ``(B,)`` with the balanced gradient; the graph of the rewards is not needed again."""
-        total_B = WeightedSum()(scores, weights, images_B3HW, base_scores)
+        total_B = WeightedSum()(scores, weights, images_B3HW, base_scores, trust)
         if not (torch.is_grad_enabled() and images_B3HW.requires_grad):
             return total_B
         mixed_B3HW = torch.zeros_like(images_B3HW)
@@ -150,7 +194,10 @@ class GradientBalance:
             (slope_B3HW,) = torch.autograd.grad(score_B.sum(), images_B3HW, retain_graph=True)
             norm_B = torch.linalg.vector_norm(slope_B3HW.flatten(1), dim=1)
             tiny = torch.finfo(norm_B.dtype).tiny  # a reward without slope at an image pulls nowhere there
-            mixed_B3HW = mixed_B3HW + weights[name] * slope_B3HW / norm_B.clamp(min=tiny)[:, None, None, None]
+            pull_B3HW = weights[name] * slope_B3HW / norm_B.clamp(min=tiny)[:, None, None, None]
+            if name in trust:
+                pull_B3HW = trust[name][:, None, None, None] * pull_B3HW
+            mixed_B3HW = mixed_B3HW + pull_B3HW
             length_B = length_B + weights[name] * norm_B
         slope_B3HW = mixed_B3HW * length_B[:, None, None, None]
         # zero in value, with the balanced gradient as its slope: the rewards are not passed through a second time

@@ -454,6 +454,37 @@ WHOLE: list[tuple[str, list[str]]] = [
         "estimator: {name: {choice: [alignprop, ddpo]}}",
         ["mixture.method.choice[1]: weighs gradients of rewards, of which ddpo uses none, got 'gradient_balance'"],
     ),
+    # trust weighs an image's advantage, which is of all rewards together
+    (
+        "rewards: {aesthetic: {trust: {reference: builtin}}, alignment: }\nsampler: {eta: 1}\nestimator: {name: ddpo}",
+        [
+            "x.yaml:1 rewards.aesthetic.trust.reference: ddpo compares images by all rewards together, and trust in "
+            "one of 2 weighs none, got 'builtin'; leave it out, or give the other rewards weight 0"
+        ],
+    ),
+    (
+        "rewards: {aesthetic: {trust: {reference: builtin}}, alignment: }\nsampler: {eta: 1}\n"
+        "estimator: {name: {choice: [alignprop, dpok]}}",
+        ["estimator.name.choice[1]: dpok compares images by all rewards together, and trust in one of 2"],
+    ),
+    (
+        "rewards: {aesthetic: {weight: {simplex: true}, trust: {reference: builtin}}, "
+        "alignment: {weight: {simplex: true}}}\nsampler: {eta: 1}\nestimator: {name: ddpo}",
+        ["rewards.aesthetic.trust.reference: ddpo compares images by all rewards together"],
+    ),
+    # a step is scored in the arithmetic that drew it
+    (
+        "rewards: {aesthetic: }\nsampler: {eta: 1}\nestimator: {name: ddpo}\nresources: {prefix_precision: bf16}",
+        [
+            "x.yaml:4 resources.prefix_precision: ddpo learns from how likely each sampled step was, and must sample "
+            "in the arithmetic it scores in, got 'bf16'; delete it; resources.precision: bf16 runs sampling"
+        ],
+    ),
+    (
+        "rewards: {aesthetic: }\nsampler: {eta: 1}\nestimator: {name: {choice: [refl, dpok]}}\n"
+        "resources: {prefix_precision: bf16}",
+        ["estimator.name.choice[1]: dpok learns from how likely each sampled step was"],
+    ),
     (
         "rewards: {aesthetic: {relative: {positive: good, negative: bad, k: {float: [-1, 1]}}}}",
         ["rewards.aesthetic.relative.k.float[0]: must be a number, at least 0, got -1"],
@@ -566,7 +597,11 @@ def test_a_file_without_usable_content_is_answered_in_words(text: str, expected:
         "rewards: {a: {reward: aesthetic}, b: {reward: aesthetic, negate: true}}\nobjectives: [a, drift]\n"
         "constraints: {b: {min: 0}}",
         "rewards: {aesthetic_z: {reward: aesthetic}}",
-        "rewards: {aesthetic: {trust: {reference: builtin}}}",
+        "rewards: {aesthetic: {trust: {reference: builtin}}, alignment: }\n"
+        "mixture: {method: {choice: [sum, chebyshev, win_rate, non_dominated, gradient_balance]}}",
+        "rewards: {aesthetic: {trust: {reference: builtin}}, alignment: {weight: 0}}\nsampler: {eta: 1}\n"
+        "estimator: {name: ddpo}\nmixture: {method: win_rate}",
+        "rewards: {aesthetic: }\nresources: {prefix_precision: bf16}\nestimator: {name: {choice: [refl, draft]}}",
         "rewards: {aesthetic: {relative: {positive: good, negative: bad, k: {float: [0, 1]}}}}\n"
         "mixture: {method: {choice: [sum, chebyshev, win_rate, non_dominated, gradient_balance]}}",
         "rewards: {aesthetic: }\nsampler: {eta: 1}\nestimator: {name: ddpo}\n"

@@ -1,11 +1,34 @@
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import Tensor
 
+from rltune.diffusion.loading import load_model
+from rltune.diffusion.lora import add_lora, lora_parameters
+from rltune.diffusion.sampling import PromptEmbeddings, Sampler
+from rltune.errors import UserError
+from rltune.estimators.base import Estimator
+from rltune.estimators.dag import DAG
 from rltune.estimators.ddpo import DDPO
+from rltune.estimators.dpok import DPOK
 from rltune.estimators.policy import PromptStatistics, clipped_surrogate, draw_steps, gathered, roll_out, split
-from tests.toys import ByHand, make_round, make_state, perceptron_toy
+from rltune.rewards.mixture import MixtureScore
+from tests.toys import (
+    PROMPTS,
+    ByHand,
+    ToyMixture,
+    fill,
+    flat_gradient,
+    gradients_of,
+    make_round,
+    make_state,
+    perceptron_toy,
+)
 
 
 def test_rollouts_hold_the_trajectories_of_diffusers_own_sampler() -> None:
@@ -119,3 +142,99 @@ def test_values_of_the_round_come_back_to_their_images() -> None:
 
 def test_state_is_none_of_an_estimator_that_learns_nothing_else() -> None:
     assert isinstance(make_state(perceptron_toy(), DDPO(buffer=20)), PromptStatistics)
+
+
+class Trusting(ToyMixture):
+    """The toy reward, trusted by ``trust_B``, and its total multiplied by it as backpropagation has it."""
+
+    def __init__(self, trust_B: Tensor | None) -> None:
+        super().__init__()
+        self.trust_B = trust_B
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> MixtureScore:
+        score = super().__call__(images_B3HW, prompts)
+        if self.trust_B is None:
+            return score
+        return replace(score, total_B=self.trust_B * score.total_B, plain_B=score.total_B, trust_B=self.trust_B)
+
+
+POLICIES: list[Estimator] = [DDPO(), DPOK(kl_weight=0.0), DAG(output_weight=0.0)]
+
+
+@pytest.mark.parametrize("estimator", POLICIES, ids=["ddpo", "dpok", "dag"])
+def test_trust_weighs_an_image_s_part_of_the_gradient(estimator: Estimator) -> None:
+    """As PrefPaint weighs its loss. What images are compared by is the reward without it, so that no sign turns."""
+
+    def gradient(trust: Sequence[float] | None) -> Tensor:
+        toy = perceptron_toy()
+        trust_B = None if trust is None else torch.tensor(trust, dtype=torch.float64)
+        round = replace(make_round(toy, estimator, eta=1.0), mixture=Trusting(trust_B))
+        first = gradients_of(estimator, round)[0]
+        # the reward that is reported is the one images are compared by
+        assert float(round.tally.totals[0]) == float(round.tally.totals[1])
+        return first
+
+    plain = gradient(None)
+    alone = [gradient([float(i == j) for j in range(4)]) for i in range(4)]
+    trust = [2.21, 1.0, 1.6, 1.3]
+    # value network, flow and advantages are float32
+    close = {"rtol": 1e-6, "atol": 1e-6 * float(plain.norm())}
+    torch.testing.assert_close(sum(alone), plain, **close)
+    expected = sum(weight * part for weight, part in zip(trust, alone, strict=True))
+    assert float((expected - plain).norm()) > 0.1 * float(plain.norm())
+    torch.testing.assert_close(gradient(trust), expected, **close)
+
+
+def test_trust_in_one_of_several_rewards_weighs_no_image() -> None:
+    mixture = Trusting(torch.ones(4, dtype=torch.float64))
+    round = make_round(perceptron_toy(), DDPO())
+
+    def score(*batch: Any) -> MixtureScore:
+        return replace(mixture(*batch), trust_B=None)
+
+    with pytest.raises(UserError, match="trust in one of several rewards"):
+        roll_out(replace(round, mixture=score))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "use_bf16_prefix", "is_right"),
+    [(torch.float32, False, True), (torch.bfloat16, False, True), (torch.float32, True, False)],
+    ids=["float32", "bfloat16", "bfloat16 prefix"],
+)
+def test_a_step_is_scored_in_the_arithmetic_that_drew_it(
+    dtype: torch.dtype, use_bf16_prefix: bool, is_right: bool
+) -> None:
+    """On the built-in model: what a step is taken to have drawn is the noise it drew, by which its score is known.
+
+    d log p = b / s <noise, df>. Float32 samples with merged adapters and bfloat16 without; scoring has them unmerged.
+    The bfloat16 prefix is what an experiment is refused with.
+    """
+    model = load_model("builtin", dtype=dtype)
+    add_lora(model.network, rank=4, alpha=4, targets="attention", seed=0)
+    fill(model.network, 0.05)
+    table = model.read_table(num_steps=4, eta=1.0)
+    noise = torch.randn(5, 4, *model.latent_shape(*model.size_px), generator=torch.Generator().manual_seed(0))
+    advantage_B = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    sampler = Sampler(model, PromptEmbeddings(model), table, 3.0, use_bf16_prefix=use_bf16_prefix)
+    chain = sampler.open(PROMPTS, noise[4], lambda k: noise[k])
+    states: list[Tensor] = []
+    last_BCHW = chain.run(observe=lambda k, x, f: states.append(x))
+    furthest, terms, known = 0.0, [], []
+    for step, (x_BCHW, next_BCHW) in enumerate(zip(states, [*states[1:], last_BCHW], strict=True)):
+        a, b, s = (float(column[step]) for column in (table.a_T, table.b_T, table.s_T))
+        f_BCHW = chain.predict(step, x_BCHW)
+        drawn_BCHW = (next_BCHW - a * x_BCHW - b * f_BCHW.detach()) / s
+        furthest = max(furthest, float((drawn_BCHW - noise[step]).abs().max()))
+        terms.append((advantage_B * table.log_prob(step, x_BCHW, f_BCHW, next_BCHW)).sum())
+        known.append((advantage_B * b / s * (noise[step] * f_BCHW).flatten(1).mean(1)).sum())
+    gradient, expected = (
+        flat_gradient(torch.stack(parts).sum(), lora_parameters(model.network), retain_graph=True)
+        for parts in (terms, known)
+    )
+    cosine = float(torch.cosine_similarity(gradient.double(), expected.double(), dim=0))
+    if is_right:
+        assert furthest < 1e-3  # rounding of float32 over s, which is 0.01 at the last step; of merging besides
+        assert cosine > 0.999  # in bfloat16 the backward pass rounds to 8 bits
+    else:
+        assert furthest > 1
+        assert cosine < 0.9

@@ -286,12 +286,32 @@ def test_a_calibration_needs_finite_values(values: list[float]) -> None:
         calibrate(torch.tensor(values))
 
 
-def test_trust_weighs_what_is_trained_on_and_leaves_what_is_reported() -> None:
-    @dataclass
-    class Seeing(Fake):
-        def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-            return images_B3HW.mean(dim=(2, 3))
+@dataclass
+class Seeing(Fake):
+    def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images_B3HW.mean(dim=(2, 3))
 
+
+def test_images_are_compared_without_trust_which_weighs_the_loss() -> None:
+    """Two rewards have no one weight of an image; one has, unless it carries no weight itself."""
+    trust = fit_trust(torch.rand(50, 3, generator=torch.Generator().manual_seed(1)), slope=1.0, offset=1.5, ceiling=9.0)
+    rewards = {"bright": REWARDS.build("brightness", {}), "square": Seeing(lambda x: mean_of(x) ** 2)}
+    weight = trust(IMAGES.mean(dim=(2, 3)))
+    both = make_mixture(rewards=rewards, trusts={"square": trust})(IMAGES, PROMPTS)
+    assert torch.equal(both.compared_B, make_mixture(rewards=rewards)(IMAGES, PROMPTS).total_B)
+    assert not torch.equal(both.compared_B, both.total_B)
+    assert both.trust_B is None
+    alone = {"rewards": rewards, "weights": {"bright": 0.0, "square": 1.0}}
+    score = make_mixture(**alone, trusts={"square": trust})(IMAGES, PROMPTS)
+    assert score.trust_B is not None
+    assert torch.equal(score.trust_B, weight)
+    assert torch.equal(score.compared_B, make_mixture(**alone)(IMAGES, PROMPTS).total_B)
+    none = make_mixture(**alone)(IMAGES, PROMPTS)
+    assert none.trust_B is None
+    assert none.compared_B is none.total_B
+
+
+def test_trust_weighs_what_is_trained_on_and_leaves_what_is_reported() -> None:
     rewards = {"bright": REWARDS.build("brightness", {}), "square": Seeing(lambda x: mean_of(x) ** 2)}
     trust = fit_trust(torch.rand(50, 3, generator=torch.Generator().manual_seed(1)), slope=1.0, offset=1.5, ceiling=9.0)
     plain = make_mixture(rewards=rewards)(IMAGES, PROMPTS)

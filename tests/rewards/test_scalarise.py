@@ -152,3 +152,66 @@ def test_more_of_everything_is_never_worth_less(method: str) -> None:
     for a, b in itertools.product(steps.tolist(), repeat=2):
         low, high = (combine(scores([a + d], [b + d]), WEIGHTS, NONE, {"a": steps, "b": steps}) for d in (0.0, 0.5))
         assert high.item() > low.item()
+
+
+# ---- trust in a reward weighs its term
+
+
+@pytest.mark.parametrize("method", SCALARISATIONS)
+def test_trust_in_the_only_reward_is_the_weight_of_an_images_gradient(method: str) -> None:
+    """2.21 times it, PrefPaint's ceiling; of a score times 2.21, a win rate at z = 1.8 has 0.33 of the gradient."""
+    images = torch.tensor([1.8, -1.0, 0.5]).view(3, 1, 1, 1).expand(3, 3, 2, 2).contiguous().requires_grad_()
+    value = {"a": images.mean(dim=(1, 2, 3))}
+    base = {"a": torch.zeros(1)}
+    combine = SCALARISATIONS[method]()
+
+    def slopes(trust: dict[str, Tensor]) -> Tensor:
+        total = combine(value, {"a": 1.0}, images, base, trust)
+        return torch.autograd.grad(total.sum(), images, retain_graph=True)[0]
+
+    plain, weights = slopes({}), torch.tensor([2.21, 1.0, 1.5])
+    assert torch.equal(slopes({"a": torch.ones(3)}), plain)
+    torch.testing.assert_close(slopes({"a": weights}), weights.view(3, 1, 1, 1) * plain, rtol=1e-6, atol=0)
+    if method == "win_rate":
+        sigmoid = 1 / (1 + np.exp(-np.array([1.8, -1.0, 0.5])))
+        rates = weights.numpy() * sigmoid * (1 - sigmoid)  # d sigmoid(z) / dz, base images at 0
+        assert slopes({"a": weights}).sum(dim=(1, 2, 3)).tolist() == pytest.approx(rates.tolist(), rel=1e-5)
+
+
+def test_trust_in_one_of_two_weighs_its_term_alone() -> None:
+    both, base = scores([1, 2], [-4, 8]), {"a": torch.zeros(1), "b": torch.zeros(1)}
+    trust = {"b": torch.tensor([2.0, 1.5])}
+    assert WeightedSum()(both, WEIGHTS, NONE, {}, trust).tolist() == pytest.approx([0.75 - 2, 1.5 + 3])
+    rates = {z: 1 / (1 + np.exp(-z)) for z in (1, 2, -4, 8)}
+    expected = [0.75 * rates[1] + 2 * 0.25 * rates[-4], 0.75 * rates[2] + 1.5 * 0.25 * rates[8]]
+    assert WinRate()(both, WEIGHTS, NONE, base, trust).tolist() == pytest.approx(expected)
+
+
+def test_trust_does_not_decide_which_reward_lags() -> None:
+    both = scores([1, 2], [-4, 2.5])  # lags: .75 * -2 and .25 * -7; .75 * -1 and .25 * -.5
+    total = Chebyshev(ideal=3.0, rho=0.1)(both, WEIGHTS, NONE, {}, {"b": torch.tensor([2.0, 10.0])})
+    # ten times its lag, b would be the worst of the second image
+    assert total.tolist() == pytest.approx([2 * -1.75 + 0.1 * (-1.5 - 3.5), -0.75 + 0.1 * (-0.75 - 1.25)])
+    total.sum().backward()
+    assert both["b"].grad is not None
+    assert both["b"].grad.tolist() == pytest.approx([2 * 1.1 * 0.25, 10 * 0.1 * 0.25])
+
+
+def test_trust_does_not_decide_which_image_is_beaten() -> None:
+    both = scores([1, 2, 0], [1, 0, 0.5])
+    # three times its second score, the last image would not be beaten
+    total = NonDominated()(both, WEIGHTS, NONE, {}, {"b": torch.tensor([1.0, 1.0, 3.0])})
+    assert total.tolist() == pytest.approx([1.0 * 3 / 2, 1.5 * 3 / 2, 0])
+
+
+def test_trust_is_kept_where_gradients_are_brought_to_one_length() -> None:
+    images = make_images()
+    directions = torch.randn(2, *images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    values = {name: (images * directions[k]).sum(dim=(1, 2, 3)) for k, name in enumerate(WEIGHTS)}
+    trust = torch.tensor([2.0, 1.2], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(GradientBalance()(values, WEIGHTS, images, {}, {"b": trust}).sum(), images)
+    for i in range(2):
+        lengths = [directions[k, i].norm() for k in range(2)]
+        mixed = 0.75 * directions[0, i] / lengths[0] + trust[i] * 0.25 * directions[1, i] / lengths[1]
+        expected = mixed * (0.75 * lengths[0] + 0.25 * lengths[1])
+        torch.testing.assert_close(gradient[i], expected, rtol=1e-12, atol=0)
