@@ -71,7 +71,7 @@ class SamplerConfig(StrictModel):
     steps: Int = Field(20, ge=1, le=1000)
     """Denoising steps T per image."""
     guidance: Float = Field(5.0, ge=0, le=100)
-    """Classifier-free guidance scale; 1 switches it off and halves the cost."""
+    """Classifier-free guidance scale; 1 or less switches it off, as in diffusers, and halves the cost."""
     eta: Float = Field(0.0, ge=0, le=1)
     """Noise put back at each step: 0 is deterministic DDIM, 1 is ancestral sampling. Policy gradients need some."""
     base_steps: Int = Field(0, ge=0, le=999)

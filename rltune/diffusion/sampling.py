@@ -54,12 +54,13 @@ def guided_denoiser(
         model: The network.
         text_BLD: Embedded prompts.
         negative_1LD: Embedded negative prompt.
-        guidance_scale: g; at 1 the negative branch cancels and is not run.
+        guidance_scale: g; at 1 the negative branch cancels, and there or below there is no guidance, as in diffusers,
+            and that branch is not run.
         gradient: ``both`` is the derivative of that formula. ``text`` runs the negative branch without gradient, which
             leaves g df_text; ``text_rescaled`` leaves df_text, so that the gradient's size does not follow g. Both are
             other estimators, and cheaper; the value is the same.
     """
-    if guidance_scale == 1.0:
+    if guidance_scale <= 1.0:
         return lambda x_BCHW, t: model.predict(x_BCHW, t, text_BLD)
     negative_BLD = negative_1LD.expand_as(text_BLD)
     both_2BLD = torch.cat([negative_BLD, text_BLD])

@@ -98,7 +98,8 @@ def read_ddim_table(scheduler: Any, *, num_steps: int, eta: float) -> ChainTable
         eta: Share of the posterior noise that is added back; 0 is deterministic, 1 is ancestral sampling.
 
     Raises:
-        ValueError: The step is not affine (``clip_sample`` or ``thresholding`` is on).
+        ValueError: The step is not affine (``clip_sample`` or ``thresholding`` is on), the schedule has no such steps,
+            or one of them divides by zero.
     """
     # a solver that never clips says nothing of it, and DDIM's own default would be to clip
     clip_sample = scheduler.config.get("clip_sample", False)
@@ -109,6 +110,12 @@ def read_ddim_table(scheduler: Any, *, num_steps: int, eta: float) -> ChainTable
     ddim.alphas_cumprod = ddim.alphas_cumprod.double()
     ddim.final_alpha_cumprod = ddim.final_alpha_cumprod.double()
     ddim.set_timesteps(num_steps)
+    num_levels = len(ddim.alphas_cumprod)
+    if int(ddim.timesteps.max()) >= num_levels:
+        raise ValueError(
+            f"{num_steps} steps begin at timestep {int(ddim.timesteps.max())} of a schedule that ends at "
+            f"{num_levels - 1} (steps_offset {ddim.config.steps_offset}); take fewer"
+        )
 
     x_3, f_3, n_3 = torch.eye(3, dtype=torch.float64)
     rows = []
@@ -123,6 +130,29 @@ def read_ddim_table(scheduler: Any, *, num_steps: int, eta: float) -> ChainTable
     levels = [ddim.alphas_cumprod[t] for t in ddim.timesteps]
     levels.append(ddim.alphas_cumprod[ends[-1]] if ends[-1] >= 0 else ddim.final_alpha_cumprod)
     alpha_bar_U = torch.stack(levels)
-    return ChainTable(
-        cast(Tensor, ddim.timesteps), a_T, b_T, s_T, d_T, e_T, alpha_bar_U.sqrt(), (1 - alpha_bar_U).sqrt()
+    signal_U, noise_U = alpha_bar_U.sqrt(), (1 - alpha_bar_U).sqrt()
+    # From a level without signal all noise is fresh (zero terminal SNR and eta 1): what is left of the old is the root
+    # of 1 - alpha_bar - s^2, which rounds to less than 0 at one schedule in five, and is 0.
+    is_fresh_T = a_T.isnan() & d_T.isfinite() & (eta == 1) & (alpha_bar_U[:-1] == 0)
+    a_T = torch.where(is_fresh_T, signal_U[1:] * d_T, a_T)
+    b_T = torch.where(is_fresh_T, signal_U[1:] * e_T, b_T)
+    s_T = torch.where(is_fresh_T, noise_U[1:], s_T)
+    table = ChainTable(cast(Tensor, ddim.timesteps), a_T, b_T, s_T, d_T, e_T, signal_U, noise_U)
+    _check_finite(table, prediction_type=ddim.config.prediction_type, eta=eta)
+    return table
+
+
+def _check_finite(table: ChainTable, *, prediction_type: str, eta: float) -> None:
+    columns = torch.stack([table.a_T, table.b_T, table.s_T, table.d_T, table.e_T])
+    wrong = (~columns.isfinite().all(dim=0)).nonzero().flatten().tolist()
+    if not wrong:
+        return
+    t, signal = int(table.timesteps_T[wrong[0]]), float(table.signal_U[wrong[0]])
+    why = (
+        f"no signal is left there, where prediction_type {prediction_type!r} says nothing of the image; set "
+        "rescale_betas_zero_snr: false in the model's scheduler_config.json, or its true prediction_type"
+        if signal == 0
+        else "the model's scheduler_config.json describes no noise schedule"
     )
+    where = f"step {wrong[0] + 1} of {table.num_steps} (timestep {t}, eta {eta:g})"
+    raise ValueError(f"{where} has coefficients that are not finite: {why}")

@@ -176,11 +176,19 @@ def make_estimator(config: RunConfig) -> Estimator:
 
 
 def make_sampler(config: RunConfig, model: ModelFamily) -> Sampler:
-    """Return a model with an experiment's sampler settings; activations are not kept until there is room."""
+    """Return a model with an experiment's sampler settings; activations are not kept until there is room.
+
+    Raises:
+        UserError: The model's noise schedule has no such steps.
+    """
+    try:
+        table = model.read_table(num_steps=config.sampler.steps, eta=config.sampler.eta)
+    except ValueError as error:
+        raise UserError(f"sampler: {config.model.base!r}: {error}") from error
     return Sampler(
         model=model,
         embeddings=PromptEmbeddings(model),
-        table=model.read_table(num_steps=config.sampler.steps, eta=config.sampler.eta),
+        table=table,
         guidance_scale=config.sampler.guidance,
         num_base_steps=config.sampler.base_steps,
         guidance_gradient=config.estimator.guidance_gradient,

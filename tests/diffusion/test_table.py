@@ -55,6 +55,49 @@ def test_a_step_that_is_not_affine_is_refused(setting: dict[str, Any]) -> None:
         read_ddim_table(DDIMScheduler(**SD15_SCHEDULE, **setting), num_steps=4, eta=0.0)
 
 
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+
+
+def test_from_no_signal_at_eta_1_all_noise_is_fresh() -> None:
+    """x' = sqrt(a') x0 + sqrt(1 - a') n, x0 = -v; diffusers' own step takes the root of -1e-17 at 21 of these 100."""
+    num_nan = 0
+    for num_steps in range(1, 101):
+        table = make_table(num_steps, 1.0, **ZERO_SNR)
+        columns = torch.stack([table.a_T, table.b_T, table.s_T, table.d_T, table.e_T])
+        assert bool(columns.isfinite().all()), num_steps
+        a_1 = float(table.signal_U[1])
+        # where it is no NaN the root of 1e-17 is left of the old noise
+        expected = [0.0, -a_1, (1 - a_1**2) ** 0.5, 0.0, -1.0]
+        torch.testing.assert_close(columns[:, 0], torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=2e-8)
+        scheduler = double_scheduler(num_steps, **ZERO_SNR)
+        zero = torch.zeros(1, dtype=torch.float64)
+        step = scheduler.step(zero, scheduler.timesteps[0], zero, eta=1.0, variance_noise=zero)
+        num_nan += bool(step.prev_sample.isnan())
+    assert num_nan == 21
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "settings", "message"),
+    [
+        (1000, {}, r"1000 steps begin at timestep 1000 of a schedule that ends at 999 \(steps_offset 1\); take fewer"),
+        (
+            10,
+            {**ZERO_SNR, "prediction_type": "epsilon"},
+            r"^step 1 of 10 \(timestep 999, eta 0.5\) has coefficients that are not finite: no signal is left there, "
+            "where prediction_type 'epsilon' says nothing of the image; set rescale_betas_zero_snr: false",
+        ),
+        (
+            4,
+            {"trained_betas": [0.5] * 990 + [1.5] * 10},
+            r"not finite: .*scheduler_config.json describes no noise schedule",
+        ),
+    ],
+)
+def test_a_table_that_cannot_be_is_refused(num_steps: int, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_table(num_steps, 0.5, **settings)
+
+
 @pytest.mark.parametrize(("start", "stop"), [(0, 6), (0, 2), (2, 6), (3, 4)])
 def test_a_part_is_those_steps_and_the_levels_at_their_ends(start: int, stop: int) -> None:
     table = make_table(6, 0.5)

@@ -210,7 +210,7 @@ def test_gradient_is_finite_over_50_steps(name: str, options: dict[str, Any]) ->
 @every_case
 @pytest.mark.parametrize(
     ("num_kept", "guidance", "regularisers"),
-    [(0, 2.0, Regularisers()), (1, 2.0, Regularisers(0.3, 0.1, 0.1)), (9, 1.0, Regularisers(flatness_weights=0.1))],
+    [(0, 2.0, Regularisers()), (1, 2.0, Regularisers(0.3, 0.1, 0.1)), (9, 0.0, Regularisers(flatness_weights=0.1))],
     ids=["plain", "regularised", "kept"],
 )
 def test_tally_is_what_network_and_reward_saw(
@@ -234,7 +234,7 @@ def test_tally_is_what_network_and_reward_saw(
         round = replace(round, mixture=mixture, tally=tally)  # type: ignore[arg-type]
         estimator.train(round)
         assert tally.num_queries == mixture.num_scored
-        assert tally.num_calls * (2 if guidance != 1 else 1) == toy.num_rows
+        assert tally.num_calls * (2 if guidance > 1 else 1) == toy.num_rows
         assert tally.num_noted == round.num_images  # not the copies, and not what is looked at twice
         assert tally.totals[0] == tally.totals[1] == tally.totals[2] != 0
         active = {call.t for call in toy.calls if call.has_grad}

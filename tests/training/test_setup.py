@@ -85,6 +85,14 @@ def test_what_shapes_the_chain_reaches_the_sampler(make_config: Make) -> None:
     assert not setup.build_run(make_config()).sampler.use_bf16_prefix
 
 
+def test_a_schedule_without_such_steps_is_refused_in_one_message(make_config: Make) -> None:
+    config = make_config(sampler={"steps": 1000}, estimator={"k": 1})
+    with pytest.raises(
+        UserError, match=r"^sampler: '.*': 1000 steps begin at timestep 1000 of a schedule .*take fewer$"
+    ):
+        setup.build_run(config)
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_first_steps_are_the_base_models_whatever_the_adapters_are(make_config: Make, eta: float) -> None:
     run = adapted_run(make_config(sampler={"eta": eta}))
