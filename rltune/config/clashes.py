@@ -229,14 +229,6 @@ def _policy_clashes(config: "RunConfig") -> Iterator[Clash]:
         remedy = "delete it; resources.precision: bf16 runs sampling and scoring alike"
         what = f"{what}, got {config.resources.prefix_precision!r}"
         yield Clash("resources.prefix_precision", what, remedy, ("estimator.name",))
-    weighty = [reward for reward, weight in config.weights.items() if weight > 0]
-    for reward in weighty:
-        reference = config.rewards[reward].trust.reference
-        if reference is not None and len(weighty) > 1:
-            what = f"{name} compares images by all rewards together, and trust in one of {len(weighty)} weighs none"
-            remedy = "leave it out, or give the other rewards weight 0"
-            others = ("estimator.name", *(f"rewards.{other}.weight" for other in weighty), "rewards")
-            yield Clash(f"rewards.{reward}.trust.reference", f"{what}, got {reference!r}", remedy, others)
 
 
 def _splitting_clashes(config: "RunConfig", deciding: tuple[str, ...], what: str, group: int) -> Iterator[Clash]:

@@ -91,8 +91,8 @@ class EstimatorConfig(StrictModel):
     """Truncation depth K: how many of the T steps carry gradient. Compute grows linearly in K. Left out: the
     estimator's own default."""
     draw: Literal["fixed", "uniform", "gaussian", "per_step"] | None = None
-    """AlignProp's K per batch: ``fixed`` is k, ``uniform`` (the default) is one of 1..k, ``gaussian`` is
-    normal(k, std) redrawn into 1..T, ``per_step`` draws every step by itself."""
+    """AlignProp's K, drawn once a round for all its images: ``fixed`` is k, ``uniform`` (the default) is one of 1..k,
+    ``gaussian`` is normal(k, std) redrawn into 1..T, ``per_step`` draws every step by itself."""
     std: Float | None = Field(None, gt=0)
     """Standard deviation of K in steps; read only when ``draw`` is ``gaussian``."""
     checkpoint: Literal["auto", "always", "never", "serial"] = "auto"
@@ -122,7 +122,7 @@ class RegularizeConfig(StrictModel):
 
 class TrustConfig(StrictModel):
     """A reward's part of an image's loss counts more where it knows what it sees: trust by the distance of its features
-    from these. Policy gradients compare images by all rewards at once, and take it with a single one."""
+    from these. Policy gradients, which compare images by all rewards at once, weigh by the mean of the trusts."""
 
     reference: PathText | None = None
     """What the reward was trained on, or like it: a folder of images, a safetensors file with a tensor ``features``

@@ -127,16 +127,15 @@ def read_ddim_table(scheduler: Any, *, num_steps: int, eta: float) -> ChainTable
     # where a step leaves off, as diffusers' step has it: one stride earlier, below 0 the scheduler's final level
     stride = ddim.config.num_train_timesteps // num_steps
     ends = [int(t) - stride for t in ddim.timesteps]
-    levels = [ddim.alphas_cumprod[t] for t in ddim.timesteps]
-    levels.append(ddim.alphas_cumprod[ends[-1]] if ends[-1] >= 0 else ddim.final_alpha_cumprod)
-    alpha_bar_U = torch.stack(levels)
-    signal_U, noise_U = alpha_bar_U.sqrt(), (1 - alpha_bar_U).sqrt()
+    after_T = torch.stack([ddim.alphas_cumprod[t] if t >= 0 else ddim.final_alpha_cumprod for t in ends])
+    alpha_bar_U = torch.cat([ddim.alphas_cumprod[ddim.timesteps], after_T[-1:]])
     # From a level without signal all noise is fresh (zero terminal SNR and eta 1): what is left of the old is the root
     # of 1 - alpha_bar - s^2, which rounds to less than 0 at one schedule in five, and is 0.
     is_fresh_T = a_T.isnan() & d_T.isfinite() & (eta == 1) & (alpha_bar_U[:-1] == 0)
-    a_T = torch.where(is_fresh_T, signal_U[1:] * d_T, a_T)
-    b_T = torch.where(is_fresh_T, signal_U[1:] * e_T, b_T)
-    s_T = torch.where(is_fresh_T, noise_U[1:], s_T)
+    a_T = torch.where(is_fresh_T, after_T.sqrt() * d_T, a_T)
+    b_T = torch.where(is_fresh_T, after_T.sqrt() * e_T, b_T)
+    s_T = torch.where(is_fresh_T, (1 - after_T).sqrt(), s_T)
+    signal_U, noise_U = alpha_bar_U.sqrt(), (1 - alpha_bar_U).sqrt()
     table = ChainTable(cast(Tensor, ddim.timesteps), a_T, b_T, s_T, d_T, e_T, signal_U, noise_U)
     _check_finite(table, prediction_type=ddim.config.prediction_type, eta=eta)
     return table

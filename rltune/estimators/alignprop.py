@@ -1,4 +1,4 @@
-"""AlignProp (arXiv:2310.03739): backpropagation through the last K steps, K drawn once per trajectory."""
+"""AlignProp (arXiv:2310.03739): backpropagation through the last K steps, K drawn once a round."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -19,12 +19,16 @@ GAUSSIAN_MEAN = 8
 class AlignProp:
     """Truncated backpropagation through time with a random truncation depth.
 
+    A round's images share one draw, over all micro-batches and workers; the authors' code draws anew for every batch
+    that a GPU holds, so that one of their updates averages over several K.
+
     Attributes:
         k: K itself (``fixed``), its greatest value (``uniform``; left out: T), or its mean (``gaussian``; left out: 8).
         draw: ``uniform`` is the paper's choice: K ~ U{1..k}. ``gaussian`` is the authors' last code, K ~ N(8, 5) of 50
-            steps, drawn again until it lies in [1, T]. ``per_step`` is their first code and TRL's default: step i of
-            0..T-1 carries gradient with probability (i + 1) / (T + 1), each independently, k unused; a draw without
-            any step is drawn again.
+            steps, drawn again until it lies in [1, T]. There the step that gradient starts at, N(42, 5), is cut to a
+            whole number, which makes K half a step more on average; here K is rounded. ``per_step`` is their first
+            code and TRL's default: step i of 0..T-1 carries gradient with probability (i + 1) / (T + 1), each
+            independently, k unused; a draw without any step is drawn again.
         std: Standard deviation of the ``gaussian`` draw, in steps.
     """
 

@@ -17,7 +17,8 @@ class DPOK:
 
     Maximises ``reward_weight * E[r] - kl_weight * KL(policy || base)``. As in the published code the KL of a step is
     reduced to the squared distance of the network outputs, and the loss of a step is ``-reward_weight (r - V(x_t, t,
-    c)) clip(ratio)``, without PPO's minimum.
+    c)) clip(ratio)``, without PPO's minimum. Two things differ from it: its transitions are minibatches of a buffer of
+    the last 1000, here a round's own; and its 5 value minibatches make one step of the value network, here each does.
 
     Attributes:
         reward_weight: Weight of the reward.

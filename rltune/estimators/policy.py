@@ -47,11 +47,7 @@ class Rollout:
 
 @torch.no_grad()
 def roll_out(round: Round) -> list[Rollout]:
-    """Sample and score this worker's images.
-
-    Raises:
-        UserError: A reward among several is trusted.
-    """
+    """Sample and score this worker's images."""
     rollouts, first_image = [], round.first_image
     for batch in round.batches:
         passed: list[tuple[Tensor, Tensor]] = []
@@ -61,8 +57,6 @@ def roll_out(round: Round) -> list[Rollout]:
         with round.timer.measure("reward"):
             score = round.mixture(round.sampler.decode(x_BCHW), batch.prompts)
         states, outputs = zip(*passed, strict=True)
-        if score.plain_B is not None and score.trust_B is None:
-            raise UserError("rewards: trust in one of several rewards does not weigh an image as a whole; leave it out")
         reward_B, trust_B = score.compared_B, score.trust_B
         trust_B = torch.ones_like(reward_B) if trust_B is None else trust_B
         round.tally.add(replace(score, total_B=reward_B))

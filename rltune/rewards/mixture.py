@@ -48,7 +48,7 @@ class MixtureScore:
     plain_B: Tensor | None = None
     """The same number without trust, where some reward is trusted."""
     trust_B: Tensor | None = None
-    """The weight of each image in a loss, where the only reward that carries weight is trusted."""
+    """The weight of each image in a loss that compares images: the mean of the rewards' trusts, by their weights."""
 
     @property
     def compared_B(self) -> Tensor:
@@ -203,8 +203,8 @@ class Mixture:
             if not trust:
                 return MixtureScore(total_B=plain_B, raw=raw, standardised=standardised)
             total_B = self.scalarise(carried, self.weights, images_B3HW, self._base_scores, trust)
-        trust_B = next(iter(trust.values())) if len(carried) == 1 else None
-        return MixtureScore(total_B, raw, standardised, plain_B, trust_B)
+        each = [self.weights[name] * trust.get(name, torch.ones_like(plain_B)) for name in carried]
+        return MixtureScore(total_B, raw, standardised, plain_B, torch.stack(each).sum(dim=0))
 
     def metrics(self, images_B3HW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return each scored reward's ``metric`` of the images: ``(B,)`` float32, in its own unit.

@@ -454,24 +454,6 @@ WHOLE: list[tuple[str, list[str]]] = [
         "estimator: {name: {choice: [alignprop, ddpo]}}",
         ["mixture.method.choice[1]: weighs gradients of rewards, of which ddpo uses none, got 'gradient_balance'"],
     ),
-    # trust weighs an image's advantage, which is of all rewards together
-    (
-        "rewards: {aesthetic: {trust: {reference: builtin}}, alignment: }\nsampler: {eta: 1}\nestimator: {name: ddpo}",
-        [
-            "x.yaml:1 rewards.aesthetic.trust.reference: ddpo compares images by all rewards together, and trust in "
-            "one of 2 weighs none, got 'builtin'; leave it out, or give the other rewards weight 0"
-        ],
-    ),
-    (
-        "rewards: {aesthetic: {trust: {reference: builtin}}, alignment: }\nsampler: {eta: 1}\n"
-        "estimator: {name: {choice: [alignprop, dpok]}}",
-        ["estimator.name.choice[1]: dpok compares images by all rewards together, and trust in one of 2"],
-    ),
-    (
-        "rewards: {aesthetic: {weight: {simplex: true}, trust: {reference: builtin}}, "
-        "alignment: {weight: {simplex: true}}}\nsampler: {eta: 1}\nestimator: {name: ddpo}",
-        ["rewards.aesthetic.trust.reference: ddpo compares images by all rewards together"],
-    ),
     # a step is scored in the arithmetic that drew it
     (
         "rewards: {aesthetic: }\nsampler: {eta: 1}\nestimator: {name: ddpo}\nresources: {prefix_precision: bf16}",
@@ -599,7 +581,7 @@ def test_a_file_without_usable_content_is_answered_in_words(text: str, expected:
         "rewards: {aesthetic_z: {reward: aesthetic}}",
         "rewards: {aesthetic: {trust: {reference: builtin}}, alignment: }\n"
         "mixture: {method: {choice: [sum, chebyshev, win_rate, non_dominated, gradient_balance]}}",
-        "rewards: {aesthetic: {trust: {reference: builtin}}, alignment: {weight: 0}}\nsampler: {eta: 1}\n"
+        "rewards: {aesthetic: {trust: {reference: builtin}}, alignment: }\nsampler: {eta: 1}\n"
         "estimator: {name: ddpo}\nmixture: {method: win_rate}",
         "rewards: {aesthetic: }\nresources: {prefix_precision: bf16}\nestimator: {name: {choice: [refl, draft]}}",
         "rewards: {aesthetic: {relative: {positive: good, negative: bad, k: {float: [0, 1]}}}}\n"

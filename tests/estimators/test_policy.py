@@ -1,6 +1,5 @@
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from torch import Tensor
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.diffusion.sampling import PromptEmbeddings, Sampler
-from rltune.errors import UserError
 from rltune.estimators.base import Estimator
 from rltune.estimators.dag import DAG
 from rltune.estimators.ddpo import DDPO
@@ -183,17 +181,6 @@ def test_trust_weighs_an_image_s_part_of_the_gradient(estimator: Estimator) -> N
     expected = sum(weight * part for weight, part in zip(trust, alone, strict=True))
     assert float((expected - plain).norm()) > 0.1 * float(plain.norm())
     torch.testing.assert_close(gradient(trust), expected, **close)
-
-
-def test_trust_in_one_of_several_rewards_weighs_no_image() -> None:
-    mixture = Trusting(torch.ones(4, dtype=torch.float64))
-    round = make_round(perceptron_toy(), DDPO())
-
-    def score(*batch: Any) -> MixtureScore:
-        return replace(mixture(*batch), trust_B=None)
-
-    with pytest.raises(UserError, match="trust in one of several rewards"):
-        roll_out(replace(round, mixture=score))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

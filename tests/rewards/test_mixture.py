@@ -293,14 +293,15 @@ class Seeing(Fake):
 
 
 def test_images_are_compared_without_trust_which_weighs_the_loss() -> None:
-    """Two rewards have no one weight of an image; one has, unless it carries no weight itself."""
+    """By the mean of the rewards' trusts, 1 for one that is not in question."""
     trust = fit_trust(torch.rand(50, 3, generator=torch.Generator().manual_seed(1)), slope=1.0, offset=1.5, ceiling=9.0)
     rewards = {"bright": REWARDS.build("brightness", {}), "square": Seeing(lambda x: mean_of(x) ** 2)}
     weight = trust(IMAGES.mean(dim=(2, 3)))
     both = make_mixture(rewards=rewards, trusts={"square": trust})(IMAGES, PROMPTS)
     assert torch.equal(both.compared_B, make_mixture(rewards=rewards)(IMAGES, PROMPTS).total_B)
     assert not torch.equal(both.compared_B, both.total_B)
-    assert both.trust_B is None
+    assert both.trust_B is not None
+    torch.testing.assert_close(both.trust_B, 0.75 + 0.25 * weight)
     alone = {"rewards": rewards, "weights": {"bright": 0.0, "square": 1.0}}
     score = make_mixture(**alone, trusts={"square": trust})(IMAGES, PROMPTS)
     assert score.trust_B is not None
