@@ -18,8 +18,9 @@ from diffusers import DDIMScheduler
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
+from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.lora import add_lora, lora_parameters
-from rltune.diffusion.sampling import PromptEmbeddings, Sampler
+from rltune.diffusion.sampling import Sampler
 from rltune.diffusion.table import ChainTable, read_ddim_table
 from rltune.estimators.base import Batch, Estimator, EstimatorState, Regularisers, Round, Setting, Stateful, Tally
 from rltune.rewards.mixture import MixtureScore
@@ -53,7 +54,7 @@ class Toy:
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         rows = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
         texts = [torch.randn(self.text_shape, generator=row, dtype=torch.float64) for row in rows]
-        return (1 + 0.5 * torch.stack(texts)).to(next(self.network.parameters()).dtype)
+        return (1 + 0.5 * torch.stack(texts)).to(self.latent_dtype)
 
     def predict(self, x_BCHW: Tensor, t: Tensor, text_BLD: Tensor) -> Tensor:
         self.calls.append(Call(int(t), len(x_BCHW), torch.is_grad_enabled()))
@@ -65,10 +66,17 @@ class Toy:
     def run(self, x_BCHW: Tensor, t: Tensor, text_BLD: Tensor) -> Tensor:
         if hasattr(self.network, "config"):  # a diffusers model
             return self.network(x_BCHW, t, encoder_hidden_states=text_BLD).sample
-        return self.network(x_BCHW, t, text_BLD)
+        dtype = next(self.network.parameters()).dtype
+        return self.network(x_BCHW.to(dtype), t, text_BLD.to(dtype)).to(x_BCHW.dtype)
 
     def decode(self, x_BCHW: Tensor) -> Tensor:
         return x_BCHW[:, :3].sigmoid()
+
+    @property
+    def latent_dtype(self) -> torch.dtype:
+        """The network's, but float32 around a network in bfloat16, as in a run."""
+        dtype = next(self.network.parameters()).dtype
+        return torch.float32 if dtype == torch.bfloat16 else dtype
 
     @property
     def num_rows(self) -> int:
@@ -138,7 +146,11 @@ def perceptron_toy(dtype: torch.dtype = torch.float64) -> Toy:
     network = Perceptron((3, 2, 2), 4).requires_grad_(False)
     add_lora(network, rank=2, alpha=3, targets=["inner", "outer"], seed=0)
     fill(network, 0.3)
-    return Toy(network.to(dtype), (3, 2, 2), (2, 4))
+    network.to(dtype)
+    if dtype == torch.bfloat16:  # frozen weights alone are; adapters stay in float32, and keep their values
+        for parameter, twin in zip(lora_parameters(network), perceptron_toy(torch.float32).parameters, strict=True):
+            parameter.data = twin.data
+    return Toy(network, (3, 2, 2), (2, 4))
 
 
 def unet_toy() -> Toy:
@@ -271,7 +283,7 @@ def draw(toy: Toy, images: Sequence[int], kind: int, index: int = 0) -> Tensor:
     """Return standard normal noise, a function of image, kind (0 latent, 1 step, 2 extra) and index alone."""
     keys = [[image, kind, index] for image in images]
     rows = [np.random.default_rng(key).standard_normal(toy.latent_shape) for key in keys]
-    return torch.from_numpy(np.stack(rows)).to(next(toy.network.parameters()).dtype)
+    return torch.from_numpy(np.stack(rows)).to(toy.latent_dtype)
 
 
 def make_batch(toy: Toy, first: int, count: int, eta: float = 0.0) -> Batch:

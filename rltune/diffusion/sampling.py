@@ -13,31 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rltune.diffusion.chain import NO_GRADIENT, Denoiser, GradientPlan, Observer, StepNoise, run_chain
+from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import MergedLora, adapters_off
 from rltune.diffusion.table import ChainTable
 
 GuidanceGradient = Literal["both", "text", "text_rescaled"]
 """Which branches of classifier-free guidance carry gradient."""
-
-
-class PromptEmbeddings:
-    """Embeddings of prompts, each computed once and kept on the CPU."""
-
-    def __init__(self, model: ModelFamily) -> None:
-        self._model = model
-        self._cache: dict[str, Tensor] = {}
-
-    def add(self, prompts: Sequence[str]) -> None:
-        """Embed the prompts that are new, in one stay of the text encoder on the device."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
-        if missing:
-            self._cache.update(zip(missing, self._model.encode_prompts(missing), strict=True))
-
-    def get(self, prompts: Sequence[str], device: torch.device) -> Tensor:
-        """Return ``(B, L, D)`` float32 on ``device``."""
-        self.add(prompts)
-        return torch.stack([self._cache[prompt] for prompt in prompts]).to(device)
 
 
 def guided_denoiser(

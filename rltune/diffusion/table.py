@@ -130,7 +130,7 @@ def read_ddim_table(scheduler: Any, *, num_steps: int, eta: float) -> ChainTable
     after_T = torch.stack([ddim.alphas_cumprod[t] if t >= 0 else ddim.final_alpha_cumprod for t in ends])
     alpha_bar_U = torch.cat([ddim.alphas_cumprod[ddim.timesteps], after_T[-1:]])
     # From a level without signal all noise is fresh (zero terminal SNR and eta 1): what is left of the old is the root
-    # of 1 - alpha_bar - s^2, which rounds to less than 0 at one schedule in five, and is 0.
+    # of 1 - alpha_bar - s^2, which rounds to less than 0 at one number of steps in three, and is 0.
     is_fresh_T = a_T.isnan() & d_T.isfinite() & (eta == 1) & (alpha_bar_U[:-1] == 0)
     a_T = torch.where(is_fresh_T, after_T.sqrt() * d_T, a_T)
     b_T = torch.where(is_fresh_T, after_T.sqrt() * e_T, b_T)

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from rltune.config.experiment import RunConfig
+from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import remove_lora
-from rltune.diffusion.sampling import PromptEmbeddings
 from rltune.rewards.base import Reward
 from rltune.training.rewards import build_rewards
 
@@ -56,13 +56,11 @@ class Shelf:
         return self._rewards[key]
 
     def embeddings(self, config: RunConfig, model: ModelFamily, prompts: Sequence[str]) -> PromptEmbeddings:
-        """Return the embeddings of these prompts, computed in this order."""
+        """Return the embeddings of these prompts, each to be computed when it is asked for."""
         key = (self._model_key(config, None), tuple(prompts))
         if key not in self._embeddings:
             self._clear(self._embeddings)
-            embeddings = PromptEmbeddings(model)
-            embeddings.add(prompts)
-            self._embeddings[key] = embeddings
+            self._embeddings[key] = PromptEmbeddings(model, prompts)
         return self._embeddings[key]
 
     @staticmethod

@@ -75,6 +75,7 @@ def train_run(
     """
     torch.manual_seed(torch_seed(config.seed, Stream.PROCESS))  # whatever ran before in this process
     run = replace(build_run(config, shelf), max_eval_batch=max_eval_batch)
+    run.sampler.embeddings.add(run.drawn_prompts)  # in one stay of the text encoder on the device
     _note(run, trial_dir, "loaded")
     base = _reference(run, base_dir / (key or base_key(config)), is_base_coming)
     network = run.model.network

@@ -11,9 +11,10 @@ import torch
 
 from rltune.config.clashes import Known, group_clashes
 from rltune.config.experiment import RunConfig
+from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.memory import GIB, free_bytes, stored_bytes
-from rltune.diffusion.sampling import PromptEmbeddings, Sampler
+from rltune.diffusion.sampling import Sampler
 from rltune.errors import UserError
 from rltune.estimators.base import ESTIMATORS, Estimator
 from rltune.rewards.base import Reward
@@ -22,7 +23,7 @@ from rltune.training.heldout import search_prompts
 from rltune.training.loading import Shelf
 from rltune.training.prompts import read_prompts
 from rltune.training.rewards import check_reward, compares_images, is_own
-from rltune.training.streams import Stream
+from rltune.training.streams import Stream, drawn_prompts
 from rltune.training.workers import Workers
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,14 @@ class Run:
         """Images sampled at a time without gradient."""
         batch = max(EVAL_BATCH, self.micro_batch)
         return batch if self.max_eval_batch is None else min(batch, self.max_eval_batch)
+
+    @property
+    def drawn_prompts(self) -> tuple[str, ...]:
+        """The training prompts that have a turn before the last step."""
+        num_images = self.config.num_rounds * self.config.optim.batch
+        each, num_prompts = self.config.prompts.images_per_prompt, len(self.train_prompts)
+        numbers = drawn_prompts(self.config.seed, num_images, num_prompts, each)
+        return tuple(self.train_prompts[number] for number in numbers)
 
     @property
     def local_images(self) -> range:

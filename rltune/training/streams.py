@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -46,6 +47,14 @@ def noise(seed: int, stream: Stream, keys: Sequence[tuple[int, ...]], shape: tup
     return torch.stack(rows)
 
 
+def drawn_prompts(seed: int, num_images: int, num_prompts: int, images_per_prompt: int = 1) -> list[int]:
+    """Return which prompts the first ``num_images`` training images of a run show, each once, in ascending order."""
+    num_turns = -(-num_images // images_per_prompt)
+    if num_turns >= num_prompts:
+        return list(range(num_prompts))
+    return sorted(_order(seed, 0, num_prompts)[:num_turns].tolist())
+
+
 def prompt_indices(seed: int, first: int, count: int, num_prompts: int, images_per_prompt: int = 1) -> list[int]:
     """Return which prompts the training images ``first .. first + count - 1`` of a run show.
 
@@ -55,5 +64,9 @@ def prompt_indices(seed: int, first: int, count: int, num_prompts: int, images_p
     indices = []
     for image in range(first, first + count):
         epoch, position = divmod(image // images_per_prompt, num_prompts)
-        indices.append(int(generator(seed, Stream.PROMPT_ORDER, epoch).permutation(num_prompts)[position]))
+        indices.append(int(_order(seed, epoch, num_prompts)[position]))
     return indices
+
+
+def _order(seed: int, epoch: int, num_prompts: int) -> npt.NDArray[np.int64]:
+    return generator(seed, Stream.PROMPT_ORDER, epoch).permutation(num_prompts)

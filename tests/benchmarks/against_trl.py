@@ -42,10 +42,11 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from rltune.assets import BUILTIN_PIPELINE_DIR
 from rltune.diffusion.chain import GradientPlan
+from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, load_lora_state, lora_parameters, lora_state
-from rltune.diffusion.sampling import Chain, PromptEmbeddings, Sampler, guided_denoiser
+from rltune.diffusion.sampling import Chain, Sampler, guided_denoiser
 from rltune.diffusion.table import ChainTable
 from rltune.orchestration.job import quiet_libraries
 from rltune.training.prompts import read_prompts

@@ -10,7 +10,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from rltune.diffusion.chain import GradientPlan, run_chain
-from rltune.diffusion.sampling import PromptEmbeddings, frozen_denoiser, guided_denoiser
+from rltune.diffusion.embeddings import PromptEmbeddings
+from rltune.diffusion.sampling import frozen_denoiser, guided_denoiser
 from tests.toys import CPU, PROMPTS, Toy, draw, flat_gradient, make_sampler, make_table, perceptron_toy
 
 GUIDANCE = 3.5

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rltune.training.streams import Stream, generator, noise, prompt_indices
+from rltune.training.streams import Stream, drawn_prompts, generator, noise, prompt_indices
 
 
 def test_noise_of_an_image_does_not_depend_on_its_batch() -> None:
@@ -56,3 +56,9 @@ def test_estimator_draws_depend_on_seed_and_step_alone() -> None:
     first = generator(1, Stream.ESTIMATOR, 4).integers(1000, size=5)
     assert (first == generator(1, Stream.ESTIMATOR, 4).integers(1000, size=5)).all()
     assert (first != generator(1, Stream.ESTIMATOR, 5).integers(1000, size=5)).any()
+
+
+@pytest.mark.parametrize(("num_images", "each"), [(1, 1), (6, 1), (7, 2), (25, 1), (60, 2)])
+def test_the_prompts_that_are_drawn_are_those_of_the_images(num_images: int, each: int) -> None:
+    shown = prompt_indices(3, 0, num_images, 20, each)
+    assert drawn_prompts(3, num_images, 20, each) == sorted(set(shown))

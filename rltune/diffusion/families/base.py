@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from rltune.diffusion.table import ChainTable
 from rltune.registry import Registry
 
+ENCODE_BATCH = 64
+"""Prompts that a text encoder embeds at a time."""
+
 
 class ModelFamily(Protocol):
     """A loaded text-to-image pipeline, seen as the four things the chain needs."""
@@ -37,7 +40,10 @@ class ModelFamily(Protocol):
         ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Embed prompts -> ``(P, L, D)`` float32 on the CPU, no gradient. Moves the text encoder as needed."""
+        """Embed prompts -> ``(P, L, D)`` on the CPU, in the text encoder's own dtype, no gradient.
+
+        Moves the text encoder as needed, and runs it on ``ENCODE_BATCH`` prompts at a time, in order.
+        """
         ...
 
     def cut_off(self, prompts: Sequence[str]) -> dict[str, str]:

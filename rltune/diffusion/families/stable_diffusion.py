@@ -9,10 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rltune.diffusion.families.base import FAMILIES
+from rltune.diffusion.families.base import ENCODE_BATCH, FAMILIES
 from rltune.diffusion.table import ChainTable, read_ddim_table
-
-ENCODE_BATCH = 64
 
 
 @FAMILIES.register("StableDiffusionPipeline")
@@ -52,7 +50,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Embed prompts -> ``(P, L, D)`` float32 on the CPU; the text encoder is back on the CPU afterwards."""
+        """Embed prompts -> ``(P, L, D)`` on the CPU; the text encoder is back on the CPU afterwards."""
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
         encoder.to(self._device)
         parts = []
@@ -65,7 +63,7 @@ class StableDiffusion:
                 return_tensors="pt",
             )
             # pad tokens are attended to, as in diffusers' own StableDiffusionPipeline
-            parts.append(encoder(tokens.input_ids.to(self._device))[0].float().cpu())
+            parts.append(encoder(tokens.input_ids.to(self._device))[0].cpu())
         encoder.to("cpu")
         return torch.cat(parts)
 
