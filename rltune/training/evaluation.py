@@ -28,6 +28,8 @@ Pixels = npt.NDArray[np.uint8]
 
 EVAL_SEED = 0
 """Held-out noise does not follow the experiment's seed: runs that differ in it are compared on the same noise."""
+EVAL_BLOCK = 32
+"""Images that workers exchange at a time."""
 JUDGES = {"diversity": True, "drift": False}
 """Judge -> whether larger is better."""
 
@@ -80,7 +82,8 @@ def sample_and_score(
     each = images.images_per_prompt  # images of a prompt stay together: some rewards compare them
     mine = [number for number in range(len(images)) if number // each % workers.count == workers.rank]
     batch_size = max(each, batch_size - batch_size % each)
-    rows: list[tuple[int, Pixels, dict[str, float]]] = []
+    rows: list[tuple[int, dict[str, float]]] = []
+    pixels: list[Pixels] = []
     for start in range(0, len(mine), batch_size):
         numbers = mine[start : start + batch_size]
         prompts = [images.prompt_of(number) for number in numbers]
@@ -92,16 +95,27 @@ def sample_and_score(
                 name: in_groups(read, name, reward, pixels_B3HW, prompts, each).tolist()
                 for name, reward in rewards.items()
             }
-        pixels_BHW3 = to_uint8(pixels_B3HW)
-        rows += [
-            (number, pixels_BHW3[i], {name: values_B[i] for name, values_B in values.items()})
-            for i, number in enumerate(numbers)
-        ]
+        pixels.append(to_uint8(pixels_B3HW))
+        rows += [(n, {name: values_B[i] for name, values_B in values.items()}) for i, n in enumerate(numbers)]
     rows = sorted(workers.gather(rows), key=lambda row: row[0])
     return Samples(
-        pixels_NHW3=np.stack([row[1] for row in rows]),
-        values={name: np.array([row[2][name] for row in rows]) for name in rewards},
+        pixels_NHW3=_whole(pixels, mine, len(images), workers),
+        values={name: np.array([row[1][name] for row in rows]) for name in rewards},
     )
+
+
+def _whole(pixels: Sequence[Pixels], mine: Sequence[int], num_images: int, workers: Workers) -> Pixels:
+    """Return the images of all workers, every one as bytes and a few at a time: as objects they would be copied."""
+    if workers.count == 1:
+        return np.concatenate(pixels)
+    shape = workers.gather([part.shape[1:] for part in pixels[:1]])[0]  # a worker may have no image
+    whole_NHW3 = np.zeros((num_images, *shape), np.uint8)
+    if pixels:
+        whole_NHW3[mine] = np.concatenate(pixels)
+    for start in range(0, num_images, EVAL_BLOCK):
+        block = torch.from_numpy(whole_NHW3[start : start + EVAL_BLOCK]).to(workers.device)
+        whole_NHW3[start : start + EVAL_BLOCK] = workers.sum(block).cpu().numpy()  # an image is 0 but on its worker
+    return whole_NHW3
 
 
 @torch.no_grad()
@@ -130,12 +144,13 @@ def diversity(pixels_NHW3: Pixels, images_per_prompt: int) -> Values:
     The distance is the root mean squared difference of RGB in [0, 1]: weight-free, so that no reward shares its taste.
     One image a prompt has no pairs and gives 0.
     """
-    images_PIX = _as_rows(pixels_NHW3, images_per_prompt)
     first, second = np.triu_indices(images_per_prompt, k=1)
+    groups = [pixels_NHW3[i : i + images_per_prompt] for i in range(0, len(pixels_NHW3), images_per_prompt)]
     if len(first) == 0:
-        return np.zeros(len(images_PIX))
-    squared = np.square(images_PIX[:, first] - images_PIX[:, second]).mean(axis=2)
-    return np.asarray(np.sqrt(squared).mean(axis=1))
+        return np.zeros(len(groups))
+    rows = map(_as_rows, groups)  # a prompt at a time: in float64 they are eight times the size
+    apart = [np.sqrt(np.square(x_IX[first] - x_IX[second]).mean(axis=1)) for x_IX in rows]
+    return np.asarray(np.asfortranarray(apart).mean(axis=1))  # pairs added up in turn, as ever: the last bits are kept
 
 
 def drift(pixels_NHW3: Pixels, base_NHW3: Pixels, images_per_prompt: int) -> Values:
@@ -143,12 +158,13 @@ def drift(pixels_NHW3: Pixels, base_NHW3: Pixels, images_per_prompt: int) -> Val
 
     The distance is ``diversity``'s, so the two compare; 0 is the base model.
     """
-    difference = _as_rows(pixels_NHW3, images_per_prompt) - _as_rows(base_NHW3, images_per_prompt)
-    return np.asarray(np.sqrt(np.square(difference).mean(axis=2)).mean(axis=1))
+    parts = [slice(i, i + images_per_prompt) for i in range(0, len(pixels_NHW3), images_per_prompt)]
+    differences = (_as_rows(pixels_NHW3[part]) - _as_rows(base_NHW3[part]) for part in parts)
+    return np.array([np.sqrt(np.square(difference_IX).mean(axis=1)).mean() for difference_IX in differences])
 
 
-def _as_rows(pixels_NHW3: Pixels, images_per_prompt: int) -> Values:
-    return pixels_NHW3.reshape(-1, images_per_prompt, int(np.prod(pixels_NHW3.shape[1:]))).astype(np.float64) / 255
+def _as_rows(pixels_IHW3: Pixels) -> Values:
+    return pixels_IHW3.reshape(len(pixels_IHW3), -1).astype(np.float64) / 255
 
 
 def per_prompt(samples: Samples, base_NHW3: Pixels, images: ImageSet, judges: Sequence[str]) -> dict[str, Values]:

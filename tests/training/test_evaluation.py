@@ -1,3 +1,4 @@
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -60,3 +61,23 @@ def test_grid_is_filled_row_by_row(tmp_path: Path) -> None:
     grid = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
     assert grid.shape == (8, 12, 3)
     assert [grid[0, 0, 0], grid[0, 6, 0], grid[4, 0, 0], grid[4, 6, 0]] == [10, 20, 30, 255]
+
+
+@pytest.mark.parametrize("each", [1, 2, 5, 9])
+def test_a_prompt_at_a_time_gives_the_bits_of_all_at_once(each: int) -> None:
+    pixels, base = np.random.default_rng(0).integers(0, 256, (2, 6 * each, 16, 24, 3), dtype=np.uint8)
+    x, y = (images.reshape(6, each, -1).astype(np.float64) / 255 for images in (pixels, base))
+    first, second = np.triu_indices(each, k=1)
+    apart = np.sqrt(np.square(x[:, first] - x[:, second]).mean(axis=2)).mean(axis=1) if each > 1 else np.zeros(6)
+    assert diversity(pixels, each).tolist() == apart.tolist()
+    assert drift(pixels, base, each).tolist() == np.sqrt(np.square(x - y).mean(axis=2)).mean(axis=1).tolist()
+
+
+def test_judging_many_images_takes_memory_for_one_prompt() -> None:
+    pixels = np.zeros((64, 64, 64, 3), np.uint8)  # 0.8 MB, 6.3 MB in float64
+    for judge in (lambda: diversity(pixels, 2), lambda: drift(pixels, pixels, 2)):
+        tracemalloc.start()
+        judge()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 2e6  # a prompt's two images in float64 are 0.2 MB, with some copies
