@@ -91,7 +91,7 @@ def save_base(folder: Path, base: BaseReference) -> None:
 
 
 def load_base(folder: Path) -> BaseReference | None:
-    """Return a saved reference, or None where there is none."""
+    """Return a saved reference, or None where there is none; its images are read when they are looked at."""
     if not (folder / "base.json").is_file():
         return None
     numbers = json.loads((folder / "base.json").read_text())
@@ -102,6 +102,6 @@ def load_base(folder: Path) -> BaseReference | None:
             for name, unit in numbers["calibration"].items()
         },
         values={name: np.array(values_P) for name, values_P in numbers["values"].items()},
-        pixels_NHW3=np.load(folder / "pixels.npy", allow_pickle=False),
+        pixels_NHW3=np.load(folder / "pixels.npy", mmap_mode="r", allow_pickle=False),
         units={name: Unit(unit["size"], unit["what"]) for name, unit in numbers.get("units", {}).items()},
     )
