@@ -277,7 +277,7 @@ def test_a_frozen_denoiser_answers_in_the_latents_precision() -> None:
     raw: list[torch.dtype] = []
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
-        f = toy.run(x, t, text)
+        f: Tensor = toy.network(x, t, text)
         raw.append(f.dtype)
         return f
 
