@@ -12,7 +12,6 @@ from rltune.cli.tables import front_view, gain_view, nothing_to_export, status_v
 from rltune.cli.terminal import console, errors, marked
 from rltune.config.clashes import Known
 from rltune.config.conditions import condition_in_words
-from rltune.config.distributions import Choice, IntRange
 from rltune.config.experiment import NAME_PATTERN, NAME_RULE, RunConfig
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import RunError, UserError, writing
@@ -20,20 +19,15 @@ from rltune.orchestration.cluster import Cluster, connect, find_address
 from rltune.orchestration.job import quiet_libraries
 from rltune.orchestration.nodes import Node
 from rltune.orchestration.plan import Plan, make_plan
-from rltune.orchestration.record import read_record, standing_where_started
+from rltune.orchestration.preflight import Inputs, inspect_experiment, weights_in_words
+from rltune.orchestration.record import standing_where_started
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
-from rltune.rewards.weights import format_size
 from rltune.training.heldout import fresh_prompts
-from rltune.training.rewards import try_reward
-from rltune.training.setup import check_options
-from rltune.training.tracking import check_trackers
+from rltune.training.prompts import cut_in_words, shortened
 
 if TYPE_CHECKING:
     from rltune.orchestration.results import TrialResult
     from rltune.orchestration.sweep import Sweep
-
-OWN_WEIGHTS = frozenset({"weights", "head", "model", "clip", "vocab"})
-"""Options that name weights other than the published ones."""
 
 
 def run_experiment(
@@ -59,8 +53,6 @@ def run_experiment(
         overrides = [*overrides, f"name={json.dumps(name)}"]
     experiment = load_experiment(path, overrides, known_names(), must_find_files=False)
     folder = RunFolder(storage / experiment.shared.name)
-    if read_record(folder) is None:  # a run that was started has its own copies of prompts
-        load_experiment(path, overrides, known_names())
     if is_sweep and not experiment.is_searched:
         raise UserError(f"{path}: every value is fixed, there is nothing to search; run 'rltune train {path}'")
     if not is_sweep and experiment.is_searched:
@@ -68,42 +60,14 @@ def run_experiment(
             f"{path}: {', '.join(experiment.space)} are distributions; "
             f"fix each with --set, or run 'rltune sweep {path}'"
         )
-    check_trackers(experiment.shared.track)
     here = Path.cwd()
     with standing_where_started(folder):
-        check_search(experiment)
+        inputs = inspect_experiment(experiment, folder, is_attached=find_address(address) is not None)
         if dry_run:
-            from rltune.orchestration.warmstart import read_lessons
-
-            read_lessons(experiment, folder)  # says what is wrong with search.warm_start
-            _print_plan(experiment, address)
+            _print_plan(experiment, address, inputs)
             return
         with folder.lock(), writing(folder.path), connect(address) as cluster:
-            _run(experiment, folder, cluster, here)
-
-
-def check_search(experiment: Experiment) -> None:
-    """Check what the search sampler asks of the distributions, and the options of all that may be tried.
-
-    Raises:
-        UserError: A grid over a range of numbers; an option of a reward or an estimator that it does not take.
-    """
-    if experiment.is_searched and experiment.shared.search.sampler == "grid" and experiment.grid_values is None:
-        ranges = [path for path, kind in experiment.space.items() if not isinstance(kind, Choice | IntRange)]
-        raise UserError(
-            f"search.sampler: a grid needs a list of values, {', '.join(ranges)} are ranges; "
-            "write {choice: [..]}, or take another sampler"
-        )
-    tried: set[str] = set()
-    # rewards do not look at each other's values, and all their combinations would be too many
-    for path in [path for path in experiment.space if path.startswith("rewards.")] or ["rewards"]:
-        for config in experiment.corners(("estimator", "sampler", path)):
-            check_options(config)
-            for name, section in config.rewards.items():
-                key = f"{config.kind_of(name)} {json.dumps(section.options, sort_keys=True, default=str)}"
-                if key not in tried:
-                    tried.add(key)
-                    try_reward(name, section)
+            _run(experiment, folder, cluster, here, inputs)
 
 
 def known_names() -> Known:
@@ -126,14 +90,14 @@ def known_names() -> Known:
     )
 
 
-def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster, here: Path) -> None:
+def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster, here: Path, inputs: Inputs) -> None:
     from rltune.orchestration.exporting import best_picks
     from rltune.orchestration.status import read_status
     from rltune.orchestration.sweep import Sweep
 
     sweep = Sweep(experiment, folder, cluster)
     experiment = sweep.experiment
-    print_plan(experiment, sweep.plan, cluster)
+    print_plan(experiment, sweep.plan, cluster, inputs)
     if sweep.results:
         ended = sum(result.trial != BASE_TRIAL for result in sweep.results)
         errors.print(f"resuming {folder.path}: {ended} trials have ended, {sweep.num_left} are left", soft_wrap=True)
@@ -202,16 +166,16 @@ def _shown(path: Path, here: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def _print_plan(experiment: Experiment, address: str | None) -> None:
+def _print_plan(experiment: Experiment, address: str | None, inputs: Inputs) -> None:
     """Print what a run would do, for the cluster if one is there and for this machine if not; starts nothing."""
     import torch
 
     if find_address(address) is not None:
         with connect(address) as cluster:
-            print_plan(experiment, make_plan(experiment, cluster.nodes), cluster)
+            print_plan(experiment, make_plan(experiment, cluster.nodes), cluster, inputs)
         return
     here = Node(float(os.cpu_count() or 1), float(torch.cuda.device_count()), accelerators=None)
-    print_plan(experiment, make_plan(experiment, [here]), None)
+    print_plan(experiment, make_plan(experiment, [here]), None, inputs)
 
 
 def _method(experiment: Experiment) -> str:
@@ -223,35 +187,6 @@ def _method(experiment: Experiment) -> str:
     depth = "" if k is None else f", K {k}"
     name = "estimator searched" if name == "searched" else name
     return f"{name} on the {config.model.base} model, {config.sampler.steps} sampling steps{depth}"
-
-
-def _missing_weights(config: RunConfig) -> str:
-    """Say which published files the rewards of an experiment need and this machine has not; empty if it has all.
-
-    A reward that is given a path or a model of the user's own is left out, and so is a function of theirs.
-    """
-    from rltune.rewards.base import REWARDS
-    from rltune.training.evaluation import JUDGES
-
-    own = [
-        name
-        for name, section in config.rewards.items()
-        if any(section.options.get(option) is not None for option in OWN_WEIGHTS)
-    ]
-    kinds = [config.kind_of(name) for name in config.rewards if name not in own]
-    kinds += [judge for judge in config.evaluate.judges if judge not in JUDGES and judge not in config.rewards]
-    missing = {kind: REWARDS.card(kind).missing for kind in dict.fromkeys(kinds) if kind in REWARDS.names()}
-    origins: dict[str, dict[str, float]] = {}
-    for files in missing.values():
-        for file in files:
-            origins.setdefault(file.origin, {})[file.file] = file.size_mb
-    if not origins:
-        return ""
-    shown = [
-        f"{', '.join(sizes)} of {origin} ({format_size(sum(sizes.values()))})" for origin, sizes in origins.items()
-    ]
-    names = " ".join(kind for kind, files in missing.items() if files)
-    return f"not on this machine: {'; '.join(shown)}; fetch them with: rltune models fetch {names}"
 
 
 def _rewards(experiment: Experiment) -> str:
@@ -312,7 +247,25 @@ def _nodes(plan: Plan, cluster: Cluster) -> str:
     )
 
 
-def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> None:
+def _prompts(experiment: Experiment, inputs: Inputs) -> dict[str, str]:
+    """Say of each prompt set how many prompts were read and how, and the first of them."""
+    config, lines = experiment.shared, {}
+    for label, where, source in (
+        ("prompts", "prompts.train", config.prompts.train),
+        ("held out", "prompts.eval", config.prompts.eval),
+    ):
+        found = inputs.prompts[where]
+        name = source if isinstance(source, str) else "written out"
+        name = f"searched, {name} among others" if where in experiment.space else name
+        used = f", {config.evaluate.prompts} used" if where == "prompts.eval" else ""
+        how = "; ".join([name, *found.notes])
+        lines[label] = f"{len(found.prompts)} ({how}){used}, the first {shortened(found.prompts[0])}"
+    if inputs.cut:
+        lines["cut"] = cut_in_words(inputs.cut, sum(len(found.prompts) for found in inputs.prompts.values()))
+    return lines
+
+
+def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None, inputs: Inputs) -> None:
     """Print a plan, one fact a line."""
     config = experiment.shared
     where = "a Ray cluster on this machine (loopback only)" if cluster is None or cluster.is_own else cluster.address
@@ -320,6 +273,7 @@ def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> N
         "experiment": config.name,
         "method": _method(experiment),
         "rewards": _rewards(experiment),
+        **_prompts(experiment, inputs),
         "searched": _searched(experiment),
         "trials": f"the base model and {plan.num_trials} trained, {plan.num_concurrent} at a time",
         "a trial": f"{plan.num_steps} steps of {plan.images_per_step} images, {plan.num_evaluations} evaluations of "
@@ -332,9 +286,8 @@ def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None) -> N
         lines["at the end"] = confirmed
     if first := _first_trials(config):
         lines["first"] = first
-    missing = _missing_weights(config)
-    if missing:
-        lines["weights"] = missing
+    if inputs.missing:
+        lines["weights"] = weights_in_words(inputs.missing)
     if cluster is not None and cluster.dashboard_url:
         lines["dashboard"] = cluster.dashboard_url
     for label, text in lines.items():

@@ -32,21 +32,16 @@ MAY_DIFFER = ("name", "search", "resources", "objectives", "constraints")
 """Sections that do not change what a trial's knobs lead to."""
 
 
-def read_lessons(experiment: Experiment, folder: RunFolder) -> list[TrialResult]:
-    """Return what the run that ``search.warm_start`` names teaches a search; [] if none is named.
-
-    Its failed trials are among them. A trial's id is ``NAME/ID``, its parameters are those of this experiment's search,
-    and its constraints are this experiment's too.
+def find_teacher(experiment: Experiment, folder: RunFolder) -> RunFolder | None:
+    """Return the run that ``search.warm_start`` names; None if none is, or if what it taught is in the run folder.
 
     Raises:
         UserError: There is no such run, it searches other settings, or its figures cannot be compared with this one's.
     """
     named = experiment.shared.search.warm_start
-    if named is None:
-        return []
-    if folder.warm_start_file.is_file():
-        return read_results(folder.warm_start_file)
-    other = RunFolder(Path(named).expanduser())
+    if named is None or folder.warm_start_file.is_file():
+        return None
+    other = RunFolder(Path(named))
     if other.path == folder.path:
         raise UserError(f"{WHERE}: a run cannot teach itself, got {named!r}; name another run, or another --name")
     if not other.experiment_file.is_file():
@@ -60,6 +55,24 @@ def read_lessons(experiment: Experiment, folder: RunFolder) -> list[TrialResult]
             "run that this version has started, or delete it"
         )
     _check_comparable(experiment, open_run(other.path)[1], record, named)
+    return other
+
+
+def read_lessons(experiment: Experiment, folder: RunFolder) -> list[TrialResult]:
+    """Return what the run that ``search.warm_start`` names teaches a search; [] if none is named.
+
+    Its failed trials are among them. A trial's id is ``NAME/ID``, its parameters are those of this experiment's search,
+    and its constraints are this experiment's too.
+
+    Raises:
+        UserError: As ``find_teacher``.
+    """
+    named = experiment.shared.search.warm_start
+    if named is not None and folder.warm_start_file.is_file():
+        return read_results(folder.warm_start_file)
+    other = find_teacher(experiment, folder)
+    if other is None:
+        return []
     results = read_results(other.results_file)
     base = next((result for result in reversed(results) if result.trial == BASE_TRIAL and result.is_ok), None)
     ended = [result for result in results if result.trial != BASE_TRIAL]

@@ -16,9 +16,10 @@ from rltune.estimators.base import Batch, EstimatorState, Regularisers, Round, S
 from rltune.training.base import BaseReference, load_base, measure_base, save_base
 from rltune.training.checkpoint import Progress, load_checkpoint
 from rltune.training.evaluation import summarise
-from rltune.training.events import EVENTS_FILE, append_event
+from rltune.training.events import EVENTS_FILE, append_event, note_event
 from rltune.training.loading import Shelf
 from rltune.training.memory import memory_named
+from rltune.training.prompts import cut_in_words
 from rltune.training.reporter import MetricsFile, Reporter, RowWriter
 from rltune.training.rewards import build_mixture
 from rltune.training.selection import Selection
@@ -155,6 +156,7 @@ def base_run(
     """
     run = replace(build_run(config, shelf), max_eval_batch=max_eval_batch)
     _note(run, trial_dir, "loaded")
+    _note_cut_prompts(run, trial_dir)
     base = _reference(run, base_dir / (key or base_key(config)))
     if run.workers.is_main:
         with writing(trial_dir):
@@ -165,6 +167,13 @@ def base_run(
 def _note(run: Run, trial_dir: Path, event: str, **fields: int) -> None:
     if run.workers.is_main:
         append_event(trial_dir / EVENTS_FILE, event, **fields)
+
+
+def _note_cut_prompts(run: Run, trial_dir: Path) -> None:
+    """Tell of prompts that are longer than the text encoder reads: nothing else would."""
+    prompts = [*run.train_prompts, *run.eval_images.prompts]
+    if run.workers.is_main and (words := cut_in_words(run.model.cut_off(prompts), len(prompts))):
+        note_event(trial_dir, words)
 
 
 def _reference(run: Run, folder: Path, is_base_coming: Callable[[], bool] = lambda: False) -> BaseReference:

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,32 @@ class PromptSet:
     prompts: tuple[str, ...]
     notes: tuple[str, ...] = ()
     """What a user should know: the column they are from, what was left out."""
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """Return a text in quotes for a line of its own: what does not print is escaped, what is long is cut in the middle.
+
+    A prompt's end tells as much as its beginning.
+    """
+    half = (length - 4) // 2
+    return repr(text if len(text) <= length else f"{text[:half]} .. {text[-half:]}")
+
+
+def cut_in_words(cut: Mapping[str, str], num_prompts: int) -> str:
+    """Say which prompts are longer than the text encoder reads; empty if none is.
+
+    Args:
+        cut: Prompt -> the end of it that is not read.
+        num_prompts: Of how many.
+    """
+    if not cut:
+        return ""
+    prompt, lost = next(iter(cut.items()))
+    are = "is" if len(cut) == 1 else "are"
+    return (
+        f"{len(cut)} of {num_prompts} prompts {are} longer than the text encoder reads: of {shortened(prompt)} it "
+        f"does not see {shortened(lost)}"
+    )
 
 
 class _NoList(Exception):  # noqa: N818 - it says what a file is not

@@ -1,6 +1,7 @@
 """From an experiment's rewards section to rewards and their mixture."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,11 @@ from rltune.rewards.references import reference_features
 from rltune.rewards.scalarise import SCALARISATIONS, Scalarisation
 from rltune.rewards.trust import Trust, fit_trust
 from rltune.rewards.wrappers import Frugal, Negate, Relative
+
+FILE_OPTIONS = frozenset({"weights", "head", "vocab"})
+"""Options of registered rewards that are paths of files."""
+FOLDER_OPTIONS = frozenset({"model", "clip"})
+"""Those that are folders, or names of published models."""
 
 
 def build_rewards(config: RunConfig, judges: tuple[str, ...], device: torch.device) -> dict[str, Reward]:
@@ -78,13 +84,24 @@ def check_reward(name: str, section: RewardConfig, *, needs_gradient: bool) -> N
 
 
 def try_reward(name: str, section: RewardConfig) -> None:
-    """Build a reward that needs nothing fetched, so that a wrong value of an option is found before a run starts.
+    """Build a reward that needs nothing fetched, and look for the files of others, before a run starts.
 
     Raises:
-        UserError: An option has a value that the reward does not take.
+        UserError: An option has a value that the reward does not take, or names a file that is not there.
+        RunError: What ships with rltune is not there.
     """
     kind = section.reward or name
-    if is_own(name, section) or REWARDS.card(kind).weights:
+    if is_own(name, section):
+        return  # it may need what is on the nodes alone
+    for option in FILE_OPTIONS & section.options.keys():
+        given = section.options[option]
+        if isinstance(given, str) and not Path(given).is_file():
+            raise UserError(f"rewards.{name}.options.{option}: no such file, got {given!r}; give the path of one")
+    for option in FOLDER_OPTIONS & section.options.keys():
+        given = section.options[option]
+        if isinstance(given, str) and given.startswith((".", "/")) and not Path(given).is_dir():
+            raise UserError(f"rewards.{name}.options.{option}: no such folder, got {given!r}; give that of a model")
+    if REWARDS.card(kind).weights:
         return  # loading takes long, or is not possible here
     try:
         REWARDS.build(kind, section.options)

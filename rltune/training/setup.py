@@ -13,6 +13,7 @@ from rltune.config.clashes import Known, group_clashes
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import ModelFamily
+from rltune.diffusion.lora import unfit_targets
 from rltune.diffusion.memory import GIB, free_bytes, stored_bytes
 from rltune.diffusion.sampling import Sampler
 from rltune.errors import UserError
@@ -102,6 +103,8 @@ def build_run(config: RunConfig, shelf: Shelf | None = None) -> Run:
         workers.limit_memory(config.resources.gpus_per_worker)
     shelf = shelf or Shelf()
     model = shelf.model(config, workers.device)
+    if faults := unfit_targets(model.network, config.model.lora.targets):
+        raise UserError(f"model.lora.targets: {'; '.join(faults)}")
     sampler = make_sampler(config, model)
     eval_images = eval_image_set(config, model)
     train_prompts = read_prompts(config.prompts.train, where="prompts.train")

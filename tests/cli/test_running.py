@@ -8,9 +8,12 @@ from rltune.cli import running
 from rltune.cli.running import known_names, run_experiment
 from rltune.config.load import load_experiment
 from rltune.errors import UserError
+from rltune.orchestration import preflight
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.nodes import Node
 from rltune.orchestration.plan import make_plan
+from rltune.orchestration.preflight import inspect_experiment
+from rltune.orchestration.rundir import RunFolder
 from rltune.rewards.weights import WeightsFile
 from rltune.training.setup import NUM_CALIBRATION_IMAGES
 from tests.config.test_schema import EXPERIMENTS
@@ -23,6 +26,8 @@ def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a cluster was wanted")
 
+    monkeypatch.setattr(preflight, "check_hub", lambda repo, file: None)  # what is not here could be fetched
+    monkeypatch.setattr(preflight, "is_offline", lambda: False)
     monkeypatch.setattr(running, "find_address", lambda address: None)
     monkeypatch.setattr(running, "connect", refuse)
     monkeypatch.chdir(ROOT)  # prompt files are named from the repository's root
@@ -103,6 +108,23 @@ def test_a_fixed_k_and_no_gpu(
     assert plan["a trial"].endswith("; 1 worker with 1 CPU")
 
 
+def test_the_plan_says_which_prompts_were_read_and_what_is_cut_off(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.csv").write_text("id,caption\n1,\n2,[red]\u2028star\n3,a circle\n")
+    long = "one red circle and " * 7 + "a green star"  # 31 words, each a token; 30 are read
+    text = f"prompts: {{train: {tmp_path}/p.csv, eval: [a star, {long}, a circle]}}\nevaluate: {{prompts: 2}}\n"
+    plan = plan_with(tmp_path, capsys, text + "rewards: {brightness: }")
+    assert plan["prompts"] == (
+        f"2 ({tmp_path}/p.csv; column 'caption'; 1 empty one left out), the first '[red]\\u2028star'"
+    )
+    assert plan["held out"] == "3 (written out), 2 used, the first 'a star'"
+    assert plan["cut"] == (
+        "1 of 5 prompts is longer than the text encoder reads: of 'one red circle and one red c .. "
+        " red circle and a green star' it does not see 'star'"
+    )
+
+
 @pytest.mark.parametrize(
     ("section", "method"),
     [
@@ -166,33 +188,33 @@ def test_a_users_reward_can_be_planned(tmp_path: Path, own: str, capsys: pytest.
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rewards: {mine: {reward: 'OWN:lengths'}}", r"^rewards\.mine: OWN:lengths says that it has no gradient"),
+        ("rewards: {mine: {reward: 'OWN:lengths'}}", r"\n  rewards\.mine: OWN:lengths says that it has no gradient"),
         (
             "rewards: {mine: {reward: 'OWN:green'}}",
-            r"^reward 'mine': reward 'OWN:green': module 'OWN' .* has no 'green'",
+            r"\n  reward 'mine': reward 'OWN:green': module 'OWN' .* has no 'green'",
         ),
         (
             "rewards: {mine: {reward: 'OTHER:green'}}",
-            r"^reward 'mine': reward 'OTHER:green': there is no module 'OTHER'",
+            r"\n  reward 'mine': reward 'OTHER:green': there is no module 'OTHER'",
         ),
         ("rewards: {mine: {reward: 'OWN.py'}}", r"rewards\.mine\.reward: unknown reward, got 'OWN\.py'"),
         (
             "rewards: {mine: {reward: 'OWN:redness', options: {green: 1}}}",
-            r"^reward 'mine': OWN:redness\(.*\) cannot be called with the options \{'green': 1\}",
+            r"\n  reward 'mine': OWN:redness\(.*\) cannot be called with the options \{'green': 1\}",
         ),
         # what the first of several values would let pass
         (
             "rewards: {mine: {reward: {choice: ['OWN:redness', 'OWN:lengths']}}}",
-            r"^rewards\.mine: OWN:lengths says that it has no gradient",
+            r"\n  rewards\.mine: OWN:lengths says that it has no gradient",
         ),
         (
             "rewards: {brightness: , mine: {reward: 'OWN:lengths', weight: {choice: [0, 1]}}}",
-            r"^rewards\.mine: OWN:lengths says that it has no gradient",
+            r"\n  rewards\.mine: OWN:lengths says that it has no gradient",
         ),
         (
             "rewards: {brightness: {weight: {float: [1, 2]}}, mine: {reward: 'OWN:lengths', weight: {float: [0, 1]}}}\n"
             "estimator: {name: {choice: [ddpo, alignprop]}, options: {}}\nsampler: {eta: 1.0}\noptim: {batch: 64}",
-            r"^rewards\.mine: OWN:lengths says that it has no gradient",
+            r"\n  rewards\.mine: OWN:lengths says that it has no gradient",
         ),
     ],
 )
@@ -288,6 +310,9 @@ def test_a_reward_with_weights_of_the_users_own_is_not_judged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: set[str], rewards: str, is_told: bool
 ) -> None:
     missing |= {"ImageReward.pt", "open_clip_model.safetensors", "sac+logos+ava1-l14-linearMSE.pth"}
+    for name in ("mine.pt", "mine.txt", "mine.pth"):
+        (tmp_path / name).touch()
+    rewards = rewards.replace(": mine.", f": {tmp_path}/mine.")
     plan = plan_with(tmp_path, capsys, f"rewards: {{{rewards}}}\n")
     assert ("weights" in plan) == is_told
 
@@ -301,7 +326,11 @@ def test_the_plan_says_what_workers_take_and_where_they_may_run(
         "resources: {workers: 4, min_workers: 2, cpus_per_worker: 8, gpus_per_worker: 1, accelerator: H100}\n"
     )
     experiment = load_experiment(tmp_path / "x.yaml")
-    running.print_plan(experiment, make_plan(experiment, nodes), Cluster("10.0.0.1:6379", False, "", nodes))
+    cluster, inputs = (
+        Cluster("10.0.0.1:6379", False, "", nodes),
+        inspect_experiment(experiment, RunFolder(tmp_path / "run")),
+    )
+    running.print_plan(experiment, make_plan(experiment, nodes), cluster, inputs)
     plan = plan_of(capsys.readouterr().err)
     assert plan["a trial"].endswith("; 2 to 4 workers with 8 CPUs and 1 GPU on a node with H100 each")
     assert plan["runs on"] == "10.0.0.1:6379, 2 of 3 nodes"

@@ -10,7 +10,7 @@ from rltune.diffusion.lora import load_lora_state
 from rltune.errors import NonFiniteError, RunError, UserError
 from rltune.estimators.alignprop import AlignProp
 from rltune.training.evaluation import sample_and_score
-from rltune.training.events import read_events
+from rltune.training.events import read_events, read_notices
 from rltune.training.loop import base_run
 from rltune.training.reporter import FolderReporter, read_metrics
 from rltune.training.setup import NUM_CALIBRATION_IMAGES, build_run
@@ -132,9 +132,30 @@ def test_a_base_run_reports_the_base_model_once(make_config: Make, tmp_path: Pat
     reporter = FolderReporter(tmp_path / "checkpoints")
     base_run(make_config(), trial_dir=tmp_path / "trial", base_dir=tmp_path / "base", reporter=reporter)
     assert [(report["step"], report["is_final"]) for report in reporter.reports] == [(0, 1)]
+    assert not read_notices(tmp_path / "trial")
     trained = train(make_config(), tmp_path)
     assert trained.reports[0]["eval/brightness"] == reporter.reports[0]["eval/brightness"]
     assert len(list((tmp_path / "base").iterdir())) == 1
+
+
+def test_a_base_run_tells_of_prompts_that_are_cut_off(make_config: Make, tmp_path: Path) -> None:
+    prompts = {"train": ["a cat", "two lobsters in a row"]}
+    places = {"trial_dir": tmp_path / "trial", "base_dir": tmp_path / "base"}
+    base_run(make_config(prompts=prompts), reporter=FolderReporter(tmp_path / "checkpoints"), **places)
+    assert read_notices(tmp_path / "trial") == [
+        "1 of 5 prompts is longer than the text encoder reads: of 'two lobsters in a row' it does not see 'row'"
+    ]
+
+
+def test_a_target_without_layers_beside_one_that_has_some_ends_a_run(make_config: Make, tmp_path: Path) -> None:
+    lora = {"rank": 2, "targets": ["to_q", "to_z"]}
+    with pytest.raises(UserError, match=r"^model\.lora\.targets: no layer is called so, got 'to_z'; did you mean"):
+        base_run(
+            make_config(model={"lora": lora}),
+            trial_dir=tmp_path / "trial",
+            base_dir=tmp_path / "base",
+            reporter=FolderReporter(tmp_path / "checkpoints"),
+        )
 
 
 def test_a_reward_without_gradient_is_measured_but_not_trained_on(make_config: Make, tmp_path: Path) -> None:
