@@ -1,5 +1,6 @@
 """A trial as a Ray Train job: N data-parallel workers that run ``training``'s loop. All learning code is there."""
 
+import functools
 import logging
 import os
 import warnings
@@ -9,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from rltune.config.clashes import Known
 from rltune.config.experiment import RunConfig
 from rltune.errors import OutOfMemory, RltuneError, RunError, StorageError, writing
+from rltune.orchestration.faults import MAX_LOSSES, MAX_STARTUPS, FaultWatch
 from rltune.orchestration.loopback import FileTorchConfig
 from rltune.orchestration.record import read_record, record_trial, with_own_prompts
-from rltune.orchestration.recovery import memory_kills, plan_retry, read_retry, resume_point, tidy_storage
+from rltune.orchestration.recovery import plan_retry, read_retry, resume_point, tidy_storage
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
 from rltune.training.events import append_event
 from rltune.training.reporter import Reporter
@@ -26,9 +28,7 @@ if TYPE_CHECKING:
     from rltune.training.loading import Shelf
 
 MAX_FAILURES = 2
-"""Restarts of a trial whose worker, controller or node died."""
-MAX_LOSSES = 20
-"""The same where workers may come and go: every node that dies counts as one."""
+"""Restarts of a job that nothing else counts."""
 TROUBLE = "trouble"
 """Key of a report that says why nothing can go on."""
 CHECKPOINTS_KEPT = 3
@@ -115,20 +115,10 @@ def _is_node_going() -> bool:
         return False
 
 
-class MemoryWatch(UserCallback):  # type: ignore[misc]  # ray has no types
-    """Lets a trial whose worker was killed to free memory start once more with smaller batches.
-
-    It runs in the job's controller: a worker that is killed has no time for it.
-    """
-
-    def __init__(self, spec: JobSpec) -> None:
-        self._spec = spec
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Plan it once; Ray Train restarts the workers."""
-        kills = memory_kills(worker_exceptions.values())
-        if kills and read_retry(self._spec.folder.trial_dir(self._spec.trial)) is None:
-            _plan_retry(self._spec, self._spec.run_config, kills[0], is_evaluation=False)
+def plan_after_kill(spec: JobSpec, reason: str) -> None:
+    """Let a trial whose worker was killed to free memory start once more with smaller batches."""
+    if read_retry(spec.folder.trial_dir(spec.trial)) is None:
+        _plan_retry(spec, spec.run_config, reason, is_evaluation=False)
 
 
 class TrialReporter(Reporter, Protocol):
@@ -271,7 +261,8 @@ def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrai
         name=spec.train_name,
         storage=spec.folder.checkpoints_dir(spec.trial),
         workers=(wanted.min_workers, wanted.workers) if wanted.min_workers else wanted.workers,
-        callbacks=[*(callbacks or []), MemoryWatch(spec)],
+        callbacks=[*(callbacks or []), FaultWatch(functools.partial(plan_after_kill, spec))],
+        max_failures=MAX_LOSSES,
     )
 
 
@@ -284,6 +275,7 @@ def make_ray_job(
     storage: Path,
     workers: int | tuple[int, int],
     callbacks: list[Any] | None = None,
+    max_failures: int = MAX_FAILURES,
 ) -> TorchTrainer:
     """Return a Ray Train job.
 
@@ -295,6 +287,7 @@ def make_ray_job(
         storage: Where Ray Train keeps the run.
         workers: How many, or how few and how many.
         callbacks: Of Ray Train.
+        max_failures: How often its workers are started again.
     """
     storage.mkdir(parents=True, exist_ok=True)
     resources = spec.run_config.resources
@@ -314,10 +307,7 @@ def make_ray_job(
             name=name,
             storage_path=str(storage),
             callbacks=callbacks,
-            failure_config=FailureConfig(
-                max_failures=MAX_LOSSES if isinstance(workers, tuple) else MAX_FAILURES,
-                controller_failure_limit=MAX_FAILURES,
-            ),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=MAX_STARTUPS),
             checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),

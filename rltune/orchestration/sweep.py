@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 GRACE_S = 25.0
 """From SIGTERM to the end; Kubernetes kills after 30 s, clouds take spot machines back after 30 to 120 s."""
 
+TUNE_FAILURES = 2
+"""Restarts of what Ray Train cannot start again: a trial's driver; of a gang, where the executor is ``warm``."""
+
 
 class _Abort(BaseException):
     """Ends Tune's loop from one of its callbacks, which would take any Exception for a warning."""
@@ -246,7 +249,7 @@ class Sweep:
             run_config=tune.RunConfig(
                 name="tune",  # not the run's: Ray takes fewer names than file systems do
                 storage_path=str(self._folder.scratch_dir),
-                failure_config=tune.FailureConfig(max_failures=2),
+                failure_config=tune.FailureConfig(max_failures=TUNE_FAILURES),
                 callbacks=[Recorder(self._on_end)],
                 verbose=0,
             ),

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.train import TrainingFailedError
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
-from rltune.orchestration.job import JobSpec, make_trainer
+from rltune.errors import StorageError, writing
+from rltune.orchestration.faults import last_line, record_fault
+from rltune.orchestration.job import TROUBLE, JobSpec, make_trainer
 
 SPEC = "spec"
 """Key of the ``JobSpec`` in a Tune trial's config."""
@@ -23,10 +26,21 @@ def train_trainable() -> Any:
 
 
 def drive(config: dict[str, Any]) -> None:
-    """Run one trial as a Ray Train job and wait for it: the Tune trainable. Uses no CPU of its own."""
+    """Run one trial as a Ray Train job and wait for it: the Tune trainable. Uses no CPU of its own.
+
+    What Ray Train gives up on is recorded as the trial's failure and not raised: Tune would start all of it again.
+    """
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    make_trainer(config[SPEC], callbacks=[TuneReportCallback()]).fit()
+    spec: JobSpec = config[SPEC]
+    try:
+        with writing(spec.run_dir):
+            try:
+                make_trainer(spec, callbacks=[TuneReportCallback()]).fit()
+            except TrainingFailedError as error:
+                record_fault(spec.folder.failure_file(spec.trial), error)
+    except StorageError as trouble:
+        tune.report({TROUBLE: str(trouble)})
 
 
 class Dealer(Searcher):  # type: ignore[misc]  # ray has no types
@@ -144,5 +158,4 @@ def _last_line(trial: Any) -> str:
     file = Path(trial.error_file or "")
     # where Ray writes it first; ``get_error`` looks where it is copied to, later or, of a driver that died, never
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else str(trial.get_error() or "")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "the trial died without a word; see /tmp/ray/session_latest/logs"
+    return last_line(text) or "the trial died without a word; see /tmp/ray/session_latest/logs"

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rltune.orchestration.job import MAX_FAILURES, MAX_LOSSES, JobSpec, make_trainer
+from rltune.orchestration.job import JobSpec, make_trainer
 from tests.runs import experiment
 
 
@@ -22,18 +22,17 @@ def spec(folder: Path, num_gpus: float, **resources: Any) -> JobSpec:
 
 
 @pytest.mark.parametrize(
-    ("num_gpus", "resources", "num_workers", "per_worker", "max_failures"),
+    ("num_gpus", "resources", "num_workers", "per_worker"),
     [
-        (0, {}, 1, {"CPU": 1}, MAX_FAILURES),
-        (1, {"workers": 4}, 4, {"CPU": 1, "GPU": 1}, MAX_FAILURES),
-        (0.5, {"cpus_per_worker": 3}, 1, {"CPU": 3, "GPU": 0.5}, MAX_FAILURES),
-        (0, {"workers": 4, "min_workers": 2}, (2, 4), {"CPU": 1}, MAX_LOSSES),
+        (0, {}, 1, {"CPU": 1}),
+        (1, {"workers": 4}, 4, {"CPU": 1, "GPU": 1}),
+        (0.5, {"cpus_per_worker": 3}, 1, {"CPU": 3, "GPU": 0.5}),
+        (0, {"workers": 4, "min_workers": 2}, (2, 4), {"CPU": 1}),
         (
             1,
             {"accelerator": "H100", "cpus_per_worker": 2},
             1,
             {"CPU": 2, "GPU": 1, "accelerator_type:H100": 0.001},
-            MAX_FAILURES,
         ),
     ],
 )
@@ -43,11 +42,9 @@ def test_workers_and_what_each_takes_reach_ray(
     resources: dict[str, Any],
     num_workers: int | tuple[int, int],
     per_worker: dict[str, float],
-    max_failures: int,
 ) -> None:
     trainer = make_trainer(spec(tmp_path, num_gpus, **resources))
     scaling = trainer.scaling_config
     assert scaling.num_workers == num_workers
     assert scaling.use_gpu == (num_gpus > 0)
     assert scaling._resources_per_worker_not_none == per_worker
-    assert trainer.run_config.failure_config.max_failures == max_failures
