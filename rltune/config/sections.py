@@ -280,9 +280,10 @@ class StopConfig(StrictModel):
     """Stop a trial that is worse than the base model in every objective, by more than so many of its standard
     deviations over prompts, or of what stands for one where its prompts do not differ (``units`` in front.json)."""
     hours: Float | None = Field(None, gt=0)
-    """Once the sweep has run for so long, start no further trial, and stop those that run at their next evaluation."""
+    """Once the sweep has run for so long, start no further trial, and stop those that run at their next evaluation.
+    All its starts count, up to their last sign of life, and not the time between them."""
     gpu_hours: Float | None = Field(None, gt=0)
-    """The same once trials have taken so many GPU-hours."""
+    """The same once trials have taken so many GPU-hours, those that were interrupted included."""
     stalled_trials: Int | None = Field(None, ge=1)
     """Start no further trial once so many have ended in a row without the hypervolume growing."""
     stalled_growth: Float = Field(0.01, ge=0)

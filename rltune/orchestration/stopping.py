@@ -180,8 +180,9 @@ class Rules:
         """Return which budget of the sweep is spent, or None.
 
         Args:
-            elapsed_s: Seconds for which the sweep has run.
-            gpu_s: Seconds of trials times GPUs a worker times workers, summed over the trials, those running included.
+            elapsed_s: Seconds for which the sweep has run, over all its starts.
+            gpu_s: Seconds of trials times GPUs a worker times workers, summed over the trials, those running and those
+                that were interrupted included.
         """
         stop = self._config.stop
         if stop.hours is not None and elapsed_s >= 3600 * stop.hours:

@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from ray import tune
 
 from rltune.config.load import Experiment
 from rltune.errors import ExperimentError, RunError, StorageError, writing
+from rltune.orchestration.budget import Spending
 from rltune.orchestration.claiming import claim_run
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.confirmations import Measured, confirmed_front, measured, read_confirmations
@@ -87,7 +87,6 @@ class Sweep:
         self._is_leaving = False
         self._trouble: RunError | None = None
         self._stopped: dict[str, str] = {}
-        self._started: dict[str, float] = {}
         self._rules: Rules | None = None
         self._volumes: list[float] = []
         self._base_reference: BaseReference | None = None
@@ -101,7 +100,7 @@ class Sweep:
         self._search = Search(experiment, self._objectives, results=trained, unfinished=unfinished, lessons=lessons)
         self._study_file = StudyFile(folder.study_file, folder.name, experiment) if experiment.is_searched else None
         self._num_left = max(self.plan.num_trials - len(trained), 0)
-        self._start = time.monotonic()
+        self._spending = Spending(folder, gpus_per_trial=self.plan.num_workers * self.plan.num_gpus_per_worker)
 
     @property
     def num_left(self) -> int:
@@ -127,6 +126,7 @@ class Sweep:
             "driver_started",
             trials_at_once=self.plan.num_concurrent,
             workers=self.plan.num_workers,
+            gpus_per_worker=self.plan.num_gpus_per_worker,
             last_sign=last_sign(self._folder),
             versions=versions(),
         )
@@ -257,7 +257,7 @@ class Sweep:
 
     def _deal(self) -> JobSpec | None:
         self._check_budget()
-        while not (self._is_leaving or self.over) and self._num_left > len(self._started):
+        while not (self._is_leaving or self.over) and self._num_left > self._spending.num_running:
             with self._or_abort(), self._lock:
                 spec = self._search.ask()
                 try:
@@ -266,7 +266,7 @@ class Sweep:
                     invalid = error
                 else:
                     self._folder.write_trial(spec)
-                    self._started[spec.id] = time.monotonic()
+                    self._spending.begin(spec.id)
                     append_event(self._folder.trial_events_file(spec.id), "dealt")
                     return job
             self._record_invalid(spec, invalid)
@@ -352,7 +352,7 @@ class Sweep:
         with self._lock:
             append_result(self._folder.results_file, result)
             self._results.append(result)
-            self._started.pop(result.trial, None)
+            self._spending.end(result.trial, result.duration_s)
             if result.trial != BASE_TRIAL:
                 self._search.tell(result)
                 self._num_left -= 1
@@ -422,12 +422,11 @@ class Sweep:
 
     def _look_up(self, ended: Sequence[TrialResult]) -> None:
         """Take in trials that ended, in turn: has the front stopped to grow?"""
-        if self._shared.stop.stalled_trials is None or self._reference is None:
-            return
-        before = len(self._results) - len(ended)
-        for count in range(before + 1, len(self._results) + 1):
-            front = find_front(self._results[:count], self._objectives, self._reference.sizes)
-            self._volumes += [] if front is None else [front.hypervolume]
+        if self._shared.stop.stalled_trials is not None and self._reference is not None:
+            before = len(self._results) - len(ended)
+            for count in range(before + 1, len(self._results) + 1):
+                front = find_front(self._results[:count], self._objectives, self._reference.sizes)
+                self._volumes += [] if front is None else [front.hypervolume]
         self._check_budget()
 
     def _check_budget(self) -> None:
@@ -435,11 +434,7 @@ class Sweep:
         rules = self._rules_now()
         if rules is None or self.over:
             return
-        now = time.monotonic()
-        trials_s = sum(result.duration_s for result in self._results)
-        trials_s += sum(now - start for start in self._started.values())
-        gpu_s = trials_s * self.plan.num_workers * self.plan.num_gpus_per_worker
-        spent = rules.out_of_budget(elapsed_s=now - self._start, gpu_s=gpu_s)
+        spent = rules.out_of_budget(elapsed_s=self._spending.elapsed_s, gpu_s=self._spending.gpu_s)
         self._is_out_of_budget = bool(spent)
         self.over = spent or rules.stalled(self._volumes) or ""
 

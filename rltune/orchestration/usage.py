@@ -61,6 +61,16 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What budgets are held against."""
+
+    elapsed_s: float
+    """While drivers ran."""
+    gpu_s: float
+    """While trials held GPUs, times how many."""
+
+
+@dataclass(frozen=True)
 class _Period:
     """From a driver's start to its end or last sign of life."""
 
@@ -68,6 +78,7 @@ class _Period:
     end: float
     trials_at_once: int
     workers: int
+    gpus_per_worker: float = 0.0
 
 
 @dataclass
@@ -77,10 +88,12 @@ class _Spent:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys([*KINDS, "running"], 0.0))
     busy: list[tuple[float, float, int]] = field(default_factory=list)
     """Start, end and workers of every stretch in which a trial held its slots."""
+    gpu_s: float = 0.0
 
-    def add(self, kind: str, start: float, end: float, workers: int) -> None:
-        self.seconds[kind] += (end - start) * workers
-        self.busy.append((start, end, workers))
+    def add(self, kind: str, start: float, end: float, period: _Period) -> None:
+        self.seconds[kind] += (end - start) * period.workers
+        self.busy.append((start, end, period.workers))
+        self.gpu_s += (end - start) * period.workers * period.gpus_per_worker
 
 
 def work_of(rows: Sequence[Mapping[str, Any]]) -> Work:
@@ -119,9 +132,7 @@ def measure(
     total_s = sum((period.end - period.start) * period.trials_at_once * period.workers for period in periods)
     if total_s <= 0:
         return None
-    spent = _Spent()
-    for trial, events in trial_events.items():
-        _add_trial(spent, [event for event in events if event.event != NOTICE], periods, is_base=trial == BASE_TRIAL)
+    spent = _spent_in(periods, trial_events)
     seconds = spent.seconds
     seconds["training"] = sum(work.training_s for work in works.values())
     seconds["evaluation"] = sum(work.evaluation_s for work in works.values())
@@ -134,6 +145,23 @@ def measure(
     return Usage(total_s, seconds)
 
 
+def spent(run_events: Sequence[Event], trial_events: Mapping[str, Sequence[Event]], *, now: float) -> Spent:
+    """Return what a run has spent, over all its starts; the arguments are those of ``measure``.
+
+    A trial that was interrupted has held its GPUs up to the last sign of life of its driver.
+    """
+    periods = list(_periods(run_events, now))
+    elapsed_s = sum(period.end - period.start for period in periods)
+    return Spent(elapsed_s, _spent_in(periods, trial_events).gpu_s)
+
+
+def _spent_in(periods: Sequence[_Period], trial_events: Mapping[str, Sequence[Event]]) -> _Spent:
+    spent = _Spent()
+    for trial, events in trial_events.items():
+        _add_trial(spent, [event for event in events if event.event != NOTICE], periods, is_base=trial == BASE_TRIAL)
+    return spent
+
+
 def _periods(run_events: Sequence[Event], now: float) -> Iterator[_Period]:
     open_since: Event | None = None
     for event in [*run_events, Event(now, "now", {})]:
@@ -143,7 +171,11 @@ def _periods(run_events: Sequence[Event], now: float) -> Iterator[_Period]:
                 end = min(max(float(event.fields.get("last_sign", 0.0)), open_since.time), event.time)
             fields = open_since.fields
             yield _Period(
-                open_since.time, max(end, open_since.time), int(fields["trials_at_once"]), int(fields["workers"])
+                open_since.time,
+                max(end, open_since.time),
+                int(fields["trials_at_once"]),
+                int(fields["workers"]),
+                float(fields.get("gpus_per_worker", 0.0)),
             )
         open_since = event if event.event == "driver_started" else None
 
@@ -160,7 +192,7 @@ def _add_trial(spent: _Spent, events: Sequence[Event], periods: Sequence[_Period
             phase = "base"
         elif phase == "running" and following is not None and following.event in ("dealt", "worker_started"):
             phase = "lost"  # it was killed, and its rows since the last checkpoint were taken back
-        spent.add(phase, event.time, end, period.workers)
+        spent.add(phase, event.time, end, period)
 
 
 def _empty_at_the_end(

@@ -229,6 +229,49 @@ def test_gpu_hours_are_those_of_ended_and_of_running_trials(tmp_path: Path, monk
     assert evaluate(sweep, spec, 5, 0.9)
 
 
+@pytest.mark.parametrize(
+    ("stop", "reason"),
+    [({"hours": 2.0}, "stop.hours: 2 "), ({"gpu_hours": 5.0}, "stop.gpu_hours: 5.0")],
+    ids=["hours", "gpu_hours"],
+)
+def test_budgets_count_over_all_starts_and_a_spent_one_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: dict[str, float], reason: str
+) -> None:
+    cluster = Cluster(address="127.0.0.1:1", is_own=True, dashboard_url="", nodes=(Node(4.0, 4.0),))
+    monkeypatch.setattr("tests.orchestration.test_sweep.CLUSTER", cluster)
+    sections = {"stop": stop, "resources": {"workers": 2, "gpus_per_worker": 1, "precision": "fp32"}}
+    sweep = sweep_of(tmp_path, **sections)
+    file = sweep._folder.events_file
+    # killed 50 minutes after its start, all of which a trial ran; then 20 minutes, of which the same trial had 15
+    started = {"event": "driver_started", "trials_at_once": 2, "workers": 2, "gpus_per_worker": 1, "last_sign": 4000}
+    rows = [{"time": 1000, **started}, {"time": 8000, **started}, {"time": 9200, "event": "driver_ended"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"time": 1000, "event": "dealt"}, {"time": 8300, "event": "dealt"}]
+    file = sweep._folder.trial_events_file("001")
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    again = sweep_of(tmp_path, fresh=False, **sections)
+    assert again._spending.gpu_s == 2 * (3000 + 900)
+    deal(again)
+    begun = time.monotonic()
+    left = 2 * 3600 - (3000 + 1200) if "hours" in stop else (5 * 3600 - 2 * (3000 + 900)) / 2
+    monkeypatch.setattr(time, "monotonic", lambda: begun + left - 15)
+    again._check_budget()
+    assert not again.over
+    monkeypatch.setattr(time, "monotonic", lambda: begun + left + 15)
+    again._check_budget()
+    assert again.over.startswith(reason)
+    # the next start finds it spent before anything begins
+    monkeypatch.setattr(Sweep, "_run_tune", lambda *_, **__: pytest.fail("Ray Tune was started"))
+    file = sweep._folder.events_file
+    file.write_text(json.dumps({"time": 0, **started}) + "\n" + json.dumps({"time": 36000, "event": "driver_ended"}))
+    file = sweep._folder.trial_events_file("001")
+    file.write_text(json.dumps({"time": 0, "event": "dealt"}) + "\n")
+    last = sweep_of(tmp_path, fresh=False, **sections)
+    last.run()
+    assert last.over
+
+
 def test_a_front_that_no_longer_grows_ends_the_sweep_and_lets_trials_finish(tmp_path: Path) -> None:
     stop = {"stalled_trials": 2, "stalled_growth": 0.0}
     sweep = sweep_of(tmp_path, stop=stop)
