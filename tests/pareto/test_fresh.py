@@ -54,6 +54,16 @@ def test_what_two_objectives_have_in_common_on_a_prompt_is_no_volume() -> None:
     assert found.value == pytest.approx(np.mean(pairs), rel=1e-9)
 
 
+def test_without_effect_the_interval_is_that_of_the_errors_alone() -> None:
+    noise_PD = 0.01 * np.random.default_rng(2).normal(0.0, 1.0, (8, 2))
+    found = fresh_volume(np.array([[5.0, 2.0]]), (np.array([4.0, 1.0]) + noise_PD - noise_PD.mean(axis=0))[:, None])
+    assert found.value == pytest.approx(5 * 2, rel=1e-3)
+    # slopes of x * y: y and x, which are 2 and 5, and both 1 without effect; straight to 1 % of noise
+    for half, slopes in ((found.half_width, (2, 5)), (found.half_width_without_effect, (1, 1))):
+        expected = half_width(float((noise_PD @ slopes).std(ddof=1)) / 8**0.5, 7)
+        assert half == pytest.approx(expected, rel=1e-2)
+
+
 NUM_TRIALS, NUM_PROMPTS, NUM_OBJECTIVES, NOISE, NUM_SWEEPS = 12, 16, 3, 0.6, 600
 """A sweep as mix.yaml's: gains of single prompts scatter by 0.6 deviations of the base model."""
 
