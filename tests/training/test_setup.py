@@ -1,13 +1,15 @@
 """What a run is built from: an estimator with its settings, room for activations, the name of the base model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from rltune.config.experiment import RunConfig
+from rltune.diffusion.families.stable_diffusion import StableDiffusion
 from rltune.diffusion.lora import lora_parameters
 from rltune.diffusion.memory import stored_bytes
 from rltune.errors import UserError
@@ -15,7 +17,8 @@ from rltune.estimators.alignprop import AlignProp
 from rltune.estimators.drtune import DRTune
 from rltune.training import setup
 from rltune.training.setup import base_key, check_options, make_estimator, with_room
-from tests.training.runs import Make, adapted_run
+from rltune.training.streams import prompt_indices
+from tests.training.runs import Make, adapted_run, train
 
 NONE: dict[str, Any] = {"k": None, "draw": None}
 
@@ -66,6 +69,28 @@ def test_a_setting_that_an_estimator_does_not_bear_is_named(
         return
     with pytest.raises(UserError, match=message):
         check_options(config)
+
+
+# ---- the prompts
+
+
+def test_a_run_embeds_the_groups_that_it_draws_from(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
+    """Four images of 10,000 prompts: at most four groups of 64, those of calibration and evaluation, and no more."""
+    embedded: list[str] = []
+    encode = StableDiffusion.encode_prompts
+
+    def spy(model: StableDiffusion, prompts: Sequence[str]) -> torch.Tensor:
+        embedded.extend(prompts)
+        return encode(model, prompts)
+
+    many = [f"prompt {number}" for number in range(10_000)]
+    config = make_config(prompts={"train": many}, optim={"steps": 1, "batch": 4})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StableDiffusion, "encode_prompts", spy)
+        train(config, tmp_path, base_dir=base_dir)
+    assert len(embedded) == len(set(embedded)) <= 6 * 64
+    drawn = [many[i] for i in prompt_indices(config.seed, 0, 4, len(many))]
+    assert set(drawn) <= set(embedded)
 
 
 # ---- the sampler
