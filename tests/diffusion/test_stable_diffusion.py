@@ -70,6 +70,16 @@ def test_prompts_are_embedded_once(tiny_pipeline: Path, monkeypatch: pytest.Monk
     assert torch.equal(first[1], embeddings.get(["a"], torch.device("cpu"))[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_embeddings_are_the_encoder_s_own_numbers(tiny_pipeline: Path, dtype: torch.dtype) -> None:
+    model = load_model(str(tiny_pipeline), dtype=dtype)
+    embedded = model.encode_prompts(["a cat"])
+    assert embedded.dtype == dtype
+    given = PromptEmbeddings(model).get(["a cat"], torch.device("cpu"))
+    assert given.dtype == torch.float32  # latents are, around it
+    assert torch.equal(given, embedded.float())
+
+
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"model\.base: .* has no model_index\.json"):
         load_model(str(tmp_path))
