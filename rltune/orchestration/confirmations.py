@@ -124,7 +124,7 @@ class Measured:
 def measured(result: TrialResult, experiment: Experiment, confirmations: Sequence[Confirmation]) -> Measured:
     """Return a trial by its fresh measurements, or as it is where there are none."""
     found = comparable(confirmations)
-    fresh = found and found.apply(result, experiment)
+    fresh = None if found is None else found.apply(result, experiment)
     is_selected = experiment.shared.evaluate.select != "last"
     if found is None or fresh is None:
         return Measured(result, experiment.shared.evaluate.prompts, None, is_selected)

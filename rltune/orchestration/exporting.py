@@ -186,7 +186,7 @@ def _measurements(
 ) -> tuple[Mapping[str, float], Mapping[str, float], dict[str, int]]:
     """Return a trial's metrics, the base model's on the same images, and how many prompts, fresh ones, they are of."""
     found = comparable(read_confirmations(folder))
-    row = found and found.of(result)
+    row = None if found is None else found.of(result)
     if found is not None and row is not None:
         counts = {"prompts": row.num_prompts, "fresh_prompts": row.num_prompts - row.num_reused}
         return row.metrics, found.base.metrics, counts
