@@ -173,7 +173,7 @@ def _reward_clashes(config: "RunConfig") -> Iterator[Clash]:
     for name, reward in config.rewards.items():
         if reward.loss != "linear" and reward.target is None:
             where = f"rewards.{name}.target"
-            what = f"loss: {reward.loss} needs a target in the reward's own unit, got none"
+            what = f"loss: {reward.loss} needs a target in the unit that the reward is reported in, got none"
             yield Clash(f"rewards.{name}.loss", what, "give target, or loss: linear", (where,))
         elif reward.loss == "linear" and reward.target is not None:
             what = f"a linear loss has no target, got {reward.target}"

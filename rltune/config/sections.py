@@ -158,7 +158,7 @@ class RewardConfig(StrictModel):
     """``linear`` raises the score r without end; ``hinge`` only up to ``target``, relu(target - r): a cap; ``target``
     brings it to ``target``, |target - r|."""
     target: Float | None = None
-    """Where ``hinge`` and ``target`` aim, in the reward's own unit."""
+    """Where ``hinge`` and ``target`` aim, in the unit that the reward is reported in."""
     negate: Bool = False
     """Train, and report, minus the reward."""
     relative: RelativeConfig = RelativeConfig()

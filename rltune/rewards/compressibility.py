@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rltune.errors import UserError
 from rltune.rewards.base import REWARDS, Card, check_batch
-from rltune.rewards.jpeg import check_options, estimate_bits, file_sizes, round_trip_distance
+from rltune.rewards.jpeg import check_options, estimate_bits, estimate_of_kilobytes, file_sizes, round_trip_distance
 
 METRIC_QUALITY = 95
 SIGNALS = ("bits", "distance")
@@ -54,12 +54,25 @@ class JpegSize:
         check_batch(images_B3HW, prompts)
         return self.sign * file_sizes(images_B3HW, quality=METRIC_QUALITY, chroma=self.chroma)
 
+    def score_of(self, metric: float, *, num_pixels: int) -> float:
+        """Return the score that goes with kilobytes times the sign, of images of ``num_pixels``.
+
+        Raises:
+            UserError: The signal looks at something else than the file that is reported.
+        """
+        if self.signal != "bits" or self.quality != METRIC_QUALITY:
+            raise UserError(
+                f"a target is in kilobytes of the file that is reported, at quality {METRIC_QUALITY}, which the signal "
+                f"{self.signal!r} at quality {self.quality} does not know; leave signal and quality out, or target"
+            )
+        return self.sign * estimate_of_kilobytes(self.sign * metric, num_pixels=num_pixels, chroma=self.chroma)
+
     def to(self, device: torch.device) -> "JpegSize":
         """Return self; there is nothing to move."""
         return self
 
 
-@REWARDS.register("compressibility", Card(scale="bits per pixel, below 0"))
+@REWARDS.register("compressibility", Card(scale="estimated bits per pixel, below 0; reported and aimed at in kB"))
 def build_compressibility(*, quality: int = METRIC_QUALITY, chroma: str = "4:2:0", signal: str = "bits") -> JpegSize:
     """Minus the estimated JPEG bits per pixel; the metric is minus the kilobytes (of 1000) of the real JPEG file.
 
@@ -75,7 +88,7 @@ def build_compressibility(*, quality: int = METRIC_QUALITY, chroma: str = "4:2:0
     return _jpeg_size("compressibility", -1, quality, chroma, signal)
 
 
-@REWARDS.register("incompressibility", Card(scale="bits per pixel, above 0"))
+@REWARDS.register("incompressibility", Card(scale="estimated bits per pixel, above 0; reported and aimed at in kB"))
 def build_incompressibility(*, quality: int = METRIC_QUALITY, chroma: str = "4:2:0", signal: str = "bits") -> JpegSize:
     """The estimated JPEG bits per pixel; the metric is the kilobytes (of 1000) of the real JPEG file.
 

@@ -20,6 +20,7 @@ from torchvision.ops import box_iou, nms
 from rltune.errors import UserError
 from rltune.rewards.base import REWARDS, Card, check_batch
 from rltune.rewards.owlv2 import OWLV2, OWLV2_FILES, load_owlv2
+from rltune.rewards.scale import score_of_chance
 
 THRESHOLD = 0.3
 TEMPERATURE = 0.25
@@ -163,6 +164,14 @@ class ObjectPresence(_DetectorReward):
     def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the chance, in [0, 1]: of several phrases the geometric mean."""
         return self(images_B3HW, prompts).exp()
+
+    def score_of(self, metric: float, *, num_pixels: int) -> float:
+        """Return the logarithm of a chance.
+
+        Raises:
+            UserError: It is no chance above 0.
+        """
+        return score_of_chance("object_presence", metric)
 
 
 def soft_count(z_N: Tensor, boxes_N4: Tensor) -> Tensor:

@@ -86,7 +86,7 @@ class Shape:
 
     loss: Literal["linear", "hinge", "target"] = "linear"
     target: float = 0.0
-    """In the reward's own unit."""
+    """In the unit of the score."""
 
     def __call__(self, raw_B: Tensor) -> Tensor:
         """Shape raw scores ``(B,)``."""

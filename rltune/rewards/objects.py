@@ -16,6 +16,7 @@ from rltune.builtin.grammar import parse
 from rltune.builtin.scenes import OBJECT_COLORS, SHAPES, SIZE_PX
 from rltune.errors import UserError
 from rltune.rewards.base import REWARDS, Card, check_batch, weights_file
+from rltune.rewards.scale import score_of_chance
 
 COLORS = tuple(OBJECT_COLORS)
 FROM_PROMPT = "prompt"
@@ -147,6 +148,14 @@ class Presence(_ObjectReward):
     def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the chance, in [0, 1]: of several kinds the geometric mean."""
         return self(images_B3HW, prompts).exp()
+
+    def score_of(self, metric: float, *, num_pixels: int) -> float:
+        """Return the logarithm of a chance.
+
+        Raises:
+            UserError: It is no chance above 0.
+        """
+        return score_of_chance("presence", metric)
 
 
 def _log_any(log_chance: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from rltune.errors import UserError
 from rltune.rewards.base import HasFeatures, Reward, check_batch, sees_group
 from rltune.rewards.clip import embeddings_kept
+from rltune.rewards.scale import HasScale, score_of
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,10 @@ class Negate:
     def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return minus the reward's metric."""
         return -self._reward.metric(images_B3HW, prompts)
+
+    def score_of(self, metric: float, *, num_pixels: int) -> float:
+        """Return minus the score of minus the metric."""
+        return -score_of(self._reward, -metric, num_pixels=num_pixels)
 
     def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the reward's features, if it has any."""
@@ -83,6 +88,16 @@ class Relative:
     def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the same difference of the reward's metric."""
         return self._difference(self._reward.metric, images_B3HW, prompts)
+
+    def score_of(self, metric: float, *, num_pixels: int) -> float:
+        """Return the metric, which the score is.
+
+        Raises:
+            UserError: The reward is reported in another unit, in which a difference says nothing of the score's.
+        """
+        if isinstance(self._reward, HasScale):
+            raise UserError("a relative reward that is reported in another unit than it is scored in takes no target")
+        return metric
 
     def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the reward's features, if it has any."""
@@ -132,6 +147,10 @@ class Frugal:
     def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the reward's metric."""
         return self._in_parts(self._reward.metric, images_B3HW, prompts)
+
+    def score_of(self, metric: float, *, num_pixels: int) -> float:
+        """Return what the reward does."""
+        return score_of(self._reward, metric, num_pixels=num_pixels)
 
     def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the reward's features, if it has any."""

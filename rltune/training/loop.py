@@ -21,7 +21,7 @@ from rltune.training.loading import Shelf
 from rltune.training.memory import memory_named
 from rltune.training.prompts import cut_in_words
 from rltune.training.reporter import MetricsFile, Reporter, RowWriter
-from rltune.training.rewards import build_mixture
+from rltune.training.rewards import build_mixture, odd_targets
 from rltune.training.selection import Selection
 from rltune.training.setup import Run, base_key, build_run, with_room
 from rltune.training.state import Training, evaluate, report, save_samples
@@ -91,7 +91,8 @@ def train_run(
     optimizer = torch.optim.AdamW(
         parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
-    mixture = build_mixture(config, run.rewards, base.calibration, run.workers.device)
+    num_pixels = (config.sampler.height or run.model.size_px[0]) * (config.sampler.width or run.model.size_px[1])
+    mixture = build_mixture(config, run.rewards, base.calibration, run.workers.device, num_pixels=num_pixels)
     if run.estimator.needs_gradient and not mixture.is_differentiable:
         raise UserError(
             f"rewards: {', '.join(config.rewards)}: one with a positive weight has no gradient, which "
@@ -110,6 +111,8 @@ def train_run(
     progress = _resume(training, resume_from)
     if not run.workers.is_main:
         return _loop(training, progress, None)
+    for text in odd_targets(mixture) if progress.step == 0 else ():
+        note_event(trial_dir, text)
     metrics_file = MetricsFile(trial_dir / "metrics.jsonl", resume_step=progress.step)
     with closing(TrackedMetrics(metrics_file, config, trial_dir, resume_step=progress.step)) as rows:
         is_trained = _loop(training, progress, rows)

@@ -1,5 +1,6 @@
 """From an experiment's rewards section to rewards and their mixture."""
 
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rltune.rewards.mixture import RAW, Calibration, Mixture, Shape
 from rltune.rewards.own import build_own, check_own, has_own_gradient, load_own
 from rltune.rewards.references import reference_features
 from rltune.rewards.scalarise import SCALARISATIONS, Scalarisation
+from rltune.rewards.scale import score_of
 from rltune.rewards.trust import Trust, fit_trust
 from rltune.rewards.wrappers import Frugal, Negate, Relative
 
@@ -107,6 +109,7 @@ def try_reward(name: str, section: RewardConfig) -> None:
         REWARDS.build(kind, section.options)
     except UserError as error:
         raise UserError(f"rewards.{name}.options: {error}") from error
+    _shape(name, section, build_reward(name, section), num_pixels=1)
 
 
 def is_own(name: str, section: RewardConfig) -> bool:
@@ -125,12 +128,25 @@ def compares_images(name: str, section: RewardConfig) -> bool:
 
 
 def build_mixture(
-    config: RunConfig, rewards: Mapping[str, Reward], calibration: Mapping[str, Calibration], device: torch.device
+    config: RunConfig,
+    rewards: Mapping[str, Reward],
+    calibration: Mapping[str, Calibration],
+    device: torch.device,
+    *,
+    num_pixels: int = 1,
 ) -> Mixture:
     """Return the number that an experiment trains on.
 
+    Args:
+        config: The experiment.
+        rewards: By name.
+        calibration: Of every reward.
+        device: Where references for trust are looked at.
+        num_pixels: Of an image, which a target in kilobytes is about.
+
     Raises:
-        UserError: Trust is asked for in a reward that has no features, or its references cannot be read.
+        UserError: A target is no number that its reward can be reported with; trust is asked for in a reward that has
+            no features, or its references cannot be read.
         RunError: A reward gives the same score to every base image.
     """
     sections = config.rewards
@@ -145,7 +161,7 @@ def build_mixture(
         {name: rewards[name] for name in sections},
         config.weights,
         units,
-        shapes={name: Shape(section.loss, section.target or 0.0) for name, section in sections.items()},
+        shapes={name: _shape(name, section, rewards[name], num_pixels) for name, section in sections.items()},
         trusts={
             name: _trust(name, section.trust, section.trust.reference, rewards[name], device)
             for name, section in sections.items()
@@ -154,6 +170,35 @@ def build_mixture(
         scalarise=_scalarisation(config),
         images_per_prompt=config.prompts.images_per_prompt,
     )
+
+
+def odd_targets(mixture: Mixture) -> list[str]:
+    """Say of every target that the base model's images stand all on one side of, since it may be in another unit."""
+    said = []
+    for name, shape in mixture.shapes.items():
+        values = mixture.calibration[name].values if name in mixture.calibration else ()
+        if shape.loss == "linear" or mixture.weights[name] == 0 or not values:
+            continue
+        if min(values) >= shape.target:
+            gain = "no image gains by more" if shape.loss == "hinge" else "training goes down to it"
+            said.append(f"rewards.{name}.target: all {len(values)} images of the base model reach it already, {gain}")
+        elif max(values) < shape.target:
+            spread = statistics.pstdev(values)
+            far = (
+                f", the best is {(shape.target - max(values)) / spread:.1f} standard deviations below" if spread else ""
+            )
+            said.append(f"rewards.{name}.target: none of {len(values)} images of the base model reaches it{far}")
+    return said
+
+
+def _shape(name: str, section: RewardConfig, reward: Reward, num_pixels: int) -> Shape:
+    """Return what is trained on; the target is given in the unit that is reported, and used in that of the score."""
+    if section.target is None:
+        return Shape(section.loss)
+    try:
+        return Shape(section.loss, score_of(reward, section.target, num_pixels=num_pixels))
+    except UserError as error:
+        raise UserError(f"rewards.{name}.target: {error}") from error
 
 
 def _scalarisation(config: RunConfig) -> Scalarisation:

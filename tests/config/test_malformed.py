@@ -340,11 +340,15 @@ WHOLE: list[tuple[str, list[str]]] = [
     (
         "rewards: {aesthetic: {loss: hinge}}",
         [
-            "x.yaml:1 rewards.aesthetic.loss: loss: hinge needs a target in the reward's own unit, got none; "
+            "x.yaml:1 rewards.aesthetic.loss: loss: hinge needs a target in the unit that the reward is "
+            "reported in, got none; "
             "give target, or loss: linear"
         ],
     ),
-    ("rewards: {aesthetic: {loss: target}}", ["aesthetic.loss: loss: target needs a target in the reward's own unit"]),
+    (
+        "rewards: {aesthetic: {loss: target}}",
+        ["aesthetic.loss: loss: target needs a target in the unit that"],
+    ),
     (
         "rewards: {aesthetic: {target: 2}}",
         ["x.yaml:1 rewards.aesthetic.target: a linear loss has no target, got 2.0; write loss: hinge or loss: target"],

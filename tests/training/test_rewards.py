@@ -19,7 +19,8 @@ from rltune.rewards.scalarise import Chebyshev
 from rltune.training import loading, setup
 from rltune.training.base import load_base
 from rltune.training.evaluation import ImageSet, sample_and_score
-from rltune.training.rewards import build_mixture, build_rewards
+from rltune.training.events import read_notices
+from rltune.training.rewards import build_mixture, build_rewards, odd_targets, try_reward
 from rltune.training.setup import base_key, build_run, calibration_size, check_options
 from tests.training.runs import Make, adapted_run, adapters, metrics, train, train_in_processes
 
@@ -254,6 +255,71 @@ def test_everything_at_once_trains(make_config: Make, folder: Path) -> None:
     # in its own unit, and no higher than the target
     assert row["train/dim_z"] == pytest.approx(row["train/dim"], abs=1e-6)
     assert reporter.reports[0]["eval/dim"] < 0
+    base = load_base(next((folder / "base").iterdir()))
+    assert base is not None
+    dim, mild = base.calibration["dim"].values, base.calibration["mild"].values
+    assert max(dim) < -0.1
+    assert min(mild) >= 0.01
+    below, reached = read_notices(folder / "trial")
+    assert below.startswith(f"rewards.dim.target: none of {len(dim)} images of the base model reaches it, the best is ")
+    assert reached.startswith(f"rewards.mild.target: all {len(mild)} images of the base model reach it already, ")
+
+
+def test_a_target_is_in_the_unit_that_is_reported(make_config: Make) -> None:
+    rewards = {
+        "presence": {"loss": "hinge", "target": 0.9},
+        "gone": {"reward": "presence", "negate": True, "loss": "target", "target": -0.25},
+        "compressibility": {"loss": "hinge", "target": -1.5},
+        "aesthetic": {"loss": "hinge", "target": 6.5},
+        "brightness": {},
+    }
+    config = make_config(rewards=rewards)
+    units = {name: Calibration(0.0, 1.0) for name in rewards}
+    shapes = build_mixture(config, build_rewards(config, (), CPU), units, CPU, num_pixels=64 * 64).shapes
+    bits = (1500 - 625) * 8 / 64**2  # a pixel, beyond the 625 bytes of a header; 0.35 and 2.0 are what was measured
+    targets = {"presence": math.log(0.9), "gone": -math.log(0.25), "compressibility": -(bits - 0.35) / 2.0}
+    for name, target in (targets | {"aesthetic": 6.5, "brightness": 0.0}).items():
+        assert shapes[name].target == pytest.approx(target, abs=1e-12), name
+    for name, wrong in (("presence", 1.5), ("presence", -0.1), ("gone", 0.25)):
+        section = config.rewards[name].model_copy(update={"target": wrong})
+        with pytest.raises(UserError, match=rf"rewards\.{name}\.target: reward 'presence': a target is a chance"):
+            try_reward(name, section)
+
+
+FAR = "the best is 2.5 standard deviations below"
+
+
+@pytest.mark.parametrize(
+    ("loss", "target", "weight", "said"),
+    [
+        ("hinge", 0.1, 1.0, "all 2 images of the base model reach it already, no image gains by more"),
+        ("target", 0.05, 1.0, "all 2 images of the base model reach it already, training goes down to it"),
+        ("hinge", 0.2, 1.0, ""),
+        ("hinge", 0.3, 1.0, ""),
+        # mean 0.2, deviation 0.1
+        (
+            "hinge",
+            0.55,
+            1.0,
+            "none of 2 images of the base model reaches it, the best is 2.5 standard deviations below",
+        ),
+        (
+            "target",
+            0.55,
+            1.0,
+            "none of 2 images of the base model reaches it, the best is 2.5 standard deviations below",
+        ),
+        ("hinge", 0.55, 0.0, ""),
+    ],
+)
+def test_a_target_that_all_base_images_stand_on_one_side_of_is_said(
+    make_config: Make, loss: str, target: float, weight: float, said: str
+) -> None:
+    rewards = {"brightness": {"loss": loss, "target": target, "weight": weight}, "contrast": {}}
+    config = make_config(rewards=rewards)
+    unit = Calibration(0.2, 0.1, (0.1, 0.3))
+    mixture = build_mixture(config, build_rewards(config, (), CPU), dict.fromkeys(rewards, unit), CPU)
+    assert odd_targets(mixture) == ([f"rewards.brightness.target: {said}"] if said else [])
 
 
 def test_trust_of_a_constant_weight_is_no_trust(make_config: Make, folder: Path, base_dir: Path) -> None:
