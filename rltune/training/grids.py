@@ -3,6 +3,7 @@
 R: rows, the base model first. N: images of a row, prompt-major. H, W: image rows and columns.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +17,11 @@ from rltune.diffusion.lora_files import load_lora_file, unload_lora_file
 from rltune.errors import UserError
 from rltune.training.evaluation import Pixels, to_uint8
 from rltune.training.loading import load_base_model
+from rltune.training.prompts import cut_in_words
 from rltune.training.setup import image_shape, make_sampler
 from rltune.training.streams import Stream, noise
+
+logger = logging.getLogger(__name__)
 
 MARGIN_PX = 4
 LABEL_PX = 20
@@ -38,6 +42,8 @@ def draw_rows(
     model = load_base_model(config, device)
     sampler = make_sampler(config, model)
     shape = image_shape(config, model)
+    if words := cut_in_words(model.cut_off(prompts), len(prompts)):
+        logger.warning("%s", words)
     rows: list[Pixels] = []
     for file in [None, *lora_files]:
         if file is not None:

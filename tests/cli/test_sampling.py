@@ -155,9 +155,11 @@ def test_held_out_prompts_are_drawn_when_none_are_given(
     ]
 
 
-def test_a_base_model_alone_needs_no_run(tiny_pipeline: Path, tmp_path: Path) -> None:
+def test_a_base_model_alone_needs_no_run(tiny_pipeline: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     draw([], tmp_path / "grid.png", base=str(tiny_pipeline), num_steps=2, num_images=1)
     assert len(cells(tmp_path / "grid.png", num_rows=1, num_images=1, size_px=16)) == 2
+    told = "1 of 2 prompts is longer than the text encoder reads: of 'an octopus on a hill' it does not see 'll'"
+    assert caplog.messages == [told]
 
 
 def test_a_lora_without_a_card_is_drawn_on_the_base_that_is_named(
