@@ -164,6 +164,22 @@ def test_a_default_that_is_written_out_is_no_other_setting(tmp_path: Path, secti
     claim(folder, experiment(FIXED))  # nor is one that is left out again
 
 
+def test_defaults_of_an_estimator_and_a_reward_are_settings_too(tmp_path: Path) -> None:
+    """Their numbers are from the signatures: k 3 and early_stop 0.4, quality 95."""
+    plain = {**FIXED, "rewards": {"compressibility": {}}, "estimator": {"name": "drtune"}}
+    folder = run(tmp_path)
+    claim(folder, experiment(plain))
+    written = {"name": "drtune", "k": 3, "options": {"early_stop": 0.4}}
+    claim(folder, experiment(plain, estimator=written, rewards={"compressibility": {"options": {"quality": 95}}}))
+    with pytest.raises(UserError, match=r"rewards\.compressibility\.options\.quality was 95 and is 90 now"):
+        claim(folder, experiment(plain, rewards={"compressibility": {"options": {"quality": 90}}}))
+    claim(folder, experiment(plain))  # what is written out counts as asked
+    content = json.loads(folder.resolved_file.read_text())
+    content["settings"]["estimator"]["options"]["early_stop"] = 0.25
+    folder.resolved_file.write_text(json.dumps(content))
+    assert claim(folder, experiment(plain)).experiment.shared.estimator.options == {"early_stop": 0.25}
+
+
 def test_auto_precision_on_other_hardware_is_another_setting(tmp_path: Path) -> None:
     folder = run(tmp_path)
     claim(folder, experiment(FIXED), precision="bf16")
