@@ -45,7 +45,7 @@ def find_pipeline(base: str, revision: str | None = None) -> Path | None:
 def may_be_hub_id(base: str) -> bool:
     """Return whether a text may be the name of a model on the Hugging Face hub, rather than a path."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, and not in __all__
 
     try:
         validate_repo_id(base)
@@ -99,10 +99,11 @@ def _kind(entry: Any) -> tuple[str, str | None]:
 def _part(folder: Path, library: str, kind: str) -> Any:
     if library not in ("diffusers", "transformers"):
         return None
-    found = getattr(diffusers if library == "diffusers" else transformers, kind)
+    found: Any = getattr(diffusers if library == "diffusers" else transformers, kind)
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+    is_network = isinstance(found, type) and issubclass(found, nn.Module)
+    if not is_network:
         return found.from_pretrained(str(folder))
     if not any(path for ending in WEIGHTS for path in folder.glob(ending)):
         raise FileNotFoundError("it has no weights")
