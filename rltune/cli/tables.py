@@ -204,6 +204,8 @@ def _volume(front: Front) -> str:
     null = "the base model alone has 1"
     if fresh is not None and fresh.half_width_without_effect is not None:
         null = f"without any effect it would be 1 {PLUS_MINUS} {fresh.half_width_without_effect:.2g}"
+    if not any(member.is_feasible for member in front.members):
+        null = "what breaks a constraint covers nothing"
     return (
         f"Hypervolume {front.hypervolume:.4g}{half}, in {_units(front)}, from the reference point {reference} "
         f"(the base model minus one of them); {null}."

@@ -159,7 +159,7 @@ class Sweep:
         """What was picked by its own measurements, which luck has raised: the front of a search, or a checkpoint."""
         if self._experiment.is_searched:
             front = self.search_front()
-            return list(front.members) if front else []
+            return [member for member in front.members if member.trial != BASE_TRIAL] if front else []
         is_selected = self._shared.evaluate.select != "last"
         return [result for result in self._results if result.is_ok and result.trial != BASE_TRIAL and is_selected]
 

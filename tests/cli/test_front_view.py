@@ -123,8 +123,9 @@ def test_where_no_trial_keeps_the_constraints_nothing_is_exported_and_the_neares
     front = front_of(BASE, far, near, worse)
     assert [member.trial for member in front.members] == [BASE_TRIAL]
     assert front.knee is None
-    # in units: 3, 1.5 and 1 + 1; where brightness scatters ten times as much: 3, 0.15 and 0.1 + 1
+    # in units: 3, 1.5 and 1 + 1; where brightness scatters a tenth as much: 3, 15 and 10 + 1
     assert picked([far, near, worse], UNITS) == "002"
+    assert picked([far, near, worse], UNITS | {"brightness": 0.01}) == "001"
     assert picked([far, worse], UNITS) == "003"
     assert picked([BASE, result("004", reason="nan")], UNITS) is None
     said = nothing_to_export(front, nearest([far, near, worse], UNITS), "runs/mix")
@@ -155,6 +156,7 @@ def test_a_base_model_that_breaks_a_bound_is_marked_and_gives_way_to_trials_that
     assert any(line.split()[:3] == [BREACH_MARK, "000", "base"] for line in lines)
     assert "neither picked nor counted: 000 (brightness.min by 0.2)" in text
     assert alone.hypervolume == 0.0  # nothing of it counts
+    assert "what breaks a constraint covers nothing" in text
     kept = front_of(base, result("001", 0.75, 0.05, constraints={"brightness.min": -0.05}))
     assert [member.trial for member in kept.members] == ["001"]  # the base has less drift, and does not keep the bound
     assert kept.hypervolume == pytest.approx(3.5 * 0.5)

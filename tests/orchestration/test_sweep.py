@@ -374,3 +374,21 @@ def test_a_trial_waits_for_a_base_model_that_is_measured_as_it_is(tmp_path: Path
     for spec in specs:  # the base model is measured with the first option; who differs measures for itself
         assert spec.waits_for_base == (spec.run_config.sampler.steps == 10)
     assert {spec.waits_for_base for spec in specs} == {True, False}
+
+
+@pytest.mark.parametrize(("select", "chosen"), [("brightness", ["001"]), ("last", [])])
+def test_of_a_single_run_a_selected_checkpoint_is_what_is_measured_again(
+    tmp_path: Path, select: str, chosen: list[str]
+) -> None:
+    fixed = {"model": {"lora": {"rank": 4}}, "optim": {"lr": 1e-3, "steps": 10, "batch": 4}}
+    sections = {**fixed, "rewards": {"brightness": {}}, "evaluate": {"every": 5, "select": select}}
+    sweep = sweep_of(tmp_path, **sections)
+    finish(sweep, -0.4)  # dominated by the base model: chosen all the same
+    assert [result.trial for result in sweep.chosen] == chosen
+
+
+def test_of_a_search_the_trained_members_of_its_front_are_measured_again(tmp_path: Path) -> None:
+    sweep = sweep_of(tmp_path)
+    for brightness, drift in ((0.7, 0.1), (0.6, 0.2), (0.9, 0.3)):
+        finish(sweep, brightness, drift)
+    assert [result.trial for result in sweep.chosen] == ["003", "001"]
