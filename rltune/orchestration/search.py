@@ -4,9 +4,11 @@ import itertools
 import logging
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseGASampler
@@ -22,6 +24,10 @@ from rltune.orchestration.surrogate import SHARE, SurrogateSampler
 logger = logging.getLogger(__name__)
 
 SAMPLERS = ("surrogate", "tpe", "gp", "nsga2", "nsga3", "random", "quasi_random", "grid")
+HELD_BY_CONSTRAINTS = ("tpe", "gp", "nsga2", "nsga3")
+"""Of these, Optuna's that learn: from trials that completed alone, so that a failed one has to be told as one."""
+FAILED = "failed"
+"""Name of the constraint that a failed trial is told to have broken."""
 SIMPLEX = "simplex"
 """Parameters ``simplex[0]`` .. ``simplex[n-2]`` in [0, 1] stand for n weights."""
 
@@ -163,8 +169,13 @@ class Search:
         sampler = make_sampler(search.sampler, seed, search.trials, self._distributions)
         directions = ["maximize" if sign > 0 else "minimize" for sign in objectives.signs_D]
         self.study = optuna.create_study(sampler=sampler, directions=directions)
+        self._is_held_by_constraints = search.sampler in HELD_BY_CONSTRAINTS
+        self._ended: TrialResult | None = None
+        self._worst_D = np.full(len(objectives.names), np.inf)
+        self._waiting_failures: list[TrialResult] = []
         for result in (*lessons, *results):
-            self._add(result)
+            for told in self._as_sampler_understands(result):
+                self._add(told)
 
     def ask(self) -> TrialSpec:
         """Return the next trial: what a kill interrupted, with its knobs, then the file's points, then new ones."""
@@ -187,21 +198,50 @@ class Search:
         return spec
 
     def tell(self, result: TrialResult) -> None:
-        """Take the end of a trial that was asked for; a failed one teaches nothing.
+        """Take the end of a trial that was asked for.
+
+        A failed one teaches too, or the search would come back to where trials fail for as long as it looks good there.
 
         A stopped one tells what it was when it was stopped, like any other: it fell behind with these values, and by
         them it ranks behind here too. To rank it behind every trial that went all the way, or to leave it out, was
         worse on the simulator (experiments/README.md, Search samplers): most of what is known is then thrown away.
         """
-        trial = self._running.pop(result.trial)
-        if not result.is_ok:
-            self.study.tell(trial, state=TrialState.FAIL)
+        for told in self._as_sampler_understands(result):
+            trial = self._running.pop(told.trial)
+            if not told.is_ok:
+                self.study.tell(trial, state=TrialState.FAIL)
+                continue
+            for name, violation in told.constraints.items():
+                trial.set_constraint(name, violation)
+            for name, value in self._attributes(told).items():
+                trial.set_user_attr(name, value)
+            self.study.tell(trial, self._objectives.raw_D(told.metrics).tolist())
+
+    def _as_sampler_understands(self, result: TrialResult) -> Iterator[TrialResult]:
+        """Yield what a sampler is to be told now that a trial has ended.
+
+        Optuna's samplers look at completed trials alone, and at their constraints: to them a failed trial is one that
+        completed with the worst values so far and broke the constraint ``FAILED``, which all others keep. One that
+        failed before any ended well has to wait for such values. The surrogate models failures as they are.
+        """
+        if not self._is_held_by_constraints:
+            yield result
+        elif not result.is_ok:
+            self._waiting_failures.append(result)
+        else:
+            self._ended = result
+            values_D = self._objectives.raw_D(result.metrics) * self._objectives.signs_D
+            self._worst_D = np.minimum(self._worst_D, values_D)
+            yield replace(result, constraints={**result.constraints, FAILED: -1.0})
+        if self._ended is None:
             return
-        for name, violation in result.constraints.items():
-            trial.set_constraint(name, violation)
-        for name, value in self._attributes(result).items():
-            trial.set_user_attr(name, value)
-        self.study.tell(trial, self._objectives.raw_D(result.metrics).tolist())
+        worst = zip(self._objectives.names, (self._worst_D * self._objectives.signs_D).tolist(), strict=True)
+        metrics = {f"eval/{name}": value for name, value in worst}
+        # Optuna's Gaussian process asks for the same constraints of every trial; of the others nothing is known
+        constraints = {**dict.fromkeys(self._ended.constraints, 0.0), FAILED: 1.0}
+        for failure in self._waiting_failures:
+            yield replace(failure, state="ok", metrics=metrics, constraints=constraints)
+        self._waiting_failures.clear()
 
     def _add(self, result: TrialResult) -> None:
         frozen = frozen_trial(

@@ -5,14 +5,16 @@ times on its way. Trials run as in a sweep, two at a time: the search (rltune.or
 while others run, the rules (rltune.orchestration.stopping.Rules) see every evaluation, and a stopped trial enters
 search and front with what it was by then. What it left undone goes into further trials.
 
-Three problems. ``measured`` has the shape of what was measured on the built-in model (runs of experiments/mix.yaml and
+Five problems. ``measured`` has the shape of what was measured on the built-in model (runs of experiments/mix.yaml and
 mixtures.yaml): rewards rise with the push (learning rate, rank, K) times the steps and saturate, reward weights trade
 them off with diminishing returns, and too much push loses alignment and then the prompt, later than it gains.
 ``crossing`` is made to be hard on early stopping: deep gradients rise late and end higher, so that learning curves
 cross, what breaks breaks late, small adapters want higher learning rates, and noise is three times as large. ``apart``
 has two rewards, another optimum of every knob, an option without an order, and no interaction; no sampler was chosen
-by it.
-Variants were compared on seeds 100 to 115 of the first two (``--first-seed 100``), tables are of seeds 0 to 19.
+by it. In two problems trials fail, each of which counts as a whole one, as it does in a sweep: in ``memory`` where rank
+times K is above 160, and the rewards rise towards there; in ``fragile`` deep gradients run out of time half way,
+high learning rates on one reward give NaN, and one trial in 25 is lost with its node, whatever its settings.
+Variants were compared on seeds 100 to 115 (``--first-seed 100``), tables are of seeds 0 to 19.
 
     python tests/benchmarks/search_simulated.py --samplers random tpe nsga2 nsga3 quasi_random --seeds 20
 """
@@ -101,6 +103,33 @@ def apart(values: Mapping[str, Any], share: float) -> Metrics:
     }
 
 
+def memory(values: Mapping[str, Any], share: float) -> Metrics:
+    """Return the metrics without noise of a trial with these knobs after a share of its steps, had it the memory."""
+    weight = {name: values[f"rewards.{name}.weight"] for name in REWARDS}
+    size = np.log(values["model.lora.rank"] * values["estimator.k"]) / np.log(160)  # 1 where memory ends
+    rise = np.exp(-0.5 * (np.log(values["optim.lr"] / 7e-4) / 0.8) ** 2) * (0.2 + 0.8 * size) * share**0.7
+    gain = {name: weight[name] ** 0.7 * rise for name in REWARDS}
+    return {
+        "aesthetic": BASE["aesthetic"] + 2.0 * gain["aesthetic"] - 0.4 * gain["compressibility"],
+        "alignment": BASE["alignment"] + 0.03 * gain["alignment"] - 0.01 * gain["aesthetic"],
+        "compressibility": BASE["compressibility"] + 0.4 * gain["compressibility"] - 0.1 * gain["alignment"],
+        "diversity": BASE["diversity"] * (1 - 0.1 * rise),
+        "faithful": BASE["faithful"] * (1 - 0.05 * gain["compressibility"]),
+    }
+
+
+def out_of_memory(values: Mapping[str, Any], share: float, luck: float) -> bool:
+    """Whether memory ends."""
+    return bool(values["model.lora.rank"] * values["estimator.k"] > 160)
+
+
+def falls_over(values: Mapping[str, Any], share: float, luck: float) -> bool:
+    """Whether a trial runs out of time, meets a NaN or is lost with its node; ``luck`` is uniform in [0, 1)."""
+    is_late = values["estimator.k"] > 9 and share >= 0.5
+    is_nan = values["optim.lr"] > 1e-3 and values["rewards.aesthetic.weight"] > 0.4
+    return bool(is_late or is_nan or luck < 0.04)
+
+
 @dataclass(frozen=True)
 class Problem:
     """A formula in the place of training."""
@@ -111,6 +140,8 @@ class Problem:
     rewards: tuple[str, ...] = REWARDS
     changes: tuple[str, ...] = ()
     """To the experiment."""
+    fails: Callable[[Mapping[str, Any], float, float], bool] = lambda values, share, luck: False
+    """Whether a trial with these knobs has failed after a share of its steps; its luck is uniform in [0, 1)."""
 
 
 APART = (
@@ -119,10 +150,13 @@ APART = (
     "model.lora.targets={choice: [attention, all]}",
     "optim.lr={log_float: [5.0e-5, 5.0e-3]}",
 )
+LARGE = "model.lora.rank={choice: [2, 4, 8, 16, 32, 64]}"
 PROBLEMS = {
     "measured": Problem(measured, 0.05),
     "crossing": Problem(crossing, 0.15),
     "apart": Problem(apart, 0.1, ("aesthetic", "compressibility"), APART),
+    "memory": Problem(memory, 0.05, changes=(LARGE,), fails=out_of_memory),
+    "fragile": Problem(measured, 0.05, fails=falls_over),
 }
 
 
@@ -133,6 +167,7 @@ class Trial:
     spec: TrialSpec
     luck: dict[str, float]
     """Of its training seed: the part of the noise that all of its evaluations share, which grows as it trains."""
+    fate: float
     step: int = 0
 
 
@@ -145,6 +180,7 @@ class Curve:
     volumes: list[float] = field(default_factory=list)
     """Hypervolume then, in deviations of the base model."""
     num_stopped: int = 0
+    num_failed: int = 0
     search_s: float = 0.0
 
     def at(self, steps: float) -> float:
@@ -170,7 +206,7 @@ def sweep(
     num_steps, every = shared.optim.steps, shared.evaluate.every
     objectives = Objectives(shared.objective_names)
     search = search_type(experiment, objectives)
-    rng = np.random.default_rng(seed)
+    rng, fates = np.random.default_rng(seed), np.random.default_rng((seed, 1))
     base = {f"eval/{name}": value for name, value in BASE.items()}
     rules = Rules(shared, objectives, base, DEVIATION)
     scale = np.array([DEVIATION[name] for name in objectives.names])
@@ -181,7 +217,8 @@ def sweep(
         start = time.perf_counter()
         spec = search.ask()
         curve.search_s += time.perf_counter() - start
-        return Trial(spec, {name: float(rng.standard_normal()) for name in problem.rewards})
+        luck = {name: float(rng.standard_normal()) for name in problem.rewards}
+        return Trial(spec, luck, fates.random())
 
     # (step of its slot at which a trial is evaluated next, slot); a slot starts a bit later than the one before
     running = {slot: ask() for slot in range(num_slots)}
@@ -198,17 +235,21 @@ def sweep(
             metrics[f"eval/{name}"] += problem.noise * DEVIATION[name] * noise
         is_final = trial.step >= num_steps
         row = {"step": float(trial.step), "is_final": float(is_final), **metrics}
-        reason = rules.on_report(trial.spec.id, row)
-        if is_final or reason:
+        spec, is_failed = trial.spec, problem.fails(trial.spec.values, share, trial.fate)
+        reason = None if is_failed else rules.on_report(spec.id, row)
+        if is_final or reason or is_failed:
             broken = violations(shared, metrics, base)
             state = "stopped" if reason else "ok"
-            spec = trial.spec
             result = TrialResult(spec.id, state, spec.values, spec.params, row, broken, reason or "")
+            if is_failed:
+                result = TrialResult(spec.id, "failed", spec.values, spec.params, reason="it failed")
+                spent += num_steps - trial.step
             start = time.perf_counter()
             search.tell(result)
             curve.search_s += time.perf_counter() - start
             curve.num_stopped += bool(reason)
-            if result.is_feasible:
+            curve.num_failed += is_failed
+            if result.is_ok and result.is_feasible:
                 points.append((objectives.raw_D(metrics) - origin) / scale)
             curve.steps.append(spent)
             curve.volumes.append(hypervolume(np.array(points), np.full(len(scale), -1.0)))
@@ -226,17 +267,18 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--trials", type=int, default=48)
     parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--prune", nargs="+", choices=("false", "true"), default=("false", "true"))
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     options = parser.parse_args()
     setting = ["optim.steps=40", "evaluate.every=10", *options.overrides]
     problem = PROBLEMS[options.problem]
     budget = 40 * options.trials
     titles = "".join(f" {share:.0%} |" for share in SHOWN)
-    print(f"| sampler | stopping |{titles} to random's end | trials, stopped | search, s a trial |")
+    print(f"| sampler | stopping |{titles} to random's end | trials, stopped, failed | search, s a trial |")
     print(f"|{'---|' * (len(SHOWN) + 5)}", flush=True)
     goal = None
     for sampler in dict.fromkeys(("random", *options.samplers)):
-        for prune in ("false", "true"):
+        for prune in options.prune:
             overrides = [*setting, f"search.sampler={sampler}", f"search.prune={prune}"]
             seeds = range(options.first_seed, options.first_seed + options.seeds)
             curves = [
@@ -250,10 +292,11 @@ def main() -> None:
             cells = "".join(f" {middle[i]:.2f} ({low[i]:.2f} to {high[i]:.2f}) |" for i in at)
             reached = np.flatnonzero(middle >= goal)
             when = f"{grid[reached[0]] / budget:.0%}" if len(reached) else "never"
-            ended, stopped = (np.mean(x) for x in zip(*((len(c.steps), c.num_stopped) for c in curves), strict=True))
+            counts = np.mean([(len(c.steps), c.num_stopped, c.num_failed) for c in curves], axis=0)
             seconds = sum(c.search_s for c in curves) / sum(len(c.steps) for c in curves)
+            shown = ", ".join(f"{count:.0f}" for count in counts)
             name = "MO-ASHA" if prune == "true" else "none"
-            print(f"| `{sampler}` | {name} |{cells} {when} | {ended:.0f}, {stopped:.0f} | {seconds:.3f} |", flush=True)
+            print(f"| `{sampler}` | {name} |{cells} {when} | {shown} | {seconds:.3f} |", flush=True)
 
 
 if __name__ == "__main__":
