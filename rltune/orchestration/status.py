@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from rltune.config.load import Experiment
+from rltune.orchestration.following import Following
 from rltune.orchestration.fronts import read_front
 from rltune.orchestration.objectives import Front
 from rltune.orchestration.results import TrialResult, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, by_number, read_trial
 from rltune.orchestration.usage import Usage, Work, measure, work_of
 from rltune.training.events import NOTICE, Event, read_events
-from rltune.training.reporter import read_metrics
 
 T = TypeVar("T")
 ENDED = ("done", "stopped", "failed")
@@ -114,6 +114,25 @@ class _Cached(Generic[T]):
         return known[1]
 
 
+class _Followed:
+    """The digest of a file of rows, each read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[Path, tuple[tuple[int, int], Following, _Digest]] = {}
+
+    def __call__(self, path: Path, *, is_final: bool = False) -> _Digest:
+        """Return what ``path`` says; one that ``is_final`` is not even looked at once it has been read."""
+        stamp, following, digest = self._known.get(path, ((-1, -1), Following(path), _Digest()))
+        if is_final and stamp != (-1, -1):
+            return digest
+        now = _stamp(path)
+        if now != stamp:
+            is_anew, rows = following.read()
+            digest = _with_rows(_Digest() if is_anew else digest, rows, last_sign=now[0] / 1e9)
+            self._known[path] = (now, following, digest)
+        return digest
+
+
 class StatusReader:
     """Reads a run again and again, at the cost of what has changed; safe while another process writes to it."""
 
@@ -121,7 +140,7 @@ class StatusReader:
         self._folder = folder
         self._experiment = experiment
         self._specs = _Cached(read_trial)
-        self._digests = _Cached(_digest)
+        self._digests = _Followed()
         self._events = _Cached(read_events)
         self._results = _Cached(read_results)
         self._num_steps: dict[str, int] = {BASE_TRIAL: 0}
@@ -199,15 +218,16 @@ def read_status(folder: RunFolder, experiment: Experiment) -> RunStatus:
     return StatusReader(folder, experiment).read()
 
 
-def _digest(path: Path) -> _Digest:
-    rows = read_metrics(path)
+def _with_rows(before: _Digest, rows: Sequence[Mapping[str, Any]], *, last_sign: float) -> _Digest:
+    """Return a digest with rows that have come since."""
+    work = work_of(rows)
     return _Digest(
-        num_rows=len(rows),
-        step=int(rows[-1]["step"]) if rows else 0,
-        step_s=sum(row["step_s"] for row in rows),
-        evaluation=next((row for row in reversed(rows) if _is_evaluated(row)), {}),
-        work=work_of(rows),
-        last_sign=path.stat().st_mtime if path.is_file() else 0.0,
+        num_rows=before.num_rows + len(rows),
+        step=int(rows[-1]["step"]) if rows else before.step,
+        step_s=before.step_s + sum(row["step_s"] for row in rows),
+        evaluation=next((row for row in reversed(rows) if _is_evaluated(row)), before.evaluation),
+        work=Work(before.work.training_s + work.training_s, before.work.evaluation_s + work.evaluation_s),
+        last_sign=last_sign,
     )
 
 

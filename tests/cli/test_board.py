@@ -1,15 +1,17 @@
 import io
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rltune.cli import board
-from rltune.cli.board import watch
+from rltune.cli.board import Steady, watch
 from rltune.cli.terminal import PlainConsole
 from rltune.orchestration.results import append_result
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
-from rltune.orchestration.status import StatusReader, read_status
+from rltune.orchestration.status import RunStatus, StatusReader, TrialStatus, read_status
 from rltune.training.events import append_event
 from tests.runs import VALUES, experiment, result, write_rows, write_run
 
@@ -144,3 +146,60 @@ def test_on_a_terminal_the_table_is_live(tmp_path: Path, monkeypatch: pytest.Mon
         folder.write_trial(TrialSpec("001", VALUES, {}))
         append_result(folder.results_file, result("001", 0.7125, 0.25))
     assert "0.713 (+0.213)" in text.getvalue()
+
+
+class Failing(StatusReader):
+    """Cannot read the run every other time, the first included."""
+
+    num_read = 0
+
+    def read(self) -> RunStatus:
+        self.num_read += 1
+        if self.num_read % 2:
+            raise OSError(5, "Input/output error")
+        return super().read()
+
+
+def test_a_reading_that_fails_ends_no_lines(tmp_path: Path, written: io.StringIO) -> None:
+    folder = write_run(tmp_path / "mix", experiment(), [BASE])
+    new = [lambda n=n: folder.write_trial(TrialSpec(f"{n:03d}", VALUES, {})) for n in (1, 2, 3)]
+    readings = Readings(lambda: None, lambda: None, *new, lambda: None)
+    with folder.lock():
+        board._print_lines(Steady(Failing(folder, experiment())), OBJECTIVES, readings)  # type: ignore[arg-type]
+    assert written.getvalue().splitlines() == ["trial 001 started", "trial 002 started", "trial 003 started"]
+
+
+def test_a_line_that_cannot_be_made_ends_no_others(
+    tmp_path: Path, written: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(tmp_path / "mix", experiment(), [BASE], started=["001"])
+    lines = board._lines
+
+    def faulty(trial: TrialStatus, objectives: tuple[str, ...]) -> Iterator[tuple[int, str]]:
+        if trial.trial == "001" and not (folder.trial_dir("002") / "trial.json").exists():
+            raise KeyError("eval/brightness")
+        return lines(trial, objectives)
+
+    monkeypatch.setattr(board, "_lines", faulty)
+    readings = Readings(lambda: None, lambda: folder.write_trial(TrialSpec("002", VALUES, {})), lambda: None)
+    with folder.lock():
+        board._print_lines(StatusReader(folder, experiment()), OBJECTIVES, readings)  # type: ignore[arg-type]
+    assert written.getvalue().splitlines() == ["trial 001 started", "trial 002 started"]
+
+
+def test_a_table_that_cannot_be_drawn_ends_no_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Faulty:
+        def __rich_console__(self, console: PlainConsole, options: object) -> Iterator[str]:
+            raise ValueError("no such style")
+            yield ""
+
+    folder = write_run(tmp_path / "mix", experiment(), [BASE])
+    text = io.StringIO()
+    monkeypatch.setattr(board, "errors", PlainConsole(file=text, width=100, force_terminal=True))
+    monkeypatch.setattr(board, "LiveView", lambda *_: Faulty())
+    monkeypatch.setattr(board, "StatusReader", Failing)
+    monkeypatch.setattr(board, "REFRESH_S", 0.01)
+    with folder.lock(), watch(folder, experiment()):
+        while "could not be drawn" not in text.getvalue():
+            time.sleep(0.01)
+    assert "the table could not be drawn (ValueError); the run goes on" in text.getvalue()
