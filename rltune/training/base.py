@@ -3,12 +3,14 @@
 N: images. P: prompts. H, W: image rows and columns.
 """
 
+import fcntl
 import json
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -84,10 +86,43 @@ def save_base(folder: Path, base: BaseReference) -> None:
         "units": {name: asdict(unit) for name, unit in base.units.items()},
     }
     (partial / "base.json").write_text(json.dumps(to_record(numbers), indent=2))
-    if folder.exists():
+    try:
+        partial.rename(folder)  # never onto one that is there: a folder with files is not replaced
+    except OSError:
         shutil.rmtree(partial)
-    else:
-        partial.rename(folder)
+        if not folder.is_dir():
+            raise
+
+
+class Claim:
+    """Which of several processes measures a base model: theirs who took it first, until they close it or die."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder.with_name(f"{folder.name}.lock")
+        self._file: TextIO | None = None
+
+    def take(self) -> bool:
+        """Return whether it is ours; another's is not waited for."""
+        if self._file is not None:
+            return True
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        file = self._path.open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return False
+        except OSError:
+            pass  # a file system without locks: several measure, and who is first to save counts
+        self._file = file
+        return True
+
+    def close(self) -> None:
+        """Let go of it."""
+        if self._file is not None:
+            self._path.unlink(missing_ok=True)
+            self._file.close()
+            self._file = None
 
 
 def load_base(folder: Path) -> BaseReference | None:

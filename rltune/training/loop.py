@@ -13,7 +13,7 @@ from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.errors import NonFiniteError, OutOfMemory, RunError, UserError, writing
 from rltune.estimators.base import Batch, EstimatorState, Regularisers, Round, Setting, Stateful, Tally
-from rltune.training.base import BaseReference, load_base, measure_base, save_base
+from rltune.training.base import BaseReference, Claim, load_base, measure_base, save_base
 from rltune.training.checkpoint import Progress, load_checkpoint
 from rltune.training.evaluation import summarise
 from rltune.training.events import EVENTS_FILE, append_event, note_event
@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 WAIT_S = 0.2
 """Between looks whether the base model has been measured."""
+PATIENCE_S = 60.0
+"""NFS may keep for so long that a folder is not there."""
 
 
 def train_run(
@@ -180,31 +182,51 @@ def _note_cut_prompts(run: Run, trial_dir: Path) -> None:
 
 
 def _reference(run: Run, folder: Path, is_base_coming: Callable[[], bool] = lambda: False) -> BaseReference:
-    while load_base(folder) is None and is_base_coming():
-        time.sleep(WAIT_S)
-    # the main worker decides for all, so that no worker waits in a collective that the others skipped
-    is_there = run.workers.gather([load_base(folder) is not None])[0]
-    if is_there:
-        base = load_base(folder)
-        if base is None:
+    """Return the base model's measurements: there already, another trial's that measures the same now, or our own."""
+    with closing(Claim(folder)) as claim:
+        # the main worker decides for all, so that no worker waits in a collective that the others skipped
+        while (plan := run.workers.gather([_plan(folder, claim, is_base_coming, run.workers.is_main)])[0]) == "wait":
+            time.sleep(WAIT_S)
+        if plan == "load":
+            return _shared(folder)
+        with memory_named(run, is_evaluation=True):
+            base = measure_base(
+                run.sampler,
+                run.rewards,
+                run.workers,
+                calibration_images=run.calibration_images,
+                eval_images=run.eval_images,
+                judges=run.config.evaluate.judges,
+                batch_size=run.eval_batch,
+            )
+        if run.workers.is_main:
+            with writing(folder):
+                save_base(folder, base)
+        return base
+
+
+def _plan(folder: Path, claim: Claim, is_base_coming: Callable[[], bool], is_main: bool) -> str:
+    """Return what to do for the base model's measurements: ``load``, ``wait`` or ``measure``."""
+    if not is_main:
+        return ""
+    if load_base(folder) is not None:
+        return "load"
+    with writing(folder):
+        if is_base_coming() or not claim.take():
+            return "wait"
+    return "load" if load_base(folder) is not None else "measure"  # who had the claim before may have saved them
+
+
+def _shared(folder: Path) -> BaseReference:
+    """Return what the main worker sees; over a network another node may see a new folder only after a while."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (base := load_base(folder)) is None:
+        if time.monotonic() > deadline:
             raise RunError(
                 f"{folder}: the first worker sees the base model's measurements here, this one does not; "
                 "--storage must be shared by all nodes"
             )
-        return base
-    with memory_named(run, is_evaluation=True):
-        base = measure_base(
-            run.sampler,
-            run.rewards,
-            run.workers,
-            calibration_images=run.calibration_images,
-            eval_images=run.eval_images,
-            judges=run.config.evaluate.judges,
-            batch_size=run.eval_batch,
-        )
-    if run.workers.is_main:
-        with writing(folder):
-            save_base(folder, base)
+        time.sleep(WAIT_S)
     return base
 
 
