@@ -300,8 +300,10 @@ def make_ray_job(
             resources_per_worker=worker_resources(spec.num_gpus_per_worker, num_cpus=resources.cpus_per_worker),
             accelerator_type=resources.accelerator,
         ),
-        torch_config=(FileTorchConfig if spec.is_loopback else TorchConfig)(
-            backend=backend_of(spec.num_gpus_per_worker)
+        torch_config=(
+            FileTorchConfig(backend=backend_of(spec.num_gpus_per_worker), run_dir=spec.run_dir)
+            if spec.is_loopback
+            else TorchConfig(backend=backend_of(spec.num_gpus_per_worker))
         ),
         run_config=ray.train.RunConfig(
             name=name,

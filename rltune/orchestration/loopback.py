@@ -4,8 +4,10 @@ Ray Train meets its workers over a TCP store, which torch binds to every interfa
 worker. On a cluster that rltune started itself all workers are on this machine, so they can meet over a file.
 """
 
+import hashlib
 import tempfile
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,27 @@ from ray.train.torch.config import (
 )
 
 
+def meeting_file(run_dir: Path) -> Path:
+    """Return where one group of a run's workers meets; not in the run folder, whose file system may lack locks."""
+    return Path(tempfile.gettempdir()) / f"rltune-{_mark(run_dir)}-{uuid.uuid4().hex}.rendezvous"
+
+
+def forget_meetings(run_dir: Path) -> None:
+    """Delete what groups of a run have left, while none of them meets: a process that is killed deletes nothing."""
+    for file in Path(tempfile.gettempdir()).glob(f"rltune-{_mark(run_dir)}-*.rendezvous"):
+        with suppress(OSError):
+            file.unlink()
+
+
+def _mark(run_dir: Path) -> str:
+    return hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
+
+
 @dataclass
 class FileTorchConfig(TorchConfig):  # type: ignore[misc]  # ray has no types
     """``TorchConfig`` whose workers meet over a file in the machine's temporary folder."""
+
+    run_dir: str = ""
 
     @property
     def backend_cls(self) -> type:
@@ -32,8 +52,8 @@ class FileTorchConfig(TorchConfig):  # type: ignore[misc]  # ray has no types
 class _FileTorchBackend(_TorchBackend):  # type: ignore[misc]  # ray has no types
     """Ray's own steps, with a file in the place of the TCP store; a restarted group gets a new file."""
 
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        meeting = Path(tempfile.gettempdir()) / f"rltune-{uuid.uuid4().hex}.rendezvous"
+    def on_start(self, worker_group: Any, backend_config: FileTorchConfig) -> None:
+        meeting = meeting_file(Path(backend_config.run_dir))
         worker_group.execute(_set_torch_distributed_env_vars)
         ray.get(
             [

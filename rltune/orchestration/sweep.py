@@ -22,6 +22,7 @@ from rltune.orchestration.confirmations import Measured, confirmed_front, measur
 from rltune.orchestration.confirming import run_confirmation
 from rltune.orchestration.fronts import front_as_csv, front_as_dict, search_front
 from rltune.orchestration.job import TROUBLE, JobSpec
+from rltune.orchestration.loopback import forget_meetings
 from rltune.orchestration.objectives import Front, Objectives, find_front, nearest
 from rltune.orchestration.plan import Plan, make_plan
 from rltune.orchestration.record import versions
@@ -36,7 +37,7 @@ from rltune.orchestration.warm import warm_trainable
 from rltune.orchestration.warmstart import keep_lessons, read_lessons
 from rltune.records import to_record
 from rltune.training.base import BaseReference, load_base
-from rltune.training.checkpoint import list_checkpoints, own_metrics, read_checkpoint_meta, why_not_whole
+from rltune.training.checkpoint import list_checkpoints, own_metrics, read_checkpoint_meta, why_not_handed_on
 from rltune.training.evaluation import summarise
 from rltune.training.events import append_event
 from rltune.training.reporter import read_metrics
@@ -130,10 +131,12 @@ class Sweep:
             last_sign=last_sign(self._folder),
             versions=versions(),
         )
+        forget_meetings(self._folder.path)
         try:
             self._run()
         finally:
             append_event(self._folder.events_file, "driver_ended")
+            forget_meetings(self._folder.path)
 
     def _run(self) -> None:
         base = self._base_result()
@@ -171,7 +174,10 @@ class Sweep:
         """
         spec = self._job(TrialSpec(BASE_TRIAL, {}, {}))
         workers = min(self.plan.num_workers * self.plan.num_concurrent, self.plan.num_slots)
-        run_confirmation(self.chosen, self._folder, self._experiment, spec, num_workers=workers)
+        try:
+            run_confirmation(self.chosen, self._folder, self._experiment, spec, num_workers=workers)
+        finally:
+            forget_meetings(self._folder.path)
         self._write_front()
 
     @property
@@ -396,14 +402,18 @@ class Sweep:
         A trial that is stopped trains on for a moment, and a checkpoint may be broken: where that of the last report
         is not to be had, the trial is what its newest whole checkpoint says it is.
         """
-        whole = []
+        found = []
         for path in list_checkpoints(self._folder.checkpoints_dir(job.trial)):
-            meta = None if why_not_whole(path) else read_checkpoint_meta(path)
-            # one that was written in haste, between evaluations, hands on adapters that nobody has measured
-            if meta is not None and (meta.selected or (meta.last and meta.last.step == meta.progress.step)):
-                whole.append((path, meta.metrics))
-        found = next((row for row in whole if row[1]["step"] == metrics.get("step")), whole[0] if whole else None)
-        return None if found is None else (str(found[0].relative_to(self._folder.path)), _ours(found[1]))
+            with suppress(RunError):
+                meta = read_checkpoint_meta(path)
+                # one that was written in haste, between evaluations, hands on adapters that nobody has measured
+                if meta.selected or (meta.last and meta.last.step == meta.progress.step):
+                    found.append((path, meta.metrics))
+        found.sort(key=lambda row: row[1]["step"] != metrics.get("step"))  # stable: the others stay newest first
+        for path, its_metrics in found:  # Tune waits meanwhile: what is hashed is the file that is handed on, of one
+            if not why_not_handed_on(path):
+                return str(path.relative_to(self._folder.path)), _ours(its_metrics)
+        return None
 
     def _base_metrics(self) -> dict[str, float] | None:
         """Return what the base model measured: its file is there a moment before its result is recorded."""

@@ -7,9 +7,7 @@ all of them until Tune has decided whether the trial goes on, so that a stopped 
 
 import os
 import queue
-import tempfile
 import threading
-import uuid
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +20,7 @@ from ray.tune import PlacementGroupFactory
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rltune.orchestration.job import CHECKPOINTS_KEPT, TROUBLE, JobSpec, backend_of, run_trial, worker_resources
+from rltune.orchestration.loopback import meeting_file
 from rltune.orchestration.nodes import ACCELERATOR_PREFIX, WorkerNeed
 from rltune.orchestration.plan import Plan
 from rltune.orchestration.tuning import SPEC
@@ -230,7 +229,7 @@ def _gang(spec: JobSpec) -> list[Any]:
         for rank in range(resources.workers)
     ]
     if spec.is_loopback:
-        meeting = f"file://{Path(tempfile.gettempdir()) / f'rltune-{uuid.uuid4().hex}.rendezvous'}"
+        meeting = f"file://{meeting_file(spec.folder.path)}"
     else:
         meeting = ray.get(workers[0].address.remote())
     ray.get([worker.meet.remote(backend_of(spec.num_gpus_per_worker), meeting) for worker in workers])

@@ -216,10 +216,12 @@ def load_adapter(folder: Path) -> dict[str, Tensor]:
     """Return the adapters that a checkpoint hands on, peft's key names: the selected, or else the present.
 
     Raises:
-        RunError: The checkpoint is not whole.
+        RunError: They are not as they were written. What training would go on with may be broken.
     """
     try:
-        return _handed_on(folder, _whole(folder))
+        meta = _read_meta(folder)
+        _check_file(folder, meta, _handed_on_file(meta))
+        return _handed_on(folder, meta)
     except (ValueError, OSError) as error:
         raise RunError(f"checkpoint {folder}: is not whole ({error}); train it again") from error
 
@@ -234,6 +236,15 @@ def read_checkpoint_meta(folder: Path) -> CheckpointMeta:
         return _read_meta(folder)
     except (ValueError, OSError) as error:
         raise RunError(f"checkpoint {folder}: cannot be read ({error})") from error
+
+
+def why_not_handed_on(folder: Path) -> str:
+    """Return why the adapters that a checkpoint hands on cannot be had, empty where they can; reads no other file."""
+    try:
+        _check_file(folder, meta := _read_meta(folder), _handed_on_file(meta))
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def why_not_whole(folder: Path) -> str:
@@ -266,17 +277,25 @@ def newest_whole(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 def _whole(folder: Path) -> CheckpointMeta:
     """Return what a checkpoint says of itself once every file has been found as it was written."""
     meta = _read_meta(folder)
-    for name, expected in meta.files.items():
-        if not (folder / name).is_file():
-            raise ValueError(f"{name} is missing")
-        with (folder / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                raise ValueError(f"{name} is not as it was written")
+    for name in meta.files:
+        _check_file(folder, meta, name)
     return meta
 
 
+def _check_file(folder: Path, meta: CheckpointMeta, name: str) -> None:
+    if not (folder / name).is_file():
+        raise ValueError(f"{name} is missing")
+    with (folder / name).open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != meta.files[name]:
+            raise ValueError(f"{name} is not as it was written")
+
+
+def _handed_on_file(meta: CheckpointMeta) -> str:
+    return SELECTED_FILE if SELECTED_FILE in meta.files else ADAPTER_FILE
+
+
 def _handed_on(folder: Path, meta: CheckpointMeta) -> dict[str, Tensor]:
-    return load_file(folder / (SELECTED_FILE if SELECTED_FILE in meta.files else ADAPTER_FILE))
+    return load_file(folder / _handed_on_file(meta))
 
 
 def _meta_text(content: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What a sweep makes of reports and ends, given by hand where Ray Tune would: no cluster is started."""
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -115,6 +116,24 @@ def test_where_that_checkpoint_is_gone_the_trial_is_what_its_newest_says(tmp_pat
     assert (row.state, row.metrics["step"], row.metrics["eval/brightness"]) == ("stopped", 10.0, -8.0)
     assert row.checkpoint.endswith("checkpoint_0010")
     assert row.reason.startswith("diverged: ")
+
+
+def test_of_a_trials_checkpoints_the_one_file_that_counts_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = sweep_of(tmp_path, evaluate={"every": 2})
+    spec = deal(sweep)
+    for step in (2, 4, 6, 8, 10):
+        evaluate(sweep, spec, step, 0.9)
+    hashed: list[str] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(
+        "rltune.training.checkpoint.hashlib.file_digest",
+        lambda file, name: (hashed.append(str(Path(file.name).relative_to(tmp_path))), digest(file, name))[1],
+    )
+    end(sweep, spec, 10, 0.9, is_final=1.0)
+    assert sweep.results[-1].checkpoint.endswith("checkpoint_0010")
+    assert [Path(name).parts[-2:] for name in hashed] == [("checkpoint_0010", ADAPTER_FILE)]
 
 
 def test_a_trial_without_a_whole_checkpoint_failed(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from rltune.training.checkpoint import (
     newest_whole,
     read_checkpoint_meta,
     save_checkpoint,
+    why_not_handed_on,
     why_not_whole,
 )
 
@@ -138,8 +139,13 @@ def test_a_damaged_file_is_named_and_nothing_is_changed(
     assert held.num_loaded == 0
     assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.equal(network.weight, before)
-    with pytest.raises(RunError, match=rf"checkpoint_1: is not whole \({name} {what}\)"):
-        load_adapter(folder)
+    if name in (SELECTED_FILE, META_FILE):  # which is the one that it hands on, and says so
+        assert why_not_handed_on(folder) == f"{name} {what}"
+        with pytest.raises(RunError, match=rf"checkpoint_1: is not whole \({name} {what}\)"):
+            load_adapter(folder)
+    else:
+        assert why_not_handed_on(folder) == ""
+        assert torch.equal(load_adapter(folder)["lora_A"], EARLIER["lora_A"])
 
 
 def test_meta_that_cannot_be_read_is_a_fault_with_its_folder(folder: Path) -> None:
