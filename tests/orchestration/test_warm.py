@@ -53,17 +53,23 @@ def timeless(report: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in report.items() if name != "eval_s"}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_trial_after_trial_is_what_each_is_alone(
-    worker: WarmWorker, spec_of: Callable[..., JobSpec], make_config: Callable[..., RunConfig], tmp_path: Path
+    worker: WarmWorker,
+    spec_of: Callable[..., JobSpec],
+    make_config: Callable[..., RunConfig],
+    tmp_path: Path,
+    precision: str,
 ) -> None:
-    worker.start(spec_of(BASE_TRIAL))
+    resources = {"precision": precision}
+    worker.start(spec_of(BASE_TRIAL, resources=resources))
     assert [report["is_final"] for report in reports_of(worker)] == [1.0]
-    worker.start(spec_of("001", optim={"lr": 5e-2}, model={"lora": {"rank": 4}}))
+    worker.start(spec_of("001", optim={"lr": 5e-2}, model={"lora": {"rank": 4}}, resources=resources))
     reports_of(worker)
-    spec = spec_of("002", optim={"steps": 8})
+    spec = spec_of("002", optim={"steps": 8}, resources=resources)
     worker.start(spec)
     found = reports_of(worker)
-    alone = train(make_config(optim={"steps": 8}), tmp_path / "alone")
+    alone = train(make_config(optim={"steps": 8}, resources=resources), tmp_path / "alone")
     assert [timeless(report) for report in found] == [timeless(report) for report in alone.reports]
     kept = checkpoints(spec)
     assert len(kept) == CHECKPOINTS_KEPT

@@ -62,6 +62,7 @@ POLICY: dict[str, Any] = {"sampler": {"eta": 1.0}, "prompts": {"images_per_promp
         {"sampler": {"eta": 0.0}},
         {"sampler": {"eta": 1.0}},
         {"optim": {"ema": 0.5}},
+        {"sampler": {"eta": 1.0}, "resources": {"precision": "bf16"}, "optim": {"ema": 0.5}},
         # rewards of a prompt's earlier turns count from the third round on
         POLICY | {"estimator": {"name": "ddpo", "k": None, "draw": None, "options": {"min_count": 2}}},
         POLICY
@@ -75,7 +76,7 @@ POLICY: dict[str, Any] = {"sampler": {"eta": 1.0}, "prompts": {"images_per_promp
         },
         POLICY | {"estimator": {"name": "dag", "k": None, "draw": None, "options": {"anneal": 4, "flow_lr": 1e-2}}},
     ],
-    ids=["deterministic", "stochastic", "average", "ddpo", "dpok", "dag"],
+    ids=["deterministic", "stochastic", "average", "bfloat16", "ddpo", "dpok", "dag"],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     make_config: Make, tmp_path: Path, base_dir: Path, sections: dict[str, Any]

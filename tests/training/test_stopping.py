@@ -16,6 +16,7 @@ POLICY: dict[str, Any] = {"sampler": {"eta": 1.0}, "prompts": {"images_per_promp
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "average": {"optim": {"ema": 0.5}},
+    "bfloat16": {"resources": {"precision": "bf16"}, "evaluate": {"select": "smoothness"}},
     "queries": {"optim": {"steps": 9, "queries": 15}},
     "select": {"evaluate": {"select": "smoothness"}},
     "dpok": POLICY
