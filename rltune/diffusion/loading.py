@@ -1,7 +1,6 @@
 """From what a user names (``builtin``, a folder, a Hugging Face id) to a loaded model family."""
 
-import json
-import logging
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,8 @@ import torch
 
 from rltune.assets import BUILTIN_PIPELINE_DIR
 from rltune.diffusion.families.base import FAMILIES, ModelFamily
+from rltune.diffusion.outline import UNREAD, find_pipeline, find_variant, kind_of, read_index, remedy, short
 from rltune.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -29,17 +27,19 @@ def load_model(
     Raises:
         UserError: The weights are not there, or are of a family that rltune does not know.
     """
-    source = resolve_base(base)
-    class_name = _pipeline_class_name(base, source, revision)
-    family = FAMILIES.get(class_name)
-    pipeline_class = getattr(diffusers, class_name)
-    extra: dict[str, Any] = {}
-    if class_name == "StableDiffusionPipeline":  # the safety checker has no part in training
-        extra = {"safety_checker": None, "requires_safety_checker": False}
+    source, folder = resolve_base(base), find_pipeline(base, revision)
+    if folder is None:
+        class_name, variant = _hub_class_name(base, revision), None
+    else:
+        class_name, variant = _look_into(folder, base)
+    family, pipeline_class = FAMILIES.get(class_name), getattr(diffusers, class_name)
+    takes = inspect.signature(pipeline_class.__init__).parameters
+    extra: dict[str, Any] = {name: None for name in UNREAD if name in takes}
+    extra |= {"requires_safety_checker": False} if "requires_safety_checker" in takes else {}
     try:
-        pipeline = pipeline_class.from_pretrained(source, revision=revision, dtype=dtype, **extra)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.base: {base!r} could not be loaded: {error}; {_how_to_fetch(base)}") from error
+        pipeline = pipeline_class.from_pretrained(source, revision=revision, variant=variant, dtype=dtype, **extra)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+        raise UserError(f"model.base: {base!r} could not be loaded ({short(error)}); {remedy(base)}") from error
     model = family(pipeline)
     model.to(device or torch.device("cpu"))
     return model
@@ -50,23 +50,26 @@ def resolve_base(base: str) -> str:
     return str(BUILTIN_PIPELINE_DIR) if base == "builtin" else base
 
 
-def _pipeline_class_name(base: str, source: str, revision: str | None) -> str:
-    folder = Path(source)
-    if folder.is_dir():
-        index = folder / "model_index.json"
-        if not index.is_file():
-            raise UserError(f"model.base: {base!r} has no model_index.json; give the folder of a diffusers pipeline")
-        config = json.loads(index.read_text())
-    else:
-        try:
-            config = diffusers.DiffusionPipeline.load_config(source, revision=revision)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"model.base: {base!r} is neither a folder here nor a model that could be read from the Hugging Face "
-                f"cache or hub; {_how_to_fetch(base)}"
-            ) from error
-    return str(config["_class_name"])
+def _look_into(folder: Path, base: str) -> tuple[str, str | None]:
+    """Return the class name of a folder's pipeline and the variant of its weights, once all its parts are found.
+
+    diffusers loads an absent tokenizer as an empty one.
+
+    Raises:
+        UserError: The index is not whole, or a part is missing.
+    """
+    class_name, index = read_index(folder, base=base)
+    for name in index.keys() - set(UNREAD):
+        if kind_of(index[name])[1] is not None and not (folder / name).is_dir():
+            raise UserError(f"model.base: {base!r} has no folder {name}, which its index names; {remedy(base)}")
+    return class_name, find_variant(folder, index)
 
 
-def _how_to_fetch(base: str) -> str:
-    return f"download it once with 'rltune models fetch {base}', or name a local folder or 'builtin'"
+def _hub_class_name(base: str, revision: str | None) -> str:
+    try:
+        return str(diffusers.DiffusionPipeline.load_config(base, revision=revision)["_class_name"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"model.base: {base!r} is neither a folder here nor a model that could be read from the Hugging Face "
+            f"cache or hub; download it once with 'rltune models fetch {base}', or name a local folder or 'builtin'"
+        ) from error

@@ -67,7 +67,9 @@ def load_lora_file(model: ModelFamily, file: Path) -> frozenset[str]:
             warnings.simplefilter("always")
             _load(model, file, tensors)
     except (ValueError, RuntimeError, KeyError, OSError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{file}: not a LoRA that this base model can load ({error})") from error
+        first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        why = " ".join([first, *more[:1]])  # torch names every tensor of another shape, hundreds of them
+        raise UserError(f"{file}: not a LoRA that this base model can load ({why})") from error
     attached = {part: _adapter_values(network) for part, network in _networks(model).items()}
     _check_taken(file, tensors, {name: value for values in attached.values() for name, value in values.items()})
     for warning in caught:

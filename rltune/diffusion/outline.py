@@ -66,32 +66,54 @@ def load_outline(folder: Path, *, base: str) -> ModelFamily:
     Raises:
         UserError: A file is missing or is not what it should be, or the family is one that rltune does not know.
     """
-    try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        class_name = str(index["_class_name"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"model.base: {INDEX} of {base!r} is not whole ({_short(error)}); {_remedy(base)}") from error
+    class_name, index = read_index(folder, base=base)
     family, pipeline_class = FAMILIES.get(class_name), getattr(diffusers, class_name)
     takes = inspect.signature(pipeline_class.__init__).parameters
     parts: dict[str, Any] = {name: None for name in UNREAD if name in takes}
     parts |= {"requires_safety_checker": False} if "requires_safety_checker" in takes else {}
     for name in takes.keys() - parts.keys():
-        library, kind = _kind(index.get(name))
+        library, kind = kind_of(index.get(name))
         try:
             parts |= {name: _part(folder / name, library, kind)} if kind is not None else {}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
             raise UserError(
-                f"model.base: {name} of {base!r} cannot be read ({_short(error)}); {_remedy(base)}"
+                f"model.base: {name} of {base!r} cannot be read ({short(error)}); {remedy(base)}"
             ) from error
     try:
         return family(pipeline_class(**parts))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        what = f"{base!r} is no whole {class_name} ({_short(error)})"
-        raise UserError(f"model.base: {what}; {_remedy(base)}") from error
+        what = f"{base!r} is no whole {class_name} ({short(error)})"
+        raise UserError(f"model.base: {what}; {remedy(base)}") from error
 
 
-def _kind(entry: Any) -> tuple[str, str | None]:
-    """Read an entry of the index, ``[library, class]``."""
+def read_index(folder: Path, *, base: str) -> tuple[str, dict[str, Any]]:
+    """Return the class name and the components that a pipeline's index names.
+
+    Raises:
+        UserError: It is cut, or not what it should be.
+    """
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return str(index["_class_name"]), index
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"model.base: {INDEX} of {base!r} is not whole ({short(error)}); {remedy(base)}") from error
+
+
+def find_variant(folder: Path, index: dict[str, Any]) -> str | None:
+    """Return the variant that weights are there in alone, such as ``fp16``; None where the usual files are.
+
+    Files are named ``model.safetensors`` or, of a variant, ``model.fp16.safetensors``.
+    """
+    for name in index.keys() - set(UNREAD):
+        files = [path for ending in WEIGHTS for path in (folder / name).glob(ending)]
+        marks = {mark for path in files for mark in path.name.split(".")[1:-1] if "-of-" not in mark}
+        if files and all(len(path.name.split(".")) > 2 for path in files) and len(marks) == 1:
+            return marks.pop()
+    return None
+
+
+def kind_of(entry: Any) -> tuple[str, str | None]:
+    """Read an entry of the index: library and class, None where there is no such component."""
     library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
     return str(library), kind if isinstance(kind, str) and library else None
 
@@ -113,11 +135,13 @@ def _part(folder: Path, library: str, kind: str) -> Any:
         return found.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
-def _remedy(base: str) -> str:
+def remedy(base: str) -> str:
+    """Return what to do about weights that are not whole; for a path, no download is of use."""
     is_folder = Path(base).is_dir() or not may_be_hub_id(base)
     return "copy the folder anew, whole" if is_folder else f"run 'rltune models fetch {base}'"
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
+    """Return an error's kind and first line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"

@@ -26,7 +26,8 @@ from tests.conftest import tiny_unet
 CPU = torch.device("cpu")
 PROMPTS = ["a snail", "an octopus"]
 STEPS, GUIDANCE = 3, 2.0
-UNET, TEXT = ["to_q", "to_k", "to_v", "to_out.0"], ["q_proj", "v_proj", "fc1"]
+UNET = ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 Tensors = dict[str, Tensor]
 Config = Callable[..., RunConfig]
 

@@ -23,8 +23,9 @@ class StableDiffusion:
         self.pipeline = pipeline
         self._device = torch.device("cpu")
         self._scaling_factor = float(pipeline.vae.config.scaling_factor)
-        size_px = int(pipeline.unet.config.sample_size) * int(pipeline.vae_scale_factor)
-        self.size_px = (size_px, size_px)
+        size, factor = pipeline.unet.config.sample_size, int(pipeline.vae_scale_factor)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        self.size_px = (int(height) * factor, int(width) * factor)
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             module.requires_grad_(False).eval()
 
