@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from shlex import quote
 
 from rich.table import Table
 
@@ -45,7 +46,9 @@ def show_front(run: Path) -> None:
     folder, experiment = open_run(run)
     front = read_front(folder, experiment)
     if front is None:
-        raise UserError(f"{run}: the base model has no result yet, so there is no front; see 'rltune status {run}'")
+        raise UserError(
+            f"{run}: the base model has no result yet, so there is no front; see: rltune status {quote(str(run))}"
+        )
     console.print(front_view(front))
 
 

@@ -40,7 +40,7 @@ class LiveView:
         hidden = [trial.state for trial in self.status.trials if trial.trial not in kept]
         if hidden:
             counts = ", ".join(f"{hidden.count(state)} {state}" for state in STATE_STYLES if state in hidden)
-            text = f"not shown: {counts}; 'rltune status {self.status.name}' in another terminal has all"
+            text = f"not shown: {counts}; rltune status in another terminal has all"
             lines.append(Text(text, "dim", no_wrap=True, overflow="ellipsis"))
         return Group(view, *lines)
 

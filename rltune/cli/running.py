@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from rltune.cli.board import watch
@@ -54,11 +55,13 @@ def run_experiment(
     experiment = load_experiment(path, overrides, known_names(), must_find_files=False)
     folder = RunFolder(storage / experiment.shared.name)
     if is_sweep and not experiment.is_searched:
-        raise UserError(f"{path}: every value is fixed, there is nothing to search; run 'rltune train {path}'")
+        raise UserError(
+            f"{path}: every value is fixed, there is nothing to search; run: rltune train {quote(str(path))}"
+        )
     if not is_sweep and experiment.is_searched:
         raise UserError(
             f"{path}: {', '.join(experiment.space)} are distributions; "
-            f"fix each with --set, or run 'rltune sweep {path}'"
+            f"fix each with --set, or run: rltune sweep {quote(str(path))}"
         )
     here = Path.cwd()
     with standing_where_started(folder):
@@ -150,7 +153,9 @@ def _export(picks: Sequence["TrialResult"], folder: RunFolder, experiment: Exper
         export_trials(picks, folder, experiment, on_export=show)
     finally:
         if written:
-            console.print(f"\nSee it beside the base model:  rltune sample {_shown(written[0], here)}", soft_wrap=True)
+            console.print(
+                f"\nSee it beside the base model:  rltune sample {quote(_shown(written[0], here))}", soft_wrap=True
+            )
 
 
 def _confirm(sweep: "Sweep") -> None:

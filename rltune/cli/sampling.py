@@ -60,11 +60,28 @@ def sample_grid(
     held_out = prompts or (card or {}).get("prompts") or read_prompts(config.prompts.eval, where="prompts.eval")
     shown = list(prompts or held_out[:NUM_DEFAULT_PROMPTS])
     rows = draw_rows(config, files, shown, num_images=num_images, seed=seed)
-    labels = ["base", *(path.parent.name if path.is_file() else path.resolve().name for path in loras)]
+    labels = ["base", *lora_labels(loras)]
     written = save_picture(labelled_grid(rows, labels, shown, num_images=num_images), output)
     console.print(f"{written}: {len(rows)} rows ({', '.join(labels)}), {num_images} images for each of", soft_wrap=True)
     for prompt in shown:
         console.print(f"  {prompt}", soft_wrap=True)
+
+
+def lora_labels(paths: Sequence[Path]) -> list[str]:
+    """Return what each LoRA is called: its folder or file, with as many folders above as tell all of them apart."""
+    from rltune.diffusion.lora_files import WEIGHT_FILE
+
+    parts = []
+    for path in paths:
+        whole = path.resolve()
+        if whole.suffix == ".safetensors":  # an export's file is called the same in every folder
+            whole = whole.parent if whole.name == WEIGHT_FILE else whole.with_suffix("")
+        parts.append(whole.parts)
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        labels = ["/".join(part[-depth:]) for part in parts]
+        if len(set(labels) | {"base"}) == len(set(parts)) + 1:
+            return labels
+    return [str(path) for path in paths]
 
 
 def _plain_config() -> Any:

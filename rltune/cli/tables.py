@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -268,7 +269,7 @@ def nothing_to_export(front: Front, closest: TrialResult | None, run: str) -> st
         closest = next(member for member in front.members if member.trial != BASE_TRIAL)
     else:
         why = "no trial is better than the base model in any objective"
-    return f"Nothing is exported: {why}. To have it all the same: rltune export {run} --pick {closest.trial}"
+    return f"Nothing is exported: {why}. To have it all the same: rltune export {quote(run)} --pick {closest.trial}"
 
 
 def gain_view(measured: Measured) -> RenderableType:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.chain import NO_GRADIENT, StepNoise
 from rltune.diffusion.lora_files import load_lora_file, unload_lora_file
 from rltune.errors import UserError
+from rltune.training.captions import lettering
 from rltune.training.evaluation import Pixels, to_uint8
 from rltune.training.loading import load_base_model
 from rltune.training.prompts import cut_in_words
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 MARGIN_PX = 4
 LABEL_PX = 20
+MAX_LABEL_PX = 240
+MAX_LINES = 4
+"""Of a prompt, above its pictures."""
 MIN_IMAGE_PX = 128
 """Small images are shown larger, pixels kept square."""
 BATCH = 16
@@ -75,23 +79,31 @@ def _step_noise(seed: int, numbers: Sequence[int], shape: tuple[int, int, int], 
 def labelled_grid(
     rows: Sequence[Pixels], labels: Sequence[str], prompts: Sequence[str], *, num_images: int
 ) -> Image.Image:
-    """Return one picture: a block of rows per prompt under its text, in it a row per model with its label."""
+    """Return one picture: a block of rows per prompt under its text, in it a row per model with its label.
+
+    As wide as the pictures: a prompt that is longer is wrapped, and shortened after ``MAX_LINES``.
+    """
     zoom = max(1, MIN_IMAGE_PX // rows[0].shape[1])
     height, width = rows[0].shape[1] * zoom, rows[0].shape[2] * zoom
-    font = ImageFont.load_default(13)
-    label_width = int(max(font.getlength(label) for label in labels)) + 2 * MARGIN_PX
-    block = LABEL_PX + len(rows) * (height + MARGIN_PX) + MARGIN_PX
-    text_width = int(max(font.getlength(prompt) for prompt in prompts)) + 2 * MARGIN_PX
-    page_width = max(label_width + num_images * (width + MARGIN_PX), text_width)
-    page = Image.new("RGB", (page_width, block * len(prompts)), "white")
+    letters = lettering([*labels, *prompts])
+    # of a long one the end, which tells it from others, is kept
+    short = [letters.spell(letters.cut(label[::-1], MAX_LABEL_PX)[::-1]) for label in labels]
+    label_width = int(max(letters.width(label) for label in short)) + 2 * MARGIN_PX
+    page_width = label_width + num_images * (width + MARGIN_PX)
+    texts = [letters.wrap(prompt, page_width - 2 * MARGIN_PX, MAX_LINES) for prompt in prompts]
+    block = len(rows) * (height + MARGIN_PX) + MARGIN_PX
+    page = Image.new("RGB", (page_width, sum(len(lines) * LABEL_PX + block for lines in texts)), "white")
     draw = ImageDraw.Draw(page)
-    for i, prompt in enumerate(prompts):
-        top = i * block
-        draw.text((MARGIN_PX, top + 2), prompt, fill="black", font=font)
-        for j, (pixels_NHW3, label) in enumerate(zip(rows, labels, strict=True)):
-            y = top + LABEL_PX + j * (height + MARGIN_PX)
-            draw.text((MARGIN_PX, y + height // 2 - 8), label, fill="black", font=font)
+    top = 0
+    for i, lines in enumerate(texts):
+        for line in lines:
+            draw.text((MARGIN_PX, top + 2), line, fill="black", font=letters.font)
+            top += LABEL_PX
+        for j, (pixels_NHW3, label) in enumerate(zip(rows, short, strict=True)):
+            y = top + j * (height + MARGIN_PX)
+            draw.text((MARGIN_PX, y + height // 2 - 8), label, fill="black", font=letters.font)
             for n, pixels_HW3 in enumerate(pixels_NHW3[i * num_images : (i + 1) * num_images]):
                 picture = Image.fromarray(pixels_HW3).resize((width, height), Image.Resampling.NEAREST)
                 page.paste(picture, (label_width + n * (width + MARGIN_PX), y))
+        top += block
     return page

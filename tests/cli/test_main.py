@@ -125,7 +125,7 @@ SEARCHED = "rewards: {brightness: {}}\noptim: {lr: {float: [0.1, 0.2]}, batch: {
 @pytest.mark.parametrize(
     ("command", "text", "message"),
     [
-        ("sweep", FIXED, "every value is fixed, there is nothing to search; run 'rltune train "),
+        ("sweep", FIXED, "every value is fixed, there is nothing to search; run: rltune train "),
         ("train", SEARCHED, "x.yaml: optim.lr, optim.batch are distributions; fix each with --set, or run"),
         ("sweep", None, "x.yaml: no such file; check the path"),
         ("train", "rewards: {brightnes: {}}\n", "unknown reward, got 'brightnes'; did you mean 'brightness'?"),
