@@ -33,7 +33,9 @@ def sample_grid(
     from rltune.cli.pictures import check_output, save_picture
     from rltune.config.experiment import RunConfig
     from rltune.diffusion.lora_files import find_lora_file
+    from rltune.diffusion.outline import find_pipeline
     from rltune.orchestration.job import quiet_libraries
+    from rltune.orchestration.preflight import check_reach
     from rltune.orchestration.record import base_of
     from rltune.training.grids import draw_rows, labelled_grid
     from rltune.training.prompts import read_prompts
@@ -59,6 +61,8 @@ def sample_grid(
     # a card has the run's own prompts: the file they were in may be another by now, or elsewhere
     held_out = prompts or (card or {}).get("prompts") or read_prompts(config.prompts.eval, where="prompts.eval")
     shown = list(prompts or held_out[:NUM_DEFAULT_PROMPTS])
+    if find_pipeline(config.model.base, config.model.revision) is None:
+        check_reach(config.model.base)  # in a second, where the hub's library would try for 40
     rows = draw_rows(config, files, shown, num_images=num_images, seed=seed)
     labels = ["base", *lora_labels(loras)]
     written = save_picture(labelled_grid(rows, labels, shown, num_images=num_images), output)

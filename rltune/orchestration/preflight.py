@@ -230,7 +230,7 @@ def _outline(config: RunConfig, *, is_attached: bool) -> ModelFamily | None:
     base, revision = config.model.base, config.model.revision
     folder = find_pipeline(base, revision)
     if folder is None and not is_attached:
-        _check_reach(base)
+        check_reach(base)
     if folder is None:
         return None
     try:
@@ -241,11 +241,16 @@ def _outline(config: RunConfig, *, is_attached: bool) -> ModelFamily | None:
         if base == "builtin" or Path(base).is_dir():
             raise
         if not is_attached:
-            _check_reach(base, str(error))  # what is not in the cache comes with the weights
+            check_reach(base, str(error))  # what is not in the cache comes with the weights
         return None
 
 
-def _check_reach(base: str, why: str = "") -> None:
+def check_reach(base: str, why: str = "") -> None:
+    """Check that there is a way to the hub, which a base model that is not here would come from.
+
+    Raises:
+        UserError: There is none.
+    """
     try:
         check_hub(base, INDEX)
     except RunError as error:

@@ -13,6 +13,7 @@ from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora import add_lora, lora_parameters, lora_state
 from rltune.errors import UserError
 from rltune.export.diffusers import WEIGHT_FILE, write_card, write_lora
+from rltune.training import grids
 from rltune.training.evaluation import EVAL_SEED, ImageSet, draw_images, to_uint8
 from rltune.training.grids import LABEL_PX, MARGIN_PX, MIN_IMAGE_PX, draw_rows, labelled_grid
 from rltune.training.loading import load_base_model
@@ -220,3 +221,15 @@ def test_a_page_grows_with_long_labels() -> None:
 )
 def test_loras_are_told_apart_by_their_labels(paths: list[str], labels: list[str]) -> None:
     assert lora_labels([Path(path) for path in paths]) == labels
+
+
+def test_a_base_model_that_is_neither_here_nor_to_be_had_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw_nothing(*_: object, **__: object) -> None:
+        raise AssertionError("the hub's library was asked, which tries for 40 s")
+
+    monkeypatch.setattr(grids, "draw_rows", draw_nothing)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=r"model\.base: no such folder, and not in the Hugging Face cache, got"):
+        draw([], tmp_path / "grid.png", base="some/model")
