@@ -288,6 +288,20 @@ def test_several_workers_take_the_steps_of_one_with_the_whole_batch(by_several: 
 
 
 @pytest.mark.slow
+def test_two_workers_take_the_steps_of_one_in_bfloat16_too(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
+    # an image at a time, for bfloat16 kernels may round a larger batch otherwise
+    config = make_config(
+        optim=SMOOTH | {"micro_batch": 1},
+        evaluate={"every": 2, "images_per_prompt": 1},
+        resources={"precision": "bf16"},
+    )
+    train(config, tmp_path / "1" / "run", base_dir=base_dir)
+    train_in_processes({"run": config}, tmp_path / "2", 2)
+    check_same_numbers(tmp_path / "1" / "run", tmp_path / "2" / "run", tolerance=2e-4)
+    assert largest_difference(adapters(tmp_path / "1" / "run", 2), adapters(tmp_path / "2" / "run", 2)) < 2e-4
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_workers(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     name = "ddpo"  # with state of its own; and with an average
     optim = SMOOTH | {"steps": 4, "ema": 0.5}
