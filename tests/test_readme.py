@@ -35,7 +35,7 @@ GROUPS = {
 def test_commands_files_and_links_exist(page: Path) -> None:
     text = page.read_text()
     commands = re.findall(r"(?:^|[`/ ])rltune ([a-z]+)(?: ([a-z]+))?(?=[ `\n])", text, flags=re.MULTILINE)
-    prose = ("is", "starts", "itself", "with", "and", "runs", "in", "does", "packs")
+    prose = ("is", "starts", "itself", "with", "and", "runs", "in", "does", "packs", "hands", "has")
     named = {command for command in commands if command[0] not in prose}
     assert named
     assert {command for command, _ in named} <= COMMANDS | GROUPS.keys()
