@@ -24,7 +24,7 @@ from rltune.rewards.weights import WeightsFile, check_hub, format_size, is_offli
 from rltune.training.evaluation import JUDGES
 from rltune.training.prompts import PromptSet, load_prompts
 from rltune.training.rewards import check_reward, try_reward
-from rltune.training.setup import check_options, image_shape, make_estimator
+from rltune.training.setup import check_options, image_shape, make_estimator, make_sampler
 from rltune.training.tracking import check_trackers
 
 OWN_WEIGHTS = frozenset({"weights", "head", "model", "clip", "vocab"})
@@ -220,6 +220,8 @@ def _check_base(experiment: Experiment, faults: _Faults, *, is_attached: bool) -
     for config in experiment.corners(("sampler",)):
         with faults.noted():
             image_shape(config, model)
+        with faults.noted():
+            make_sampler(config, model)
     for fault in unfit_targets(model.network, experiment.shared.model.lora.targets):  # a list is not searched
         with faults.noted():
             raise UserError(f"model.lora.targets: {fault}")

@@ -196,3 +196,8 @@ def test_a_run_that_cannot_teach_is_a_fault_beside_others(inspect: Inspect) -> N
         "search.warm_start: not a run folder, it has no experiment.yaml",
         "prompts.train: prompts cannot be read (No such file or directory)",
     ]
+
+
+def test_steps_that_a_schedule_does_not_have_are_a_fault(inspect: Inspect) -> None:
+    (fault,) = faults_of(inspect, "rewards: {brightness: }\nsampler: {steps: {choice: [20, 1000]}}")
+    assert fault.startswith("sampler: 'builtin': 1000 steps begin at timestep 1000 of a schedule that ends at 999")
