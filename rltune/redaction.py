@@ -4,6 +4,7 @@ Known are the values that ``remember`` was told, those of environment variables 
 a password in an address. It is a net below the rule that no setting holds a secret, and no licence to break it.
 """
 
+import functools
 import json
 import logging
 import os
@@ -28,6 +29,7 @@ def remember(secret: str) -> None:
     _remembered.update(part for part in (secret, *secret.split()) if len(part) >= SHORTEST)
 
 
+@functools.cache  # every record of a log asks for all names of the environment
 def is_secret_name(name: str) -> bool:
     """Return whether what is called so is likely to be a secret: ``api_key``, ``AUTH_TOKEN``, ``Authorization``."""
     return _SECRET_NAME.search(name) is not None

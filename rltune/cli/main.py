@@ -66,11 +66,10 @@ def _root(
     if is_version:
         typer.echo(f"rltune {__version__}")
         raise typer.Exit
-    logging.basicConfig(
-        level=logging.INFO if is_verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(Redacting())
+    handler = logging.StreamHandler()
+    handler.addFilter(Redacting())
+    level = logging.INFO if is_verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s", handlers=[handler])
 
 
 @app.command()

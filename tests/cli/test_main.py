@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, one message, nothing left behind."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -381,3 +382,28 @@ def test_estimators_lists_each_with_its_needs_and_options(call: Call) -> None:
     text = flat(out)
     for shown in ("have a gradient", "be a number", "k: 1", "n: 2", "2310.03739", "2305.13301"):
         assert shown in text
+
+
+LOGGING = """
+import logging, sys
+from rltune.cli.main import main
+sys.argv = ["rltune", "schema"]
+try:
+    main()
+except SystemExit:
+    logging.getLogger("anyone").warning("with %s", "hush-hush")
+"""
+
+
+def test_what_is_logged_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "hush-hush")
+    finished = subprocess.run([sys.executable, "-c", LOGGING], capture_output=True, text=True, check=True, timeout=60)
+    assert finished.stderr == "WARNING anyone: with ***\n"
+
+
+def test_the_handlers_of_others_are_left_alone(call: Call) -> None:
+    """A filter more a call would stay on the test runner's own, and on a notebook's, and cost every record."""
+    before = {handler: list(handler.filters) for handler in logging.getLogger().handlers}
+    assert before
+    call("schema")
+    assert {handler: handler.filters for handler in logging.getLogger().handlers} == before
