@@ -266,7 +266,8 @@ def _prompts(experiment: Experiment, inputs: Inputs) -> dict[str, str]:
         how = "; ".join([name, *found.notes])
         lines[label] = f"{len(found.prompts)} ({how}){used}, the first {shortened(found.prompts[0])}"
     if inputs.cut:
-        lines["cut"] = cut_in_words(inputs.cut, sum(len(found.prompts) for found in inputs.prompts.values()))
+        named = [prompt for found in inputs.prompts.values() for prompt in found.prompts]
+        lines["cut"] = cut_in_words(inputs.cut, named)
     return lines
 
 

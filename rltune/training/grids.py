@@ -46,7 +46,7 @@ def draw_rows(
     model = load_base_model(config, device)
     sampler = make_sampler(config, model)
     shape = image_shape(config, model)
-    if words := cut_in_words(model.cut_off(prompts), len(prompts)):
+    if words := cut_in_words(model.cut_off(prompts), prompts):
         logger.warning("%s", words)
     rows: list[Pixels] = []
     for file in [None, *lora_files]:

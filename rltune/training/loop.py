@@ -177,7 +177,7 @@ def _note(run: Run, trial_dir: Path, event: str, **fields: int) -> None:
 def _note_cut_prompts(run: Run, trial_dir: Path) -> None:
     """Tell of prompts that are longer than the text encoder reads: nothing else would."""
     prompts = [*run.train_prompts, *run.eval_images.prompts]
-    if run.workers.is_main and (words := cut_in_words(run.model.cut_off(prompts), len(prompts))):
+    if run.workers.is_main and (words := cut_in_words(run.model.cut_off(prompts), prompts)):
         note_event(trial_dir, words)
 
 

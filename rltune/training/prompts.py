@@ -40,19 +40,20 @@ def shortened(text: str, length: int = 60) -> str:
     return repr(text if len(text) <= length else f"{text[:half]} .. {text[-half:]}")
 
 
-def cut_in_words(cut: Mapping[str, str], num_prompts: int) -> str:
+def cut_in_words(cut: Mapping[str, str], prompts: Sequence[str]) -> str:
     """Say which prompts are longer than the text encoder reads; empty if none is.
 
     Args:
         cut: Prompt -> the end of it that is not read.
-        num_prompts: Of how many.
+        prompts: All of them; one that is there twice counts twice.
     """
     if not cut:
         return ""
     prompt, lost = next(iter(cut.items()))
-    are = "is" if len(cut) == 1 else "are"
+    num_cut = sum(each in cut for each in prompts)
+    are = "is" if num_cut == 1 else "are"
     return (
-        f"{len(cut)} of {num_prompts} prompts {are} longer than the text encoder reads: of {shortened(prompt)} it "
+        f"{num_cut} of {len(prompts)} prompts {are} longer than the text encoder reads: of {shortened(prompt)} it "
         f"does not see {shortened(lost)}"
     )
 

@@ -174,10 +174,11 @@ def test_what_a_text_encoder_does_not_read_is_told_of(inspect: Inspect, pipeline
     text = f"rewards: {{brightness: }}\nmodel: {{base: {pipeline}}}\nevaluate: {{prompts: 2}}\n"
     inputs = inspect(text + f"prompts: {{train: [a cat, {long}], eval: [{long}, {long} of them]}}")
     assert list(inputs.cut) == [long, f"{long} of them"]
-    assert cut_in_words(inputs.cut, 4) == (
-        "2 of 4 prompts are longer than the text encoder reads: of 'two lobsters in a row' it does not see 'row'"
+    # one that is in both sets is two prompts
+    assert cut_in_words(inputs.cut, ["a cat", long, long, f"{long} of them"]) == (
+        "3 of 4 prompts are longer than the text encoder reads: of 'two lobsters in a row' it does not see 'row'"
     )
-    assert cut_in_words({}, 4) == ""
+    assert cut_in_words({}, ["a cat"]) == ""
 
 
 def test_prompts_that_a_run_has_copies_of_are_those_that_count(inspect: Inspect, tmp_path: Path) -> None:
