@@ -33,9 +33,21 @@ SIMPLEX = "simplex"
 
 
 def make_sampler(
-    name: str, seed: int, num_trials: int, distributions: Mapping[str, BaseDistribution]
+    name: str,
+    seed: int,
+    num_trials: int,
+    distributions: Mapping[str, BaseDistribution],
+    *,
+    first_seed: int | None = None,
 ) -> optuna.samplers.BaseSampler:
     """Return an Optuna sampler by the name it has in an experiment, for a search of so many trials.
+
+    Args:
+        name: In the experiment.
+        seed: Of its draws.
+        num_trials: Of the search.
+        distributions: Of every parameter.
+        first_seed: What ``seed`` was at the first start, on a resume.
 
     Raises:
         ValueError: The name is not one of ``SAMPLERS``.
@@ -44,7 +56,7 @@ def make_sampler(
     population = min(50, max(4, num_trials // 5))
     weights = [parameter for parameter in distributions if parameter.startswith(f"{SIMPLEX}[")]
     makers: Mapping[str, Any] = {
-        "surrogate": lambda: SurrogateSampler(seed, distributions, weights, simplex_weights),
+        "surrogate": lambda: SurrogateSampler(seed, distributions, weights, simplex_weights, first_seed),
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=population),
@@ -166,7 +178,7 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # a resumed search goes on with other draws than the first ones, which its trials already have
         seed = (search.seed + 1_000_003 * len(ids)) % 2**32
-        sampler = make_sampler(search.sampler, seed, search.trials, self._distributions)
+        sampler = make_sampler(search.sampler, seed, search.trials, self._distributions, first_seed=search.seed)
         directions = ["maximize" if sign > 0 else "minimize" for sign in objectives.signs_D]
         self.study = optuna.create_study(sampler=sampler, directions=directions)
         self._is_held_by_constraints = search.sampler in HELD_BY_CONSTRAINTS

@@ -52,6 +52,8 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # Optuna's types are
         distributions: Of every parameter of the search; left out, of those that every trial so far had.
         weight_names: Parameters that stand for weights.
         weights_of: Parameter values -> the weights that they stand for, which the models see in their place.
+        first_seed: Of the search where it was started, if this is a resume with another ``seed``: its first trials lie
+            evenly beside those that it has.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # Optuna's types are
         distributions: Mapping[str, BaseDistribution] | None = None,
         weight_names: Sequence[str] = (),
         weights_of: Callable[[Sequence[float]], Sequence[float]] = list,
+        first_seed: int | None = None,
     ) -> None:
         self._rng = np.random.default_rng(seed)
         self._random = RandomSampler(seed=seed)
@@ -68,6 +71,8 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # Optuna's types are
         self._weight_names = list(weight_names)
         self._weights_of = weights_of
         self._shift = self._rng.random(len(distributions or ()))
+        if first_seed is not None:
+            self._shift = np.random.default_rng(first_seed).random(len(self._shift))
 
     def reseed_rng(self) -> None:
         """Start from another seed, as Optuna asks of the samplers of parallel workers."""

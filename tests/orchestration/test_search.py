@@ -581,6 +581,15 @@ def test_a_resumed_search_draws_what_the_first_did_not(first: list[TrialSpec]) -
     assert not before & after
 
 
+@pytest.mark.parametrize("num_ended", [0, 2])
+def test_the_first_trials_of_a_resumed_surrogate_are_those_of_a_search_that_never_stopped(num_ended: int) -> None:
+    whole = Search(asked("surrogate"), BOTH)
+    specs = [whole.ask() for _ in range(8)]
+    ended = [toy(spec) for spec in specs[:num_ended]]
+    search = Search(asked("surrogate"), BOTH, results=ended, unfinished=[specs[num_ended]])
+    assert [search.ask() for _ in specs[num_ended:]] == specs[num_ended:]
+
+
 def test_unfinished_trials_come_first_with_the_same_knobs(first: list[TrialSpec]) -> None:
     unfinished = [first[2], first[4]]
     search = resumed([first[0], first[1], first[3]], unfinished)
