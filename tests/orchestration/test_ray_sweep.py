@@ -136,14 +136,24 @@ def test_kills_lose_nothing_and_change_nothing(
     assert metrics_of_trial == {name: expected[name] for name in metrics_of_trial}
 
 
+PICKY = """
+def score(images, prompts, *, fails=False):
+    if fails:
+        raise LookupError("no score today")
+    return images.mean(dim=(1, 2, 3))
+"""
+
+
 def test_a_trial_that_fails_is_recorded_and_the_sweep_goes_on(
-    write: Callable[..., Path], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    write: Callable[..., Path],
+    start: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    good, empty = tmp_path / "good.txt", tmp_path / "empty.txt"
-    good.write_text("a cat\n")
-    empty.write_text("# nothing yet\n")
+    (tmp_path / "picky.py").write_text(PICKY)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     path = write(
-        prompts={"train": {"choice": [str(good), str(empty)]}, "eval": ["a snail", "an octopus"]},
+        rewards={"mine": {"reward": "picky:score", "options": {"fails": {"choice": [False, True]}}}},
         search={"trials": 4, "sampler": "random", "seed": 1},
     )
     process = start("sweep", str(path))
@@ -152,9 +162,10 @@ def test_a_trial_that_fails_is_recorded_and_the_sweep_goes_on(
     results = [result for result in read_results(tmp_path / "runs" / "tiny" / "results.jsonl") if result.trial != "000"]
     assert len(results) == 4
     failed = [result for result in results if not result.is_ok]
-    assert {result.values["prompts.train"] for result in failed} == {str(empty)}
-    assert {result.values["prompts.train"] for result in results if result.is_ok} == {str(good)}
+    assert failed
+    assert {result.values["rewards.mine.options.fails"] for result in failed} == {True}
+    assert {result.values["rewards.mine.options.fails"] for result in results if result.is_ok} == {False}
     for result in failed:
-        assert "holds no prompt" in result.reason
+        assert "no score today" in result.reason
         assert f"trial {result.trial} failed: {result.reason}" in output
     assert "Last result" not in output  # Tune's own line
