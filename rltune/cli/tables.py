@@ -76,7 +76,7 @@ def headline(status: RunStatus) -> Text:
     """Return the whole run in a line."""
     parts = [f"{status.name}: {status.num_ended} of {status.num_trials} trials"]
     if status.front is not None:
-        parts.append(f"front {len(status.front.members)}")
+        parts.append(f"front {sum(member.is_feasible for member in status.front.members)}")  # those with a !: not on it
         parts.append(f"hypervolume {status.front.hypervolume:.3g}")
     if status.usage is not None:
         parts.append(f"utilisation {status.usage.utilisation:.0%}")

@@ -1,9 +1,10 @@
 """From a trial of a run to LoRA files that were loaded again and compared. Runs in the calling process."""
 
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import torch
 from torch import Tensor
@@ -68,17 +69,23 @@ def pick_trial(pick: str, folder: RunFolder, experiment: Experiment) -> TrialRes
         return chosen
     front = read_front(folder, experiment)
     if front is None or front.knee is None:
-        raise UserError(
-            f"--pick: no trained trial of {folder.path} is on its front; let the sweep end, or name a trial"
-        )
+        ids = _trained_ids(results.values())
+        see = f"and none has ended well yet; see: rltune status {quote(str(folder.path))}"
+        remedy = f"name one that ended well: {ids}" if ids else see
+        raise UserError(f"--pick: no trained trial of {folder.path} is on its front; {remedy}")
     if pick == "knee":
         return front.knee
     kind, _, name = pick.partition(":")
     if kind == "best" and name in front.objectives.names:
         return front.best(name)
     best = ", ".join(f"best:{objective}" for objective in front.objectives.names)
-    ids = ", ".join(sorted((r.trial for r in results.values() if r.is_ok and r.trial != BASE_TRIAL), key=by_number))
+    ids = _trained_ids(results.values())
     raise UserError(f"--pick: {pick!r} is not a choice; write knee, {best}, or a trial: {ids}")
+
+
+def _trained_ids(results: Iterable[TrialResult]) -> str:
+    """Return the trials that have a LoRA; empty if none has."""
+    return ", ".join(sorted((r.trial for r in results if r.is_ok and r.trial != BASE_TRIAL), key=by_number))
 
 
 def best_picks(front: Front) -> list[TrialResult]:

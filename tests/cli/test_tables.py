@@ -1,11 +1,20 @@
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import RenderableType
 
-from rltune.cli.tables import format_duration, format_value, front_view, gain_view, short_labels, status_view
+from rltune.cli.tables import (
+    format_duration,
+    format_value,
+    front_view,
+    gain_view,
+    progress_line,
+    short_labels,
+    status_view,
+)
 from rltune.cli.terminal import PlainConsole
 from rltune.orchestration.confirmations import Measured
 from rltune.orchestration.fronts import front_as_csv, read_front
@@ -93,6 +102,14 @@ def test_the_trial_table_has_every_number(folder: RunFolder, width: int) -> None
     assert "6/10" in text
     assert "trial 002 failed: step 3: brightness is nan for 'a [red] dog'" in text
     assert "! breaks a constraint, so it is not on the front" in text
+
+
+def test_a_member_that_breaks_a_constraint_is_not_counted_to_the_front(folder: RunFolder) -> None:
+    status = read_status(folder, experiment())
+    assert status.front is not None
+    first, *others = status.front.members
+    front = replace(status.front, members=(replace(first, constraints={"faithful.min": 4.5}), *others))
+    assert f"| front {len(others)} |" in progress_line(replace(status, front=front))
 
 
 def test_a_row_shows_its_mark_and_knobs(folder: RunFolder) -> None:
