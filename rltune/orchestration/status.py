@@ -12,7 +12,7 @@ from rltune.orchestration.fronts import read_front
 from rltune.orchestration.objectives import Front
 from rltune.orchestration.results import TrialResult, read_results
 from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, by_number, read_trial
-from rltune.orchestration.usage import Usage, Work, measure, work_of
+from rltune.orchestration.usage import Usage, Work, measure, spent, work_of
 from rltune.training.events import NOTICE, Event, read_events
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ class RunStatus:
     """Trained trials that the run will have."""
     front: Front | None
     elapsed_s: float
-    """Since the run was started or resumed, up to the last sign of life."""
+    """In which a process worked on the run, over all its starts; of a killed one up to its last sign of life."""
     step_s: float | None
     """Mean seconds of an optimiser step so far."""
     trial_s: float | None
@@ -189,20 +189,22 @@ class StatusReader:
         num_rows = sum(digest.num_rows for digest in digests.values())
         ended = [result.duration_s for result in results.values() if result.trial != BASE_TRIAL and result.is_ok]
         num_trials = self._experiment.num_trials
+        run_events = self._events(folder.events_file)
+        now = time.time() if is_active else max([last_sign, *(e.time for row in events.values() for e in row)])
         return RunStatus(
             name=folder.name,
             is_active=is_active,
             trials=tuple(trials),
             num_trials=num_trials,
             front=front,
-            elapsed_s=(time.time() if is_active else last_sign) - start,
+            elapsed_s=spent(run_events, {}, now=now).elapsed_s if run_events else now - start,
             step_s=sum(digest.step_s for digest in digests.values()) / num_rows if num_rows else None,
             trial_s=sum(ended) / len(ended) if ended else None,
             usage=measure(
-                self._events(folder.events_file),
+                run_events,
                 events,
                 {trial: digest.work for trial, digest in digests.items()},
-                now=time.time() if is_active else max([last_sign, *(e.time for row in events.values() for e in row)]),
+                now=now,
                 is_all_dealt=len(specs.keys() - {BASE_TRIAL}) >= num_trials,
             ),
         )

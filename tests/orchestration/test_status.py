@@ -185,6 +185,16 @@ def test_elapsed_and_time_left(folder: RunFolder, monkeypatch: pytest.MonkeyPatc
     assert ended.remaining_s is None
 
 
+def test_what_has_elapsed_is_that_of_all_starts(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    for start, end in ((100.0, 130.0), (500.0, 502.0)):
+        monkeypatch.setattr(time, "time", lambda start=start: start)
+        append_event(folder.events_file, "driver_started", trials_at_once=2, workers=1)
+        monkeypatch.setattr(time, "time", lambda end=end: end)
+        append_event(folder.events_file, "driver_ended")
+    os.utime(folder.experiment_file, (9000.0, 9000.0))  # the folder was copied
+    assert read(folder)[0].elapsed_s == 32
+
+
 def test_there_is_no_time_left_before_a_trial_has_ended_nor_after_the_last(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "mix", experiment(), [BASE], started=["001", "002", "003", "004"])
     write_rows(folder, "001", [{"step": 9}])
