@@ -86,7 +86,10 @@ def claim_run(folder: RunFolder, experiment: Experiment, *, precision: str) -> C
             f"{folder.experiment_file}: this run was started with other settings than {experiment.source} has now; "
             f"give another --name, or put the settings back to resume it: {'; '.join(differences)}"
         )
-    if changed := [*_changed_prompts(experiment, record), *_changed_pins(record.pins, pins)]:
+    changed, mended = [*_changed_prompts(experiment, record)], [*_changed_pins(record.pins, pins)]
+    if mended and not changed and not any(folder.base_dir.glob("*/base.json")):
+        return _begin(folder, experiment, precision)  # nothing was measured: reward code that failed was put right
+    if changed := [*changed, *mended]:
         raise UserError(
             f"{folder.path}: what this run was started with has changed, and two measurements in one table could not "
             f"be compared; put it back to resume, or give another --name: {'; '.join(changed)}"

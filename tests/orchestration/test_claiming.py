@@ -34,8 +34,10 @@ def claim(folder: RunFolder, asked: Experiment, *, precision: str = "fp32") -> C
 
 
 def run(tmp_path: Path) -> RunFolder:
+    """Return a run folder in which the base model has been measured."""
     folder = RunFolder(tmp_path / "mix")
-    folder.path.mkdir()
+    (folder.base_dir / "key").mkdir(parents=True)
+    (folder.base_dir / "key" / "base.json").touch()
     return folder
 
 
@@ -328,6 +330,30 @@ def test_own_code_that_was_edited_is_refused(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(
         UserError, match=r"rewards\.red\.reward: 'pinned_scores:red' is not what it was \(pinned_help\.p"
     ):
+        claim(folder, asked)
+
+
+def test_own_code_that_is_mended_before_anything_was_measured_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = tmp_path / "failing_scores.py"
+    code.write_text("def red(images, prompts): return None\n")
+    asked = experiment({"rewards": {"red": {"reward": "failing_scores:red"}}})
+    folder = run(tmp_path)
+    (measured,) = folder.base_dir.glob("*/base.json")
+    measured.unlink()
+    first = claim(folder, asked)
+    code.write_text("def red(images, prompts): return images[:, 0]\n")
+    mended = claim(folder, asked)
+    kept = read_record(folder)
+    assert kept is not None
+    digests = [[pin.digest for pin in record.pins] for record in (first.record, mended.record, kept)]
+    assert digests[0] != digests[1] == digests[2]
+    measured.touch()
+    claim(folder, asked)
+    code.write_text("def red(images, prompts): return images[:, 1]\n")
+    with pytest.raises(UserError, match="is not what it was"):
         claim(folder, asked)
 
 
