@@ -1,6 +1,6 @@
 """JPEG as rewards need it: the bits that a file will take, differentiably, and the real file.
 
-B: images in the batch. H, W: image rows and columns. N: blocks of 8 x 8.
+B: images in the batch. H, W: image rows and columns. h, w: rows and columns of blocks of 8 x 8, N of them.
 """
 
 import io
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, pad
+from torch.nn.functional import avg_pool2d, interpolate, pad
 
 from rltune.errors import UserError
 from rltune.rewards.pictures import to_pictures
@@ -73,21 +73,77 @@ def header_bytes(chroma: str) -> int:
 
 
 def round_trip_distance(images_B3HW: Tensor, *, quality: int) -> Tensor:
-    """Return the mean squared distance of RGB in [0, 1] to its 4:2:0 JPEG round trip: ``(B,)`` float32.
-
-    The round trip is kornia's, in which ``round(x) + (x - round(x))^3`` stands for rounding (Shin and Song, 2017):
-    differentiable but where a coefficient lies midway between two levels, and it jumps. Edges are repeated up to blocks
-    of 16 and cut off again. What is decoded is softly clipped to [0, 1], which all but zeroes its gradient outside.
-    Two deviations from a file: neutral chroma is 127.5, not 128, so that a flat gray has up to 8e-6, and steps of the
-    tables are up to one smaller, since they are floored as smoothly as coefficients are rounded.
-    """
-    from kornia.enhance import jpeg_codec_differentiable  # slow to import, and only this needs it
-
-    if images_B3HW.shape[0] == 0:  # which kornia refuses
-        return images_B3HW.new_zeros(0, dtype=torch.float32)
+    """Return the mean squared distance of RGB in [0, 1] to its 4:2:0 JPEG round trip: ``(B,)`` float32."""
     x_B3HW = images_B3HW.float()
-    decoded_B3HW = jpeg_codec_differentiable(x_B3HW, torch.tensor([float(quality)]))
-    return (x_B3HW - decoded_B3HW).square().mean(dim=(1, 2, 3))
+    return (x_B3HW - round_trip(x_B3HW, quality=quality)).square().mean(dim=(1, 2, 3))
+
+
+def round_trip(images_B3HW: Tensor, *, quality: int) -> Tensor:
+    """Return RGB in [0, 1] as a 4:2:0 JPEG file of it would show it, nearly: ``(B, 3, H, W)``, differentiable.
+
+    The steps of ``jpeg_coefficients`` and back, with ``round(c) + (c - round(c))^3`` for rounding (Shin and Song, 2017:
+    "JPEG-resistant adversarial images"), whose gradient is 0 at a whole step and which jumps midway between two. The
+    numbers are those of kornia 0.9, which DRaFT's distance was measured with here, and so are its deviations from a
+    file: neutral chroma is 127.5, not 128, so that a flat gray has a distance of up to 8e-6; the steps of the tables
+    are floored as smoothly as coefficients are rounded, so up to one smaller; chroma is blurred before it is halved and
+    interpolated when it is doubled; the factors of chroma have three digits. What leaves [0, 1] is clamped, which
+    zeroes its gradient.
+
+    Args:
+        images_B3HW: RGB in [0, 1], float32; edges are repeated up to blocks of 16 and cut off again.
+        quality: As libjpeg counts it, 1 to 100.
+    """
+    height, width = images_B3HW.shape[-2:]
+    r_BHW, g_BHW, b_BHW = pad(images_B3HW, (0, -width % 16, 0, -height % 16), mode="replicate").unbind(dim=1)
+    y_BHW = 0.299 * r_BHW + 0.587 * g_BHW + 0.114 * b_BHW
+    chroma_B2HW = torch.stack([0.564 * (b_BHW - y_BHW), 0.713 * (r_BHW - y_BHW)], dim=1) + 0.5
+    planes = (255 * y_BHW, *(255 * _halved(chroma_B2HW)).unbind(dim=1))
+    luma_88, chroma_88 = (_smooth_table(annex_k_88.to(images_B3HW), quality) for annex_k_88 in quantisation_tables(50))
+    basis_88 = dct_basis().to(images_B3HW)
+    y_BHW, *chroma = (
+        _decoded(plane_BHW, basis_88, table_88)
+        for plane_BHW, table_88 in zip(planes, (luma_88, chroma_88, chroma_88), strict=True)
+    )
+    whole_B2HW = interpolate(torch.stack(chroma, dim=1), scale_factor=2, mode="bilinear", align_corners=False)
+    y_BHW, (cb_BHW, cr_BHW) = y_BHW / 255, (whole_B2HW / 255 - 0.5).unbind(dim=1)
+    rgb = (
+        y_BHW + cr_BHW / 0.713,
+        y_BHW - (0.114 / 0.564 * cb_BHW + 0.299 / 0.713 * cr_BHW) / 0.587,
+        y_BHW + cb_BHW / 0.564,
+    )
+    return torch.stack(rgb, dim=1)[..., :height, :width].clamp(0, 1)
+
+
+def _decoded(plane_BHW: Tensor, basis_88: Tensor, table_88: Tensor) -> Tensor:
+    """Return a plane in [0, 255] as it comes back from its coefficients, smoothly rounded to whole steps."""
+    steps_Bhw88 = basis_88 @ _blocks(plane_BHW - 128) @ basis_88.T / table_88
+    nearest_Bhw88 = steps_Bhw88.round()
+    rounded_Bhw88 = nearest_Bhw88 + (steps_Bhw88 - nearest_Bhw88) ** 3
+    blocks_Bhw88 = basis_88.T @ (rounded_Bhw88 * table_88) @ basis_88
+    decoded_BHW: Tensor = blocks_Bhw88.transpose(2, 3).flatten(3, 4).flatten(1, 2) + 128
+    return decoded_BHW
+
+
+def _halved(chroma_BCHW: Tensor) -> Tensor:
+    """Return half the rows and columns: averages of 2 x 2 after a 3 x 3 Gaussian of half a pixel, edges mirrored."""
+    side = math.exp(-2) / (1 + 2 * math.exp(-2))
+    x_BCHW = pad(chroma_BCHW, (1, 1, 1, 1), mode="reflect")
+    x_BCHW = side * (x_BCHW[..., :-2] + x_BCHW[..., 2:]) + (1 - 2 * side) * x_BCHW[..., 1:-1]
+    x_BCHW = side * (x_BCHW[..., :-2, :] + x_BCHW[..., 2:, :]) + (1 - 2 * side) * x_BCHW[..., 1:-1, :]
+    return avg_pool2d(x_BCHW, 2)
+
+
+def _smooth_table(annex_k_88: Tensor, quality: int) -> Tensor:
+    """Return Annex K's table scaled to a quality as libjpeg does, with smooth floors and bounds: ``(8, 8)``."""
+    scale = _smooth_floor(annex_k_88.new_tensor(5000 / quality if quality < 50 else 200 - 2 * quality))
+    steps_88 = (annex_k_88 * scale + 50) / 100
+    above_88, below_88 = (steps_88 - 255).clamp(min=0), (1 - steps_88).clamp(min=0)
+    bounded_88 = steps_88 - above_88 + below_88 + 0.02 * (torch.exp(-below_88) - torch.exp(-above_88))
+    return _smooth_floor(bounded_88)
+
+
+def _smooth_floor(x: Tensor) -> Tensor:
+    return x.floor() + (x - 0.5 - x.floor()) ** 3
 
 
 def file_sizes(images_B3HW: Tensor, *, quality: int, chroma: str) -> Tensor:
@@ -126,12 +182,16 @@ def jpeg_coefficients(images_B3HW: Tensor, *, quality: int, chroma: str = "4:2:0
 
 
 def _quantised_dct(plane_BHW: Tensor, basis_88: Tensor, table_88: Tensor) -> Tensor:
-    blocks_BN88 = plane_BHW.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).transpose(2, 3).flatten(1, 2)
-    steps_BN88 = basis_88 @ blocks_BN88 @ basis_88.T / table_88
+    steps_BN88 = basis_88 @ _blocks(plane_BHW).flatten(1, 2) @ basis_88.T / table_88
     before_BN = pad(steps_BN88[:, :-1, 0, 0], (1, 0))
     is_dc_88 = pad(steps_BN88.new_ones(1, 1), (0, 7, 0, 7))
     coded_BN88: Tensor = steps_BN88 - before_BN[:, :, None, None] * is_dc_88
     return coded_BN88
+
+
+def _blocks(plane_BHW: Tensor) -> Tensor:
+    """Return a plane cut into blocks: ``(B, H / 8, W / 8, 8, 8)``."""
+    return plane_BHW.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).transpose(2, 3)
 
 
 def dct_basis() -> Tensor:
