@@ -191,7 +191,8 @@ def _quantised_dct(plane_BHW: Tensor, basis_88: Tensor, table_88: Tensor) -> Ten
 
 def _blocks(plane_BHW: Tensor) -> Tensor:
     """Return a plane cut into blocks: ``(B, H / 8, W / 8, 8, 8)``."""
-    return plane_BHW.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).transpose(2, 3)
+    blocks_Bhw88: Tensor = plane_BHW.unflatten(2, (-1, 8)).unflatten(1, (-1, 8)).transpose(2, 3)
+    return blocks_Bhw88
 
 
 def dct_basis() -> Tensor:
