@@ -1,6 +1,8 @@
 """The allow-list below is the architecture diagram: which room may import which."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,20 +19,35 @@ ALLOWED = {
     "records": {"errors"},
     "config": BASE,
     "pareto": BASE,
+    "runs": BASE | {"config", "pareto"},
     "diffusion": BASE,
     "builtin": BASE,
     "rewards": BASE | {"builtin"},
     "estimators": BASE | {"diffusion", "rewards"},
-    "training": BASE | {"config", "diffusion", "rewards", "estimators"},
-    "export": BASE | {"diffusion"},
-    "orchestration": BASE | {"config", "pareto", "diffusion", "rewards", "estimators", "training", "export"},
+    "training": BASE | {"config", "runs", "diffusion", "rewards", "estimators"},
+    "search": BASE | {"config", "pareto", "runs", "training"},
+    "export": BASE | {"config", "runs", "diffusion", "training"},
+    "orchestration": BASE
+    | {"config", "pareto", "runs", "diffusion", "rewards", "estimators", "training", "search", "export"},
     "cli": BASE
-    | {"config", "pareto", "diffusion", "rewards", "estimators", "training", "builtin", "export", "orchestration"},
+    | {
+        "config",
+        "runs",
+        "diffusion",
+        "rewards",
+        "estimators",
+        "training",
+        "builtin",
+        "search",
+        "export",
+        "orchestration",
+    },
 }
 """Room -> the rooms it may import from (besides itself)."""
 CONFINED = {
     "ray": {"orchestration"},
-    "optuna": {"orchestration"},
+    "optuna": {"search"},
+    "torch": {"diffusion", "builtin", "rewards", "estimators", "training", "export", "orchestration", "cli"},
     "typer": {"cli"},
     "rich": {"cli"},
     "pydantic": {"config"},
@@ -70,3 +87,32 @@ def test_imports_point_one_way(path: Path) -> None:
 
 def test_every_room_is_on_the_plan() -> None:
     assert {room_of(path) for path in MODULES} - {"__init__"} <= set(ALLOWED)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    """Imports inside functions and for types alone count too: who needs such a trick has cut the house wrongly."""
+    names = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in MODULES}
+    graph = {name: imported_modules(path) & names.keys() - {name} for name, path in names.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail[trail.index(name) :], name))
+        if name not in done:
+            for other in sorted(graph[name]):
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
+
+
+def test_the_record_of_a_run_is_read_without_ray_torch_or_optuna() -> None:
+    rooms = [room for room in ("config", "pareto", "runs", "report") if (PACKAGE / room).is_dir()]
+    modules = [
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for path in MODULES
+        if room_of(path) in rooms and path.name != "__init__.py"
+    ]
+    heavy = "{'torch', 'ray', 'optuna', 'diffusers', 'transformers', 'peft', 'matplotlib', 'PIL'}"
+    code = f"import sys, {', '.join(modules)}; print(sorted({heavy} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -11,8 +11,8 @@ from PIL import Image
 
 from rltune.assets import BUILTIN_DIR
 from rltune.cli.main import app
-from rltune.cli.rewarding import check_reward
-from rltune.cli.running import known_names
+from rltune.cli.rewards import check_reward
+from rltune.cli.sweep import known_names
 from rltune.config.load import load_experiment
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, lora_parameters, lora_state

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.lora import add_lora, lora_parameters
-from rltune.diffusion.sampling import Sampler
+from rltune.diffusion.sampler import Sampler
 from rltune.diffusion.table import ChainTable, read_ddim_table
 from rltune.estimators.base import Batch, Estimator, EstimatorState, Regularisers, Round, Setting, Stateful, Tally
 from rltune.rewards.mixture import MixtureScore

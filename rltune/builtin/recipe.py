@@ -20,11 +20,11 @@ from rltune.builtin import export
 from rltune.builtin import image_text as it
 from rltune.builtin.corpus import Corpus, load_corpus
 from rltune.builtin.counter import Counter, train_counter
+from rltune.builtin.drawing import sample
 from rltune.builtin.judge import Judge, train_judge
 from rltune.builtin.measure import measure_samples, reconstruct
 from rltune.builtin.networks import make_f8_autoencoder
 from rltune.builtin.pictures import COLUMNS, save_pictures
-from rltune.builtin.sampling import sample
 from rltune.builtin.tokenizer import build_tokenizer, encode
 from rltune.builtin.workshop import OnProgress, Workshop, no_progress
 

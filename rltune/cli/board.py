@@ -16,8 +16,8 @@ from rltune.cli.notes import named, stop_line
 from rltune.cli.tables import progress_line
 from rltune.cli.terminal import errors
 from rltune.config.load import Experiment
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
-from rltune.orchestration.status import RunStatus, StatusReader, TrialStatus
+from rltune.runs.layout import BASE_TRIAL, RunFolder
+from rltune.runs.status import RunStatus, StatusReader, TrialStatus
 
 logger = logging.getLogger(__name__)
 

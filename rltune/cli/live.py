@@ -8,8 +8,8 @@ from rich.text import Text
 
 from rltune.cli.notes import Note, newest, notes_of
 from rltune.cli.tables import STATE_STYLES, trial_view
-from rltune.orchestration.rundir import BASE_TRIAL
-from rltune.orchestration.status import RunStatus, TrialStatus
+from rltune.runs.layout import BASE_TRIAL
+from rltune.runs.status import RunStatus, TrialStatus
 
 
 @dataclass(frozen=True)

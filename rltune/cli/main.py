@@ -85,7 +85,7 @@ def sweep(
     from rltune.orchestration.cluster import prepare
 
     prepare(address)  # before anything imports ray
-    from rltune.cli.running import run_experiment
+    from rltune.cli.sweep import run_experiment
 
     run_experiment(
         experiment, overrides or [], address=address, name=name, storage=storage, dry_run=dry_run, is_sweep=True
@@ -105,7 +105,7 @@ def train(
     from rltune.orchestration.cluster import prepare
 
     prepare(address)  # before anything imports ray
-    from rltune.cli.running import run_experiment
+    from rltune.cli.sweep import run_experiment
 
     run_experiment(
         experiment, overrides or [], address=address, name=name, storage=storage, dry_run=dry_run, is_sweep=False
@@ -118,7 +118,7 @@ def status(
     usage: Annotated[bool, typer.Option("--usage", help="Show where the time of its slots went instead.")] = False,
 ) -> None:
     """Show the trial table of a running or finished run, from any terminal."""
-    from rltune.cli.inspecting import show_status
+    from rltune.cli.show import show_status
 
     show_status(run, with_usage=usage)
 
@@ -126,7 +126,7 @@ def status(
 @app.command()
 def front(run: RunArgument) -> None:
     """Show the Pareto front, its hypervolume and its knee."""
-    from rltune.cli.inspecting import show_front
+    from rltune.cli.show import show_front
 
     show_front(run)
 
@@ -137,7 +137,7 @@ def export(
     pick: Annotated[str, typer.Option(help="knee, best:OBJECTIVE, or a trial.")] = "knee",
 ) -> None:
     """Write a trial's LoRA for diffusers, load it again and compare before saying so."""
-    from rltune.cli.exporting import export_pick
+    from rltune.cli.export import export_pick
 
     export_pick(run, pick)
 
@@ -165,7 +165,7 @@ def sample(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, the same for every row.")] = 0,
 ) -> None:
     """Draw an image grid: the base model beside LoRAs, same prompts and same seeds."""
-    from rltune.cli.sampling import sample_grid
+    from rltune.cli.sample import sample_grid
 
     sample_grid(
         loras or [],
@@ -186,7 +186,7 @@ def doctor(address: AddressOption = None) -> None:
     from rltune.orchestration.cluster import prepare
 
     prepare(address)  # before anything imports ray
-    from rltune.cli.doctoring import diagnose
+    from rltune.cli.doctor import diagnose
 
     diagnose(address)
 
@@ -195,7 +195,7 @@ def doctor(address: AddressOption = None) -> None:
 def rewards_list(context: typer.Context) -> None:
     """List the rewards that an experiment can name; ``check`` proves one."""
     if context.invoked_subcommand is None:
-        from rltune.cli.rewarding import show_rewards
+        from rltune.cli.rewards import show_rewards
 
         show_rewards()
 
@@ -213,7 +213,7 @@ def rewards_check(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda if there is one.")] = None,
 ) -> None:
     """Score images, or four built-in scenes, and prove shape, range, gradient and independence."""
-    from rltune.cli.rewarding import check_reward
+    from rltune.cli.rewards import check_reward
 
     check_reward(name, images=images or [], prompts=prompts or [], options=options or [], device=device)
 
@@ -221,7 +221,7 @@ def rewards_check(
 @app.command()
 def estimators() -> None:
     """List the estimators that an experiment can name, with their options."""
-    from rltune.cli.inspecting import show_estimators
+    from rltune.cli.show import show_estimators
 
     show_estimators()
 
@@ -271,7 +271,7 @@ def builtin_train(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
     """Train the built-in model from nothing: scenes, autoencoder, image-text model, denoiser."""
-    from rltune.cli.building import train_model
+    from rltune.cli.builtin import train_model
 
     train_model(output, work, seed=seed, scale=scale, device=device)
 
@@ -285,7 +285,7 @@ def builtin_scenes(
     seed: Annotated[int, typer.Option(min=0, help="Of the scenes.")] = 0,
 ) -> None:
     """Write a grid of the scenes that the built-in model was trained on, and print their captions."""
-    from rltune.cli.building import show_scenes
+    from rltune.cli.builtin import show_scenes
 
     show_scenes(output, count=count, seed=seed)
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rltune.orchestration.rundir import BASE_TRIAL
-from rltune.orchestration.status import TrialStatus
+from rltune.runs.layout import BASE_TRIAL
+from rltune.runs.status import TrialStatus
 
 NOTE_STYLES = {"failed": "red", "notice": "yellow", "stopped": "dim"}
 

@@ -12,13 +12,13 @@ from rich.text import Text
 
 from rltune.cli.notes import Note, notes_of
 from rltune.intervals import half_width
-from rltune.orchestration.confirmations import Measured
-from rltune.orchestration.objectives import Front
-from rltune.orchestration.results import TrialResult
-from rltune.orchestration.rundir import BASE_TRIAL
-from rltune.orchestration.status import RunStatus, TrialStatus
-from rltune.orchestration.usage import KINDS, Usage
-from rltune.training.units import OVER_PROMPTS
+from rltune.runs.confirmations import Measured
+from rltune.runs.layout import BASE_TRIAL
+from rltune.runs.metrics import OVER_PROMPTS
+from rltune.runs.objectives import Front
+from rltune.runs.results import TrialResult
+from rltune.runs.status import RunStatus, TrialStatus
+from rltune.runs.usage import KINDS, Usage
 
 STATE_STYLES = {
     "done": "green",

@@ -1,95 +1,15 @@
 """The rules that span an experiment's values: every clash between them, with what to do."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from rltune.config.rules import Clash, Known
 from rltune.config.sections import BUILTIN_PROMPTS
+from rltune.config.settings import Settings
 from rltune.registry import suggest
 
-if TYPE_CHECKING:
-    from rltune.config.experiment import RunConfig
 
-
-@dataclass(frozen=True)
-class Known:
-    """The names that the caller's registries know; an empty kind is not checked."""
-
-    rewards: tuple[str, ...] = ()
-    estimators: tuple[str, ...] = ()
-    judges: tuple[str, ...] = ()
-    samplers: tuple[str, ...] = ()
-    rewards_without_gradient: tuple[str, ...] = ()
-    policy_estimators: tuple[str, ...] = ()
-    """Those that need no gradient of the reward, and noise in the sampler instead."""
-    serial_estimators: tuple[str, ...] = ()
-    """Those that can backpropagate one step at a time."""
-    group_rewards: tuple[str, ...] = ()
-    """Those that compare the images of a prompt with one another."""
-
-
-@dataclass(frozen=True)
-class Clash:
-    """A fault that pydantic cannot see in one value."""
-
-    where: str
-    """Dotted path of the value it is reported at."""
-    what: str
-    remedy: str
-    others: tuple[str, ...] = ()
-    """Dotted paths of what else decides it, sections included."""
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """Everything that decides it."""
-        return (self.where, *self.others)
-
-
-@dataclass(frozen=True)
-class Together:
-    """Settings that one rule reads. A space is tried over the product of those of each rule that are searched in it."""
-
-    paths: tuple[str, ...]
-    """Dotted; ``*`` is a reward's name, the same throughout, and ``**`` that of every reward."""
-    divisors: tuple[str, ...] = ()
-    """Of these every whole number of a range is tried; of others the ends and the second value, as bounds and multiples
-    of a number hold in between if they hold there."""
-    only: tuple[float, ...] = ()
-    """Where only these values can break the rule."""
-
-
-RULES = (
-    Together(("sampler.steps", "sampler.base_steps", "estimator.k")),
-    Together(("sampler.height", "sampler.width")),
-    Together(("optim.batch", "prompts.images_per_prompt"), divisors=("prompts.images_per_prompt",)),
-    Together(("optim.batch", "optim.micro_batch", "mixture.method")),
-    Together(("optim.steps", "optim.queries", "optim.batch")),
-    Together(("rewards.**.weight",), only=(0.0,)),
-    Together(("rewards.*.loss", "rewards.*.target")),
-    Together(("rewards.*.relative.positive", "rewards.*.relative.negative", "rewards.*.relative.k")),
-    Together(("estimator.name", "sampler.eta")),
-    Together(("estimator.name", "regularize.flatness_weights", "regularize.flatness_image")),
-    Together(("estimator.name", "mixture.method")),
-    Together(("estimator.name", "estimator.checkpoint")),
-    Together(("estimator.name", "rewards.*.reward", "rewards.*.weight")),
-    Together(
-        (
-            "prompts.images_per_prompt",
-            "optim.batch",
-            "optim.micro_batch",
-            "rewards.*.reward",
-            "rewards.*.weight",
-            "rewards.*.micro_batch",
-        ),
-        divisors=("prompts.images_per_prompt",),
-    ),
-)
-"""What may be searched of what each rule below reads. A rule whose clash names other settings together stands here too,
-or a space could be accepted that has a point which breaks it."""
-
-
-def find_clashes(config: "RunConfig", known: Known, *, must_find_files: bool) -> list[Clash]:
+def find_clashes(config: Settings, known: Known, *, must_find_files: bool) -> list[Clash]:
     """Return everything that does not go together in an experiment whose values are each right by themselves."""
     clashes = [*_clashes(config), *_unknown_names(config, known)]
     clashes += [*_estimator_clashes(config, known), *group_clashes(config, known), *_taken_names(config, known)]
@@ -98,7 +18,7 @@ def find_clashes(config: "RunConfig", known: Known, *, must_find_files: bool) ->
     return clashes
 
 
-def _clashes(config: "RunConfig") -> Iterator[Clash]:
+def _clashes(config: Settings) -> Iterator[Clash]:
     k, base_steps = config.estimator.k, config.sampler.base_steps
     num_steps = config.sampler.steps - base_steps
     if num_steps < 1:
@@ -129,7 +49,7 @@ def _clashes(config: "RunConfig") -> Iterator[Clash]:
     yield from _stopping_clashes(config)
 
 
-def _worker_clashes(config: "RunConfig") -> Iterator[Clash]:
+def _worker_clashes(config: Settings) -> Iterator[Clash]:
     resources = config.resources
     gpus, fewest, workers = resources.gpus_per_worker, resources.min_workers, resources.workers
     if gpus != "auto" and gpus > 1 and gpus != int(gpus):
@@ -148,7 +68,7 @@ def _worker_clashes(config: "RunConfig") -> Iterator[Clash]:
         yield Clash("resources.gpus_per_worker", what, remedy, ("resources.min_workers",))
 
 
-def _batch_clashes(config: "RunConfig") -> Iterator[Clash]:
+def _batch_clashes(config: Settings) -> Iterator[Clash]:
     batch, workers, micro_batch = config.optim.batch, config.resources.workers, config.optim.micro_batch
     each = config.prompts.images_per_prompt
     if batch % each:
@@ -162,7 +82,7 @@ def _batch_clashes(config: "RunConfig") -> Iterator[Clash]:
         yield Clash("optim.micro_batch", what, f"write {batch} or fewer", ("optim.batch",))
 
 
-def _reward_clashes(config: "RunConfig") -> Iterator[Clash]:
+def _reward_clashes(config: Settings) -> Iterator[Clash]:
     if not config.rewards:
         remedy = "name at least one: rewards: {aesthetic: {weight: 1.0}}"
         yield Clash("rewards", "there is nothing to train on, got no reward", remedy, ("rewards",))
@@ -190,7 +110,7 @@ def _reward_clashes(config: "RunConfig") -> Iterator[Clash]:
             yield Clash(f"{where}.k", what, "give both, or delete it", (f"{where}.positive", f"{where}.negative"))
 
 
-def _estimator_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
+def _estimator_clashes(config: Settings, known: Known) -> Iterator[Clash]:
     name = config.estimator.name
     if known.estimators and name not in known.estimators:
         return
@@ -211,7 +131,7 @@ def _estimator_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
         yield Clash("estimator.checkpoint", what, f"take auto or always, or one of {able}", ("estimator.name",))
 
 
-def _policy_clashes(config: "RunConfig") -> Iterator[Clash]:
+def _policy_clashes(config: Settings) -> Iterator[Clash]:
     """What does not go with estimators that sample, score, and compare, and backpropagate no reward."""
     name = config.estimator.name
     if config.sampler.eta == 0:
@@ -231,7 +151,7 @@ def _policy_clashes(config: "RunConfig") -> Iterator[Clash]:
         yield Clash("resources.prefix_precision", what, remedy, ("estimator.name",))
 
 
-def _splitting_clashes(config: "RunConfig", deciding: tuple[str, ...], what: str, group: int) -> Iterator[Clash]:
+def _splitting_clashes(config: Settings, deciding: tuple[str, ...], what: str, group: int) -> Iterator[Clash]:
     """Batches that are split where images must stay together: all of a batch, or groups of some."""
     batch, workers, micro_batch = config.optim.batch, config.resources.workers, config.optim.micro_batch
     paths = ("optim.batch", "optim.micro_batch", "resources.workers")
@@ -252,7 +172,7 @@ def _splitting_clashes(config: "RunConfig", deciding: tuple[str, ...], what: str
         yield Clash("optim.micro_batch", f"{what}, got {micro_batch} images a worker at a time", remedy, others)
 
 
-def group_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
+def group_clashes(config: Settings, known: Known) -> Iterator[Clash]:
     """Yield what does not suit rewards that compare the images of a prompt."""
     each = config.prompts.images_per_prompt
     for name, reward in config.rewards.items():
@@ -274,7 +194,7 @@ def group_clashes(config: "RunConfig", known: Known) -> Iterator[Clash]:
             yield Clash(f"{where}.micro_batch", what, "leave it out", (f"{where}.reward", where))
 
 
-def _name_clashes(config: "RunConfig") -> Iterator[Clash]:
+def _name_clashes(config: Settings) -> Iterator[Clash]:
     """Objectives and constraints that nothing measures, and names that stand in a list twice."""
     measured = tuple(dict.fromkeys((*config.rewards, *config.evaluate.judges)))
     named = [(f"objectives.{i}", name) for i, name in enumerate(config.objectives)]
@@ -294,7 +214,7 @@ def _name_clashes(config: "RunConfig") -> Iterator[Clash]:
                 yield Clash(f"{where}.{i}", f"stands here twice, got {name!r}", "delete one")
 
 
-def _taken_names(config: "RunConfig", known: Known) -> Iterator[Clash]:
+def _taken_names(config: Settings, known: Known) -> Iterator[Clash]:
     """Names of rewards under which something else is reported."""
     for name in config.rewards:
         other, _, ending = name.rpartition("_")
@@ -305,7 +225,7 @@ def _taken_names(config: "RunConfig", known: Known) -> Iterator[Clash]:
             yield Clash(f"rewards.{name}", what, remedy)
 
 
-def _constraint_clashes(config: "RunConfig") -> Iterator[Clash]:
+def _constraint_clashes(config: Settings) -> Iterator[Clash]:
     for name, bound in config.constraints.items():
         where = f"constraints.{name}"
         keys = tuple(f"{where}.{key}" for key in ("min_ratio_to_base", "min", "max"))
@@ -315,7 +235,7 @@ def _constraint_clashes(config: "RunConfig") -> Iterator[Clash]:
             yield Clash(keys[1], f"must not be above max {bound.max}, got {bound.min}", "swap them", keys[2:])
 
 
-def _stopping_clashes(config: "RunConfig") -> Iterator[Clash]:
+def _stopping_clashes(config: Settings) -> Iterator[Clash]:
     """Rules that could never stop anything."""
     grace, every = config.search.grace, config.evaluate.every
     if config.search.prune and config.first_rung >= config.num_rounds:
@@ -337,7 +257,7 @@ def _stopping_clashes(config: "RunConfig") -> Iterator[Clash]:
         yield Clash("stop.gpu_hours", what, "write stop.hours instead", ("resources.gpus_per_worker",))
 
 
-def _unknown_names(config: "RunConfig", known: Known) -> Iterator[Clash]:
+def _unknown_names(config: Settings, known: Known) -> Iterator[Clash]:
     checks: list[tuple[str, str, str, tuple[str, ...], tuple[str, ...]]] = []
     for name, reward in config.rewards.items():
         where = f"rewards.{name}.reward" if reward.reward else f"rewards.{name}"
@@ -352,7 +272,7 @@ def _unknown_names(config: "RunConfig", known: Known) -> Iterator[Clash]:
             yield Clash(where, f"unknown {kind}, got {name!r}", suggest(name, names), others)
 
 
-def _missing_files(config: "RunConfig") -> Iterator[Clash]:
+def _missing_files(config: Settings) -> Iterator[Clash]:
     for key, value in (("train", config.prompts.train), ("eval", config.prompts.eval)):
         if isinstance(value, str) and value not in BUILTIN_PROMPTS and not Path(value).is_file():
             remedy = (

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
-from rltune.config.clashes import Known
 from rltune.config.conditions import active_values, ancestors, first_values, is_active
 from rltune.config.distributions import Distribution, Simplex, is_in, show
 from rltune.config.draft import Draft
 from rltune.config.experiment import Context, RunConfig
 from rltune.config.grid import combinations, is_countable
+from rltune.config.rules import Known
 from rltune.config.validation import faults_of_run, faults_of_space, replaced
 from rltune.config.yamlfile import Path, YamlError, read_yaml, write_yaml
 from rltune.errors import ExperimentError, Fault

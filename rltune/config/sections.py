@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from rltune.config.base import Bool, Float, Int, Options, StrictModel
+from rltune.config.strict import Bool, Float, Int, Options, StrictModel
 
 
 def _at_home(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,7 +268,7 @@ class SearchConfig(StrictModel):
     """Tried first, in this order: mappings such as ``{optim.lr: 1e-3, model.lora.rank: 4}`` of searched settings to
     values; what one leaves out is drawn."""
     warm_start: PathText | None = None
-    """Folder of another run, whose trials teach the search before its first; they are no trials of this one."""
+    """Folder of another run, whose trials the search starts out from; they are no trials of this one."""
 
 
 class StopConfig(StrictModel):

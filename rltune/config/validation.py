@@ -9,7 +9,6 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from rltune.config.clashes import RULES, Clash, Together
 from rltune.config.conditions import Space, active_values, ancestors, fill, first_values, without
 from rltune.config.distributions import (
     KINDS,
@@ -23,6 +22,7 @@ from rltune.config.distributions import (
     show,
 )
 from rltune.config.experiment import Context, RunConfig
+from rltune.config.rules import RULES, Clash, Together
 from rltune.config.schema import belongs_to_whole_sweep, describe, is_leaf, known_keys, node_at
 from rltune.config.yamlfile import Path
 from rltune.registry import suggest

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rltune.diffusion.chain import GradientPlan
-from rltune.diffusion.sampling import Chain
+from rltune.diffusion.sampler import Chain
 from rltune.estimators.base import Batch, Round
 from rltune.rewards.mixture import MixtureScore
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rltune.diffusion.chain import StepNoise
-from rltune.diffusion.sampling import Chain, Sampler
+from rltune.diffusion.sampler import Chain, Sampler
 from rltune.registry import Registry
 from rltune.rewards.mixture import Mixture, MixtureScore
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rltune.diffusion.sampling import Chain
+from rltune.diffusion.sampler import Chain
 from rltune.errors import UserError
 from rltune.estimators.base import Batch, Round
 

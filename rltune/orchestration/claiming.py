@@ -14,8 +14,10 @@ from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import UserError
 from rltune.estimators.base import ESTIMATORS
-from rltune.orchestration.pins import digests_for, find_pins, option_defaults
-from rltune.orchestration.record import (
+from rltune.rewards.base import REWARDS
+from rltune.runs.layout import RunFolder
+from rltune.runs.metrics import JUDGES
+from rltune.runs.record import (
     LIBRARIES,
     Pin,
     Record,
@@ -32,9 +34,8 @@ from rltune.orchestration.record import (
     with_values,
     write_record,
 )
-from rltune.orchestration.rundir import RunFolder, write_atomically
-from rltune.rewards.base import REWARDS
-from rltune.training.evaluation import JUDGES
+from rltune.runs.store import write_atomically
+from rltune.training.pins import digests_for, find_pins, option_defaults
 from rltune.training.prompts import read_prompts
 from rltune.training.setup import base_key, base_settings
 

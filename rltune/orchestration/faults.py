@@ -14,7 +14,7 @@ from ray.train import TrainingFailedError, UserCallback, WorkerGroupError
 
 from rltune.errors import RunError, StorageError
 from rltune.orchestration.recovery import memory_kills
-from rltune.orchestration.rundir import write_atomically
+from rltune.runs.store import write_atomically
 
 MAX_STARTS = 3
 """Starts in a row, none of which came to a checkpoint, after which a trial that ends in an exception has failed."""

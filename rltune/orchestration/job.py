@@ -13,23 +13,24 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from rltune.config.clashes import Known
 from rltune.config.experiment import RunConfig
+from rltune.config.rules import Known
 from rltune.errors import OutOfMemory, RltuneError, RunError, StorageError, writing
 from rltune.orchestration.faults import MAX_LOSSES, MAX_STARTUPS, FaultWatch
 from rltune.orchestration.loopback import FileTorchConfig
-from rltune.orchestration.record import read_record, record_trial, with_own_prompts
 from rltune.orchestration.recovery import plan_retry, read_retry, resume_point, tidy_storage
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
-from rltune.training.events import append_event
+from rltune.runs.events import append_event
+from rltune.runs.layout import BASE_TRIAL, RunFolder
+from rltune.runs.record import read_record, record_trial, with_own_prompts
+from rltune.runs.store import write_atomically
 from rltune.training.reporter import Reporter
 
 if TYPE_CHECKING:
-    from rltune.training.loading import Shelf
+    from rltune.training.model_cache import ModelCache
 
 MAX_FAILURES = 2
 """Restarts of a job that nothing else counts."""
-TROUBLE = "trouble"
+STORAGE_ERROR = "storage_error"
 """Key of a report that says why nothing can go on."""
 CHECKPOINTS_KEPT = 3
 """With one of them broken two are still whole: Ray counts it among those it keeps until the job starts anew."""
@@ -49,7 +50,7 @@ class JobSpec:
     is_loopback: bool
     """Whether the cluster is our own on one machine, where nothing may listen to the network."""
     waits_for_base: bool = False
-    """Whether the base model's trial, which was dealt before, measures what this one is compared with."""
+    """Whether the base model's trial, which was suggested before, measures what this one is compared with."""
 
     base_key: str = ""
     """Name of the base model's measurements, as the run has recorded it; empty where it has not."""
@@ -91,10 +92,10 @@ class RayReporter:
         taken = ray.train.Checkpoint.from_directory(str(checkpoint)) if checkpoint else None
         ray.train.report(dict(metrics), checkpoint=taken, delete_local_checkpoint_after_upload=True)
 
-    def trouble(self, text: str) -> None:
+    def storage_error(self, text: str) -> None:
         """Report why the trial cannot go on; a trial alone calls it, not one of several workers."""
         self.has_trouble = True
-        ray.train.report({TROUBLE: text})
+        ray.train.report({STORAGE_ERROR: text})
 
     def is_stopping(self) -> bool:
         """Return whether the sweep is being stopped or a node of this trial is to go."""
@@ -124,7 +125,7 @@ def plan_after_kill(spec: JobSpec, reason: str) -> None:
 class TrialReporter(Reporter, Protocol):
     """A reporter that can also say why a trial cannot go on, through no fault of its own."""
 
-    def trouble(self, text: str) -> None:
+    def storage_error(self, text: str) -> None:
         """Pass on to the sweep, which ends with it."""
         ...
 
@@ -142,7 +143,9 @@ def worker(config: dict[str, JobSpec]) -> None:
     raise RunError(f"trial {spec.trial}: its node is being taken away; it goes on elsewhere")
 
 
-def run_trial(spec: JobSpec, reporter: TrialReporter, *, rank: int, count: int, shelf: "Shelf | None" = None) -> bool:
+def run_trial(
+    spec: JobSpec, reporter: TrialReporter, *, rank: int, count: int, cache: "ModelCache | None" = None
+) -> bool:
     """Run one worker of a trial, and return whether the trial came to its end.
 
     Args:
@@ -150,7 +153,7 @@ def run_trial(spec: JobSpec, reporter: TrialReporter, *, rank: int, count: int, 
         reporter: Takes reports and checkpoints.
         rank: Which of the trial's workers this is.
         count: How many it has.
-        shelf: What earlier trials of this process have loaded.
+        cache: What earlier trials of this process have loaded.
 
     Raises:
         RltuneError: As ``attempt``.
@@ -163,15 +166,15 @@ def run_trial(spec: JobSpec, reporter: TrialReporter, *, rank: int, count: int, 
     if spec.folder.failure_file(spec.trial).exists():
         return False  # another worker met it before the restart; trying again would meet it again
     try:
-        return attempt(spec, reporter, rank=rank, count=count, shelf=shelf)
+        return attempt(spec, reporter, rank=rank, count=count, cache=cache)
     except StorageError as error:
         if count > 1:
             raise  # the others wait in a collective: only a restart of the group frees them
-        reporter.trouble(str(error))
+        reporter.storage_error(str(error))
         return False
 
 
-def attempt(spec: JobSpec, reporter: Reporter, *, rank: int, count: int, shelf: "Shelf | None" = None) -> bool:
+def attempt(spec: JobSpec, reporter: Reporter, *, rank: int, count: int, cache: "ModelCache | None" = None) -> bool:
     """Train the trial under ``spec`` from where it is, and return whether it came to its end.
 
     A fault of the experiment is written to ``failure.txt``. Where memory ran out for the first time, it is written
@@ -192,7 +195,7 @@ def attempt(spec: JobSpec, reporter: Reporter, *, rank: int, count: int, shelf: 
     try:
         config = retry.apply(spec.whole_config) if retry and spec.trial != BASE_TRIAL else spec.whole_config
         max_eval_batch = retry.eval_batch if retry else None
-        return _train(spec, config, reporter, rank=rank, max_eval_batch=max_eval_batch, shelf=shelf)
+        return _train(spec, config, reporter, rank=rank, max_eval_batch=max_eval_batch, cache=cache)
     except StorageError:
         raise
     except RltuneError as error:
@@ -225,7 +228,7 @@ def _train(
     *,
     rank: int,
     max_eval_batch: int | None,
-    shelf: "Shelf | None",
+    cache: "ModelCache | None",
 ) -> bool:
     # imported here and not above: a trial's driver and controller load this module too, and diffusers takes seconds
     from rltune.training.loop import base_run, train_run
@@ -234,7 +237,7 @@ def _train(
     places: dict[str, Any] = {"trial_dir": folder.trial_dir(spec.trial), "base_dir": folder.base_dir}
     places |= {"reporter": reporter, "max_eval_batch": max_eval_batch, "key": spec.base_key or None}
     if spec.trial == BASE_TRIAL:
-        base_run(config, shelf=shelf, **places)
+        base_run(config, cache=cache, **places)
         return True
     # not Ray's own idea of it, which knows nothing of what became of the files
     checkpoint = resume_point(folder.trial_dir(spec.trial), folder.checkpoints_dir(spec.trial), is_main=rank == 0)
@@ -242,7 +245,7 @@ def _train(
     return train_run(
         config,
         resume_from=checkpoint,
-        shelf=shelf,
+        cache=cache,
         is_base_coming=lambda: spec.waits_for_base and not base_failure.exists(),
         **places,
     )

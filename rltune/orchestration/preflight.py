@@ -17,11 +17,11 @@ from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import unfit_targets
 from rltune.diffusion.outline import INDEX, find_pipeline, load_outline
 from rltune.errors import ExperimentError, Fault, RltuneError, RunError, UnknownNameError, UserError
-from rltune.orchestration.record import read_record, with_own_prompts
-from rltune.orchestration.rundir import RunFolder
 from rltune.rewards.base import REWARDS
 from rltune.rewards.weights import WeightsFile, check_hub, format_size, is_offline
-from rltune.training.evaluation import JUDGES
+from rltune.runs.layout import RunFolder
+from rltune.runs.metrics import JUDGES
+from rltune.runs.record import read_record, with_own_prompts
 from rltune.training.prompts import PromptSet, load_prompts
 from rltune.training.rewards import check_reward, try_reward
 from rltune.training.setup import check_options, image_shape, make_estimator, make_sampler
@@ -78,10 +78,10 @@ def inspect_experiment(experiment: Experiment, folder: RunFolder, *, is_attached
     with faults.noted():
         check_trackers(experiment.shared.track)
     if experiment.shared.search.warm_start is not None:
-        from rltune.orchestration.warmstart import find_teacher
+        from rltune.search.warm_start import find_prior_run
 
         with faults.noted():
-            find_teacher(experiment, folder)
+            find_prior_run(experiment, folder)
     _check_options(experiment, faults)
     missing = _check_weights(experiment, faults, is_attached=is_attached)
     prompts = _check_prompts(experiment, faults, folder)

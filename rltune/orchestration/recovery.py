@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from rltune.config.clashes import Known, find_clashes
+from rltune.config.clashes import find_clashes
 from rltune.config.experiment import RunConfig
-from rltune.orchestration.rundir import write_atomically
+from rltune.config.rules import Known
 from rltune.records import from_record, to_record
+from rltune.runs.events import note_event
+from rltune.runs.store import write_atomically
 from rltune.training.checkpoint import list_checkpoints, newest_whole, read_checkpoint_meta, why_not_whole
-from rltune.training.events import note_event
 
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
 """Ray Train's own list of the checkpoints it looks after."""

@@ -1,4 +1,4 @@
-"""A sweep: deal trials to Ray Tune, record how each ends, keep front and study up to date. The same call resumes."""
+"""A sweep: suggest trials to Ray Tune, record how each ends, keep front and study up to date. The same call resumes."""
 
 import json
 import logging
@@ -15,33 +15,33 @@ from ray import tune
 
 from rltune.config.load import Experiment
 from rltune.errors import ExperimentError, RunError, StorageError, writing
-from rltune.orchestration.budget import Spending
 from rltune.orchestration.claiming import claim_run
 from rltune.orchestration.cluster import Cluster
-from rltune.orchestration.confirmations import Measured, confirmed_front, measured, read_confirmations
-from rltune.orchestration.confirming import run_confirmation
-from rltune.orchestration.fronts import front_as_csv, front_as_dict, search_front
-from rltune.orchestration.job import TROUBLE, JobSpec
+from rltune.orchestration.confirm_job import run_confirmation
+from rltune.orchestration.job import STORAGE_ERROR, JobSpec
 from rltune.orchestration.loopback import forget_meetings
-from rltune.orchestration.objectives import Front, Objectives, find_front, nearest
 from rltune.orchestration.plan import Plan, make_plan
-from rltune.orchestration.record import versions
-from rltune.orchestration.results import TrialResult, append_result, read_results
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec, write_atomically
-from rltune.orchestration.search import Search, is_finite
-from rltune.orchestration.stopping import Rules
-from rltune.orchestration.study import StudyFile
-from rltune.orchestration.tuning import Dealer, Overseer, Recorder, train_trainable
-from rltune.orchestration.usage import last_sign
+from rltune.orchestration.tuning import Recorder, StoppingScheduler, Suggester, train_trainable
 from rltune.orchestration.warm import warm_trainable
-from rltune.orchestration.warmstart import keep_lessons, read_lessons
 from rltune.records import to_record
-from rltune.training.base import BaseReference, load_base
+from rltune.runs.confirmations import Measured, confirmed_front, measured, read_confirmations
+from rltune.runs.events import append_event
+from rltune.runs.fronts import front_as_csv, front_as_dict, search_front
+from rltune.runs.layout import BASE_TRIAL, RunFolder, TrialSpec
+from rltune.runs.metrics import violations
+from rltune.runs.objectives import Front, Objectives, find_front, nearest
+from rltune.runs.record import versions
+from rltune.runs.reference import BaseScores, load_scores
+from rltune.runs.results import TrialResult, append_result, read_results
+from rltune.runs.rows import read_metrics
+from rltune.runs.store import write_atomically
+from rltune.runs.usage import last_sign
+from rltune.search.budget import Spending
+from rltune.search.searcher import Search, is_finite
+from rltune.search.stopping import Rules
+from rltune.search.study import StudyFile
+from rltune.search.warm_start import keep_prior_results, read_prior_results
 from rltune.training.checkpoint import list_checkpoints, own_metrics, read_checkpoint_meta, why_not_handed_on
-from rltune.training.evaluation import summarise
-from rltune.training.events import append_event
-from rltune.training.reporter import read_metrics
-from rltune.training.selection import violations
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ class Sweep:
         cluster: Where to run.
 
     Raises:
-        UserError: The cluster cannot hold a trial, the folder is another experiment's, or the run that is to teach
-            the search cannot.
+        UserError: The cluster cannot hold a trial, the folder is another experiment's, or the run that the search
+            is to start from cannot be used.
     """
 
     def __init__(self, experiment: Experiment, folder: RunFolder, cluster: Cluster) -> None:
@@ -77,20 +77,20 @@ class Sweep:
         self.plan: Plan = make_plan(experiment, cluster.nodes)
         if cluster.num_nodes > 1:
             logger.warning("the cluster has %d nodes: %s must be shared by all", cluster.num_nodes, folder.path)
-        lessons = read_lessons(experiment, folder)
+        prior_results = read_prior_results(experiment, folder)
         claim = claim_run(folder, experiment, precision="bf16" if self.plan.num_gpus_per_worker > 0 else "fp32")
         self._claim, self.experiment = claim, claim.experiment
         self._experiment = experiment = claim.experiment
         self._shared = claim.config_of(experiment.shared)
-        keep_lessons(experiment, folder, lessons)
+        keep_prior_results(experiment, folder, prior_results)
         self._objectives = Objectives(self._shared.objective_names)
         self._lock = threading.Lock()
         self._is_leaving = False
-        self._trouble: RunError | None = None
+        self._storage_error: RunError | None = None
         self._stopped: dict[str, str] = {}
         self._rules: Rules | None = None
         self._volumes: list[float] = []
-        self._base_reference: BaseReference | None = None
+        self._base_reference: BaseScores | None = None
         self._is_out_of_budget = False
         self.over = ""
         """Why no further trial is started although some are left; empty while they are."""
@@ -98,7 +98,9 @@ class Sweep:
         ended = {result.trial for result in self._results}
         unfinished = [spec for spec in folder.read_trials() if spec.id not in ended and spec.id != BASE_TRIAL]
         trained = [result for result in self._results if result.trial != BASE_TRIAL]
-        self._search = Search(experiment, self._objectives, results=trained, unfinished=unfinished, lessons=lessons)
+        self._search = Search(
+            experiment, self._objectives, results=trained, unfinished=unfinished, prior_results=prior_results
+        )
         self._study_file = StudyFile(folder.study_file, folder.name, experiment) if experiment.is_searched else None
         self._num_left = max(self.plan.num_trials - len(trained), 0)
         self._spending = Spending(folder, gpus_per_trial=self.plan.num_workers * self.plan.num_gpus_per_worker)
@@ -150,8 +152,8 @@ class Sweep:
             # trials end with the connection, and go on from their checkpoints
             with self._leaving_on_sigterm(), suppress(KeyboardInterrupt, _Abort):
                 self._run_tune(needs_base=base is None)
-        if self._trouble is not None:
-            raise self._trouble
+        if self._storage_error is not None:
+            raise self._storage_error
         base = self._base_result()
         if base is not None and not base.is_ok:
             raise RunError(f"the base model could not be measured: {base.reason}")
@@ -228,17 +230,17 @@ class Sweep:
         return search_front(self._results, self._experiment, self._reference)
 
     @property
-    def _reference(self) -> BaseReference | None:
+    def _reference(self) -> BaseScores | None:
         """The base model's measurements, read once they are there."""
         if self._base_reference is None:
-            self._base_reference = load_base(self._folder.base_dir / self._claim.record.base_key)
+            self._base_reference = load_scores(self._folder.base_dir / self._claim.record.base_key)
         return self._base_reference
 
     def _run_tune(self, *, needs_base: bool) -> None:
         if needs_base:
-            append_event(self._folder.trial_events_file(BASE_TRIAL), "dealt")
-        dealer = Dealer(
-            self._deal,
+            append_event(self._folder.trial_events_file(BASE_TRIAL), "suggested")
+        suggester = Suggester(
+            self._suggest,
             first=self._job(TrialSpec(BASE_TRIAL, {}, {})) if needs_base else None,
             num_trials=self._num_left,
         )
@@ -246,8 +248,8 @@ class Sweep:
         tune.Tuner(
             warm_trainable(self.plan) if is_warm else train_trainable(),
             tune_config=tune.TuneConfig(
-                search_alg=dealer,
-                scheduler=Overseer(self._on_report),
+                search_alg=suggester,
+                scheduler=StoppingScheduler(self._on_report),
                 num_samples=self._num_left + int(needs_base),
                 max_concurrent_trials=self.plan.num_concurrent,
                 reuse_actors=is_warm,  # a driver of Ray Train that was stopped cannot be used again
@@ -261,7 +263,7 @@ class Sweep:
             ),
         ).fit()
 
-    def _deal(self) -> JobSpec | None:
+    def _suggest(self) -> JobSpec | None:
         self._check_budget()
         while not (self._is_leaving or self.over) and self._num_left > self._spending.num_running:
             with self._or_abort(), self._lock:
@@ -273,7 +275,7 @@ class Sweep:
                 else:
                     self._folder.write_trial(spec)
                     self._spending.begin(spec.id)
-                    append_event(self._folder.trial_events_file(spec.id), "dealt")
+                    append_event(self._folder.trial_events_file(spec.id), "suggested")
                     return job
             self._record_invalid(spec, invalid)
         return None
@@ -300,9 +302,9 @@ class Sweep:
         try:
             with writing(self._folder.path):
                 yield
-        except RunError as trouble:
-            self._trouble = trouble
-            raise _Abort from trouble
+        except RunError as error:
+            self._storage_error = error
+            raise _Abort from error
 
     def _job(self, spec: TrialSpec) -> JobSpec:
         config = self._claim.config_of(
@@ -322,8 +324,8 @@ class Sweep:
 
     def _on_report(self, job: JobSpec, report: Mapping[str, Any]) -> bool:
         """Return whether a trial is to be stopped, and note why."""
-        if TROUBLE in report:
-            self._trouble = StorageError(str(report[TROUBLE]))
+        if STORAGE_ERROR in report:
+            self._storage_error = StorageError(str(report[STORAGE_ERROR]))
             raise _Abort
         if job.trial == BASE_TRIAL or report.get("is_preempted"):
             return False
@@ -418,7 +420,7 @@ class Sweep:
     def _base_metrics(self) -> dict[str, float] | None:
         """Return what the base model measured: its file is there a moment before its result is recorded."""
         reference = self._reference
-        return summarise(reference.values, reference.values) if reference else None
+        return reference.summary if reference else None
 
     def _rules_now(self) -> Rules | None:
         """Return the stopping rules, rebuilt from what all trials have measured so far; None before the base model."""

@@ -1,4 +1,4 @@
-"""Ray Tune's side of a sweep: the searcher that deals trials, the trainable that drives one, the record of its end."""
+"""Ray Tune's side of a sweep: what suggests trials, drives one, and records how it ends."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ from ray.tune.search import Searcher
 
 from rltune.errors import StorageError, writing
 from rltune.orchestration.faults import last_line, record_fault
-from rltune.orchestration.job import TROUBLE, JobSpec, make_trainer
+from rltune.orchestration.job import STORAGE_ERROR, JobSpec, make_trainer
 
 SPEC = "spec"
 """Key of the ``JobSpec`` in a Tune trial's config."""
@@ -39,23 +39,23 @@ def drive(config: dict[str, Any]) -> None:
                 make_trainer(spec, callbacks=[TuneReportCallback()]).fit()
             except TrainingFailedError as error:
                 record_fault(spec.folder.failure_file(spec.trial), error)
-    except StorageError as trouble:
-        tune.report({TROUBLE: str(trouble)})
+    except StorageError as error:
+        tune.report({STORAGE_ERROR: str(error)})
 
 
-class Dealer(Searcher):  # type: ignore[misc]  # ray has no types
+class Suggester(Searcher):  # type: ignore[misc]  # ray has no types
     """Gives Tune one trial after another.
 
     Args:
-        deal: Returns the next trial, or None when no more are wanted.
-        first: The base model's trial if it is still to be run. Others are dealt beside it: they wait for what it
+        suggest: Returns the next trial, or None when no more are wanted.
+        first: The base model's trial if it is still to be run. Others are suggested beside it: they wait for what it
             measures once they have loaded.
-        num_trials: How many trials ``deal`` will be asked for.
+        num_trials: How many trials ``suggest`` will be asked for.
     """
 
-    def __init__(self, deal: Callable[[], JobSpec | None], *, first: JobSpec | None, num_trials: int) -> None:
+    def __init__(self, suggest: Callable[[], JobSpec | None], *, first: JobSpec | None, num_trials: int) -> None:
         super().__init__()
-        self._deal = deal
+        self._suggest = suggest
         self._first = first
         self._num_left = num_trials
 
@@ -66,9 +66,9 @@ class Dealer(Searcher):  # type: ignore[misc]  # ray has no types
             return {SPEC: spec}
         if self._num_left == 0:
             return Searcher.FINISHED
-        dealt = self._deal()
-        self._num_left = self._num_left - 1 if dealt else 0
-        return {SPEC: dealt} if dealt else Searcher.FINISHED
+        suggested = self._suggest()
+        self._num_left = self._num_left - 1 if suggested else 0
+        return {SPEC: suggested} if suggested else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Do nothing: results are recorded by ``Recorder``."""
@@ -87,7 +87,7 @@ class Dealer(Searcher):  # type: ignore[misc]  # ray has no types
         return {}
 
 
-class Overseer(FIFOScheduler):  # type: ignore[misc]  # ray has no types
+class StoppingScheduler(FIFOScheduler):  # type: ignore[misc]  # ray has no types
     """Asks after every report of a trial whether it is to be stopped.
 
     Tune's own schedulers look at one metric, and start from nothing after a restart; ours asks the sweep, whose rules

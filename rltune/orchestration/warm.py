@@ -19,7 +19,7 @@ from ray.train.torch.config import _setup_torch_process_group
 from ray.tune import PlacementGroupFactory
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rltune.orchestration.job import CHECKPOINTS_KEPT, TROUBLE, JobSpec, backend_of, run_trial, worker_resources
+from rltune.orchestration.job import CHECKPOINTS_KEPT, STORAGE_ERROR, JobSpec, backend_of, run_trial, worker_resources
 from rltune.orchestration.loopback import meeting_file
 from rltune.orchestration.nodes import ACCELERATOR_PREFIX, WorkerNeed
 from rltune.orchestration.plan import Plan
@@ -87,19 +87,19 @@ class _WarmReporter:
         """Return whether the sweep is being stopped."""
         return self._stop_file.exists()
 
-    def trouble(self, text: str) -> None:
+    def storage_error(self, text: str) -> None:
         """Hand over why nothing can go on."""
-        self._gate.report({TROUBLE: text})
+        self._gate.report({STORAGE_ERROR: text})
 
 
 class WarmWorker:
     """One data-parallel worker; lives as long as its gang."""
 
     def __init__(self, rank: int, size: int) -> None:
-        from rltune.training.loading import Shelf
+        from rltune.training.model_cache import ModelCache
 
         self._rank, self._size = rank, size
-        self._shelf = Shelf()
+        self._cache = ModelCache()
         self._gate = _Gate()
         self._thread: threading.Thread | None = None
 
@@ -153,7 +153,7 @@ class WarmWorker:
 
     def _run(self, spec: JobSpec, gate: _Gate) -> None:
         try:
-            run_trial(spec, _WarmReporter(spec, gate), rank=self._rank, count=self._size, shelf=self._shelf)
+            run_trial(spec, _WarmReporter(spec, gate), rank=self._rank, count=self._size, cache=self._cache)
         except Abandoned:
             gate.end(None)
         except BaseException as error:  # noqa: BLE001  # it is raised again where the trainable asks
@@ -189,7 +189,7 @@ class WarmTrial(tune.Trainable):  # type: ignore[misc]  # ray has no types
         report = ray.get([worker.next.remote() for worker in self._workers])[0]
         if report is None:  # it ended without a report: failure.txt says why
             return {"done": True}
-        is_over = any(report.get(key) for key in ("is_final", "is_preempted", TROUBLE))
+        is_over = any(report.get(key) for key in ("is_final", "is_preempted", STORAGE_ERROR))
         return {**report, "done": is_over}
 
     def cleanup(self) -> None:

@@ -26,7 +26,7 @@ from urllib3.util import Retry
 from rltune.errors import RunError, UserError
 from rltune.redaction import Redacting, holds_secret, redact, remember
 from rltune.rewards.base import REWARDS, Card, check_batch
-from rltune.rewards.loading import load_object
+from rltune.rewards.imports import load_object
 from rltune.rewards.pictures import to_pictures
 
 for _name in ("urllib3.connectionpool", "urllib3.util.retry"):

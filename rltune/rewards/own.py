@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rltune.errors import RunError, UserError, is_out_of_memory
 from rltune.rewards.base import Reward, check_batch, sees_group
-from rltune.rewards.loading import load_object
+from rltune.rewards.imports import load_object
 from rltune.rewards.wrappers import features_of
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora import add_lora, load_lora_state
+from rltune.runs.metrics import Values, summarise
 from rltune.training.checkpoint import load_adapter
-from rltune.training.evaluation import ImageSet, Pixels, Values, per_prompt, sample_and_score, summarise
+from rltune.training.evaluation import ImageSet, Pixels, per_prompt, sample_and_score
 from rltune.training.heldout import fresh_prompts
-from rltune.training.loading import Shelf
+from rltune.training.model_cache import ModelCache
 from rltune.training.setup import Run, base_key, build_run
 from rltune.training.streams import Stream
 
@@ -34,7 +35,7 @@ class Candidate:
     """Folder of the trained adapters; None is the base model."""
 
 
-def confirm(candidates: Iterable[Candidate], take: Take, shelf: Shelf | None = None) -> None:
+def confirm(candidates: Iterable[Candidate], take: Take, cache: ModelCache | None = None) -> None:
     """Sample and score every candidate on the fresh images of its experiment; workers share the prompts.
 
     Metrics are those of an evaluation, ``eval/NAME`` and ``gain/NAME`` with standard errors; gains are over the base
@@ -43,19 +44,19 @@ def confirm(candidates: Iterable[Candidate], take: Take, shelf: Shelf | None = N
     Args:
         candidates: Base models and trials; they may differ in everything that a trial may differ in.
         take: Called on every worker, once a candidate.
-        shelf: What earlier runs of this process have loaded.
+        cache: What earlier runs of this process have loaded.
 
     Raises:
         UserError: Weights or prompts are not usable on this machine.
         NonFiniteError: A reward is not finite.
     """
-    shelf = shelf or Shelf()
+    cache = cache or ModelCache()
     bases: dict[str, tuple[Pixels, dict[str, Values]]] = {}
     for candidate in candidates:
         config = candidate.config
         key = base_key(config)
         if key not in bases:
-            run = build_run(config, shelf)
+            run = build_run(config, cache)
             images = fresh_images(run)
             samples = sample_and_score(run.sampler, images, run.rewards, run.workers, batch_size=run.eval_batch)
             values = per_prompt(samples, samples.pixels_NHW3, images, config.evaluate.judges)
@@ -63,7 +64,7 @@ def confirm(candidates: Iterable[Candidate], take: Take, shelf: Shelf | None = N
         base_NHW3, base_values = bases[key]
         values = base_values
         if candidate.checkpoint is not None:
-            run = build_run(config, shelf)
+            run = build_run(config, cache)
             images, lora = fresh_images(run), config.model.lora
             add_lora(run.model.network, rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets, seed=0)
             load_lora_state(run.model.network, load_adapter(candidate.checkpoint))

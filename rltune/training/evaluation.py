@@ -15,23 +15,20 @@ from torch import Tensor
 
 from rltune.diffusion.chain import NO_GRADIENT
 from rltune.diffusion.lora import adapters_as_loaded
-from rltune.diffusion.sampling import Sampler
-from rltune.intervals import standard_error
+from rltune.diffusion.sampler import Sampler
 from rltune.rewards.base import Reward
 from rltune.rewards.clip import embeddings_kept
 from rltune.rewards.mixture import Reading, check_finite, in_groups, measure
+from rltune.runs.metrics import Values
 from rltune.training.streams import Stream, noise
 from rltune.training.workers import Workers
 
-Values = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
 
 EVAL_SEED = 0
 """Held-out noise does not follow the experiment's seed: runs that differ in it are compared on the same noise."""
 EVAL_BLOCK = 32
 """Images that workers exchange at a time."""
-JUDGES = {"diversity": True, "drift": False}
-"""Judge -> whether larger is better."""
 
 
 @dataclass(frozen=True)
@@ -175,22 +172,6 @@ def per_prompt(samples: Samples, base_NHW3: Pixels, images: ImageSet, judges: Se
     if "drift" in judges:
         values["drift"] = drift(samples.pixels_NHW3, base_NHW3, images.images_per_prompt)
     return values
-
-
-def summarise(values: Mapping[str, Values], base_values: Mapping[str, Values]) -> dict[str, float]:
-    """Return ``eval/NAME``, ``gain/NAME`` over the base model, and standard errors ``.._se``, from values per prompt.
-
-    The unit of a standard error is the prompt: images of one prompt are not independent samples of the prompt set. A
-    gain is paired by prompt and noise, so its standard error is far smaller than that of a difference of two means. Of
-    a single prompt there is no ``.._se``.
-    """
-    summary: dict[str, float] = {}
-    for name, values_P in values.items():
-        for kind, rows_P in (("eval", values_P), ("gain", values_P - base_values[name])):
-            summary[f"{kind}/{name}"] = float(rows_P.mean())
-            if (error := standard_error(rows_P)) is not None:
-                summary[f"{kind}/{name}_se"] = error
-    return summary
 
 
 def save_grid(pixels_NHW3: Pixels, path: Path, *, columns: int) -> None:

@@ -17,7 +17,7 @@ from rltune.diffusion.lora_files import load_lora_file, unload_lora_file
 from rltune.errors import UserError
 from rltune.training.captions import lettering
 from rltune.training.evaluation import Pixels, to_uint8
-from rltune.training.loading import load_base_model
+from rltune.training.model_cache import load_base_model
 from rltune.training.prompts import cut_in_words
 from rltune.training.setup import image_shape, make_sampler
 from rltune.training.streams import Stream, noise

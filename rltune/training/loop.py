@@ -13,14 +13,14 @@ from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.errors import NonFiniteError, OutOfMemory, RunError, UserError, writing
 from rltune.estimators.base import Batch, EstimatorState, Regularisers, Round, Setting, Stateful, Tally
-from rltune.training.base import BaseReference, Claim, load_base, measure_base, save_base
+from rltune.runs.events import EVENTS_FILE, append_event, note_event
+from rltune.runs.rows import MetricsFile, RowWriter
 from rltune.training.checkpoint import Progress, load_checkpoint
-from rltune.training.evaluation import summarise
-from rltune.training.events import EVENTS_FILE, append_event, note_event
-from rltune.training.loading import Shelf
-from rltune.training.memory import memory_named
+from rltune.training.model_cache import ModelCache
+from rltune.training.out_of_memory import memory_named
 from rltune.training.prompts import cut_in_words
-from rltune.training.reporter import MetricsFile, Reporter, RowWriter
+from rltune.training.reference import BaseReference, Claim, load_base, measure_base, save_base
+from rltune.training.reporter import Reporter
 from rltune.training.rewards import build_mixture, odd_targets
 from rltune.training.selection import Selection
 from rltune.training.setup import Run, base_key, build_run, with_room
@@ -46,7 +46,7 @@ def train_run(
     reporter: Reporter,
     resume_from: Path | None = None,
     max_eval_batch: int | None = None,
-    shelf: Shelf | None = None,
+    cache: ModelCache | None = None,
     is_base_coming: Callable[[], bool] = lambda: False,
     key: str | None = None,
 ) -> bool:
@@ -65,7 +65,7 @@ def train_run(
         reporter: Takes results and checkpoints.
         resume_from: A checkpoint of this very experiment.
         max_eval_batch: Images sampled at a time without gradient at most, where memory is known to be short.
-        shelf: What earlier runs of this process have loaded; it changes no number.
+        cache: What earlier runs of this process have loaded; it changes no number.
         is_base_coming: Whether another run is measuring the base model now, so that this one waits for it.
         key: Name of those measurements in ``base_dir``, where the run has recorded one; else ``base_key``'s.
 
@@ -77,7 +77,7 @@ def train_run(
         RunError: The checkpoint cannot be read, or a reward failed.
     """
     torch.manual_seed(torch_seed(config.seed, Stream.PROCESS))  # whatever ran before in this process
-    run = replace(build_run(config, shelf), max_eval_batch=max_eval_batch)
+    run = replace(build_run(config, cache), max_eval_batch=max_eval_batch)
     run.sampler.embeddings.add(run.drawn_prompts)  # in one stay of the text encoder on the device
     _note(run, trial_dir, "loaded")
     base = _reference(run, base_dir / (key or base_key(config)), is_base_coming)
@@ -105,7 +105,7 @@ def train_run(
     with memory_named(run, is_evaluation=False):
         run = replace(run, sampler=with_room(run, config))
     average = MovingAverage(parameters, optim.ema)
-    selection = Selection(config, summarise(base.values, base.values))
+    selection = Selection(config, base.scores.summary)
     state = _state(run)
     training = Training(
         run, base, mixture, tuple(parameters), optimizer, average, state, selection, trial_dir, reporter
@@ -145,7 +145,7 @@ def base_run(
     base_dir: Path,
     reporter: Reporter,
     max_eval_batch: int | None = None,
-    shelf: Shelf | None = None,
+    cache: ModelCache | None = None,
     key: str | None = None,
 ) -> None:
     """Measure the base model as ``config`` evaluates it: trial 0 of a sweep, and the reference of all others.
@@ -159,14 +159,14 @@ def base_run(
         StorageError: A file cannot be written, for the machine's fault.
         RunError: A reward failed.
     """
-    run = replace(build_run(config, shelf), max_eval_batch=max_eval_batch)
+    run = replace(build_run(config, cache), max_eval_batch=max_eval_batch)
     _note(run, trial_dir, "loaded")
     _note_cut_prompts(run, trial_dir)
     base = _reference(run, base_dir / (key or base_key(config)))
     if run.workers.is_main:
         with writing(trial_dir):
             save_samples(run, base.pixels_NHW3, trial_dir / "samples" / "base.png")
-    reporter.report({"step": 0.0, "is_final": 1.0, **summarise(base.values, base.values)}, None)
+    reporter.report({"step": 0.0, "is_final": 1.0, **base.scores.summary}, None)
 
 
 def _note(run: Run, trial_dir: Path, event: str, **fields: int) -> None:
@@ -242,7 +242,7 @@ def _state(run: Run) -> EstimatorState | None:
 def _loop(training: Training, progress: Progress, rows: RowWriter | None) -> bool:
     base, last = training.base, training.selection.last
     if progress.step == 0:
-        training.reporter.report({"step": 0.0, "is_final": 0.0, **summarise(base.values, base.values)}, None)
+        training.reporter.report({"step": 0.0, "is_final": 0.0, **base.scores.summary}, None)
     elif training.is_due(progress) and (last is None or last.step != progress.step):
         summary = evaluate(training, progress)  # stopped before it could
         if rows is not None:

@@ -5,28 +5,8 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from rltune.config.experiment import RunConfig
+from rltune.runs.metrics import JUDGES, violations
 from rltune.training.checkpoint import Evaluated, Selected
-from rltune.training.evaluation import JUDGES
-
-
-def violations(config: RunConfig, metrics: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
-    """Return by how much each constraint is broken: at most 0 where it holds, in the metric's own unit.
-
-    ``min_ratio_to_base: q`` asks for at least q times the base model's value; of a negative value (a cost, such as
-    minus kilobytes) it asks for at most 1/q times the cost.
-    """
-    broken = {}
-    for name, bound in config.constraints.items():
-        value = metrics[f"eval/{name}"]
-        if bound.min is not None:
-            broken[f"{name}.min"] = bound.min - value
-        if bound.max is not None:
-            broken[f"{name}.max"] = value - bound.max
-        if bound.min_ratio_to_base is not None:
-            reference = base[f"eval/{name}"]
-            ratio = bound.min_ratio_to_base if reference >= 0 else 1 / bound.min_ratio_to_base
-            broken[f"{name}.min_ratio_to_base"] = ratio * reference - value
-    return broken
 
 
 class Selection:

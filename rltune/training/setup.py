@@ -9,19 +9,21 @@ from typing import Any
 
 import torch
 
-from rltune.config.clashes import Known, group_clashes
+from rltune.config.clashes import group_clashes
 from rltune.config.experiment import RunConfig
+from rltune.config.rules import Known
 from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import unfit_targets
 from rltune.diffusion.memory import GIB, free_bytes, stored_bytes
-from rltune.diffusion.sampling import Sampler
+from rltune.diffusion.sampler import Sampler
 from rltune.errors import UserError
 from rltune.estimators.base import ESTIMATORS, Estimator
 from rltune.rewards.base import Reward
-from rltune.training.evaluation import JUDGES, ImageSet
+from rltune.runs.metrics import JUDGES
+from rltune.training.evaluation import ImageSet
 from rltune.training.heldout import search_prompts
-from rltune.training.loading import Shelf
+from rltune.training.model_cache import ModelCache
 from rltune.training.prompts import read_prompts
 from rltune.training.rewards import check_reward, compares_images, is_own
 from rltune.training.streams import Stream, drawn_prompts
@@ -85,12 +87,12 @@ class Run:
         return min(self.config.optim.micro_batch or num_images, num_images)
 
 
-def build_run(config: RunConfig, shelf: Shelf | None = None) -> Run:
+def build_run(config: RunConfig, cache: ModelCache | None = None) -> Run:
     """Load the model and the rewards of an experiment on this worker's device.
 
     Args:
         config: The experiment.
-        shelf: What earlier runs of this process have loaded; nothing by default.
+        cache: What earlier runs of this process have loaded; nothing by default.
 
     Raises:
         UserError: Weights, prompts or a setting are not usable on this machine.
@@ -101,17 +103,17 @@ def build_run(config: RunConfig, shelf: Shelf | None = None) -> Run:
     workers = Workers()
     if config.resources.gpus_per_worker != "auto" and 0 < config.resources.gpus_per_worker < 1:
         workers.limit_memory(config.resources.gpus_per_worker)
-    shelf = shelf or Shelf()
-    model = shelf.model(config, workers.device)
+    cache = cache or ModelCache()
+    model = cache.model(config, workers.device)
     if faults := unfit_targets(model.network, config.model.lora.targets):
         raise UserError(f"model.lora.targets: {'; '.join(faults)}")
     sampler = make_sampler(config, model)
     eval_images = eval_image_set(config, model)
     train_prompts = read_prompts(config.prompts.train, where="prompts.train")
     prompts = [*train_prompts, *eval_images.prompts, sampler.negative_prompt]
-    sampler = replace(sampler, embeddings=shelf.embeddings(config, model, prompts))
+    sampler = replace(sampler, embeddings=cache.embeddings(config, model, prompts))
     judges = tuple(judge for judge in config.evaluate.judges if judge not in JUDGES)
-    rewards = shelf.rewards(config, judges, workers.device)
+    rewards = cache.rewards(config, judges, workers.device)
     num_prompts, each = calibration_size(config)
     is_compared = any(compares_images(name, section) for name, section in config.rewards.items() if section.weight > 0)
     return Run(

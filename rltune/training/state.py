@@ -15,10 +15,11 @@ from rltune.diffusion.lora import lora_state
 from rltune.errors import StorageError, writing
 from rltune.estimators.base import EstimatorState
 from rltune.rewards.mixture import Mixture
-from rltune.training.base import BaseReference
+from rltune.runs.metrics import Values, summarise
 from rltune.training.checkpoint import Evaluated, Part, Progress, report_of, save_checkpoint
-from rltune.training.evaluation import Pixels, Values, per_prompt, sample_and_score, save_grid, summarise
-from rltune.training.memory import memory_named
+from rltune.training.evaluation import Pixels, per_prompt, sample_and_score, save_grid
+from rltune.training.out_of_memory import memory_named
+from rltune.training.reference import BaseReference
 from rltune.training.reporter import Reporter
 from rltune.training.selection import Selection
 from rltune.training.setup import Run
@@ -89,8 +90,8 @@ def evaluate(training: Training, progress: Progress) -> dict[str, float]:
         path = training.trial_dir / "samples" / f"step-{progress.step:06d}.png"
         with writing(path):
             save_samples(run, samples.pixels_NHW3, path)
-            _save_values(values, base.values, path.with_suffix(".json"))
-    summary = summarise(values, base.values)
+            _save_values(values, base.scores.values, path.with_suffix(".json"))
+    summary = summarise(values, base.scores.values)
     training.selection.take(Evaluated(progress.step, summary), lambda: _adapter(training))
     return {**summary, "eval_s": time.perf_counter() - start}
 

@@ -23,8 +23,8 @@ from PIL import Image
 from rltune.config.experiment import RunConfig
 from rltune.errors import UserError
 from rltune.redaction import redact
-from rltune.training.events import EVENTS_FILE, NOTICE, append_event
-from rltune.training.reporter import MetricsFile
+from rltune.runs.events import EVENTS_FILE, NOTICE, append_event
+from rltune.runs.rows import MetricsFile
 
 logger = logging.getLogger(__name__)
 

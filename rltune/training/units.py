@@ -5,25 +5,15 @@ N: images, prompt-major. P: prompts. I: images per prompt.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
 from rltune.rewards.base import Reward
-from rltune.training.evaluation import JUDGES, Pixels, Samples, Values, diversity, drift
+from rltune.runs.metrics import JUDGES, OVER_PROMPTS, Unit, Values
+from rltune.training.evaluation import Pixels, Samples, diversity, drift
 
-OVER_PROMPTS = "standard deviation over prompts"
 NEGLIGIBLE = 1e-6
 """Of the largest value: scatter below it is rounding in float32."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A unit of one reward or judge, fixed when the base model is measured and so before any trial."""
-
-    size: float
-    what: str
-    """Of the base model, in words."""
 
 
 def measure_units(

@@ -46,7 +46,7 @@ from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, load_lora_state, lora_parameters, lora_state
-from rltune.diffusion.sampling import Chain, Sampler, guided_denoiser
+from rltune.diffusion.sampler import Chain, Sampler, guided_denoiser
 from rltune.diffusion.table import ChainTable
 from rltune.orchestration.job import quiet_libraries
 from rltune.training.prompts import read_prompts

@@ -28,8 +28,8 @@ from rltune.config.load import load_experiment
 from rltune.intervals import over_prompts_and_seeds
 from rltune.orchestration.job import quiet_libraries
 from rltune.rewards.base import REWARDS, Reward
-from rltune.training.base import load_base
 from rltune.training.loop import train_run
+from rltune.training.reference import load_base
 from rltune.training.reporter import FolderReporter
 from rltune.training.setup import base_key
 

@@ -18,16 +18,17 @@ from pathlib import Path
 import numpy as np
 from search_simulated import BASE, DEVIATION, MIX, measured
 
-from rltune.config.clashes import Known
 from rltune.config.load import load_experiment
-from rltune.orchestration.fronts import front_as_csv, front_as_dict
-from rltune.orchestration.objectives import Objectives, find_front
-from rltune.orchestration.results import TrialResult, append_result
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, write_atomically
-from rltune.orchestration.search import SAMPLERS, Search
-from rltune.orchestration.stopping import Rules
-from rltune.orchestration.study import StudyFile
-from rltune.training.selection import violations
+from rltune.config.rules import Known
+from rltune.runs.fronts import front_as_csv, front_as_dict
+from rltune.runs.layout import BASE_TRIAL, RunFolder
+from rltune.runs.metrics import violations
+from rltune.runs.objectives import Objectives, find_front
+from rltune.runs.results import TrialResult, append_result
+from rltune.runs.store import write_atomically
+from rltune.search.searcher import SAMPLERS, Search
+from rltune.search.stopping import Rules
+from rltune.search.study import StudyFile
 
 
 def main() -> None:

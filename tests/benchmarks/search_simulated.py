@@ -1,8 +1,8 @@
 """Search samplers and early stopping on simulated trials: hypervolume against compute, without training anything.
 
 The space, the objectives and the constraints are those of experiments/mix.yaml; a trial is a formula, evaluated four
-times on its way. Trials run as in a sweep, two at a time: the search (rltune.orchestration.search.Search) is asked
-while others run, the rules (rltune.orchestration.stopping.Rules) see every evaluation, and a stopped trial enters
+times on its way. Trials run as in a sweep, two at a time: the search (rltune.search.searcher.Search) is asked
+while others run, the rules (rltune.search.stopping.Rules) see every evaluation, and a stopped trial enters
 search and front with what it was by then. What it left undone goes into further trials.
 
 Five problems. ``measured`` has the shape of what was measured on the built-in model (runs of experiments/mix.yaml and
@@ -29,15 +29,15 @@ from typing import Any
 
 import numpy as np
 
-from rltune.config.clashes import Known
 from rltune.config.load import load_experiment
-from rltune.orchestration.objectives import Objectives
-from rltune.orchestration.results import TrialResult
-from rltune.orchestration.rundir import TrialSpec
-from rltune.orchestration.search import SAMPLERS, Search
-from rltune.orchestration.stopping import Rules
+from rltune.config.rules import Known
 from rltune.pareto.hypervolume import hypervolume
-from rltune.training.selection import violations
+from rltune.runs.layout import TrialSpec
+from rltune.runs.metrics import violations
+from rltune.runs.objectives import Objectives
+from rltune.runs.results import TrialResult
+from rltune.search.searcher import SAMPLERS, Search
+from rltune.search.stopping import Rules
 
 MIX = Path(__file__).parents[2] / "experiments" / "mix.yaml"
 BASE = {"aesthetic": 5.87, "alignment": 0.877, "compressibility": -2.26, "diversity": 0.15, "faithful": 0.96}

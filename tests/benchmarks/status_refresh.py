@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from rich.console import Console
 
 from rltune.cli.live import LiveView
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
-from rltune.orchestration.status import StatusReader, read_status
-from rltune.training.events import append_event
-from tests.runs import SEARCHED, VALUES, experiment, result, write_rows, write_run
+from rltune.runs.events import append_event
+from rltune.runs.layout import BASE_TRIAL, RunFolder, TrialSpec
+from rltune.runs.status import StatusReader, read_status
+from tests.run_folders import SEARCHED, VALUES, experiment, result, write_rows, write_run
 
 NUM_RUNNING = 4
 
@@ -39,7 +39,7 @@ def make_run(path: Path, num_trials: int, num_steps: int) -> RunFolder:
         rows: list[dict[str, Any]] = [{"step": step, **extra} for step in range(1, num_steps + 1)]
         rows[-1] |= ended[0].metrics
         write_rows(folder, trial, rows)
-        for event in ("dealt", "worker_started", "loaded", "first_step"):
+        for event in ("suggested", "worker_started", "loaded", "first_step"):
             append_event(folder.trial_events_file(trial), event)
         if trial not in ids[-NUM_RUNNING:]:
             append_event(folder.trial_events_file(trial), "ended")

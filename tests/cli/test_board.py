@@ -9,11 +9,11 @@ import pytest
 from rltune.cli import board
 from rltune.cli.board import Steady, watch
 from rltune.cli.terminal import PlainConsole
-from rltune.orchestration.results import append_result
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
-from rltune.orchestration.status import RunStatus, StatusReader, TrialStatus, read_status
-from rltune.training.events import append_event
-from tests.runs import VALUES, experiment, result, write_rows, write_run
+from rltune.runs.events import append_event
+from rltune.runs.layout import BASE_TRIAL, RunFolder, TrialSpec
+from rltune.runs.results import append_result
+from rltune.runs.status import RunStatus, StatusReader, TrialStatus, read_status
+from tests.run_folders import VALUES, experiment, result, write_rows, write_run
 
 BASE = result(BASE_TRIAL, 0.5, 0.0)
 OBJECTIVES = ("brightness", "drift")
@@ -42,7 +42,7 @@ def test_each_state_has_its_line(tmp_path: Path) -> None:
 def test_a_stopped_trial_and_notices_have_their_lines(tmp_path: Path) -> None:
     stopped = result("001", 0.7, 0.25, reason="rank 7 of 9 at step 5", stopped_at=5)
     folder = write_run(tmp_path / "mix", experiment(), [BASE, stopped], started=["002"])
-    append_event(folder.trial_events_file("002"), "dealt")
+    append_event(folder.trial_events_file("002"), "suggested")
     append_event(folder.trial_events_file("002"), "notice", text="went back to step 5")
     with folder.lock():
         assert lines_of(folder)[1:] == [

@@ -6,14 +6,14 @@ from dataclasses import replace
 import pytest
 
 from rltune.cli.tables import BEATEN_MARK, BREACH_MARK, PLUS_MINUS, front_view, gain_view, nothing_to_export
-from rltune.orchestration.confirmations import Measured
-from rltune.orchestration.fronts import front_as_dict
-from rltune.orchestration.objectives import Fresh, Front, Objectives, find_front, nearest
-from rltune.orchestration.results import TrialResult
-from rltune.orchestration.rundir import BASE_TRIAL
-from rltune.training.units import OVER_PROMPTS
+from rltune.runs.confirmations import Measured
+from rltune.runs.fronts import front_as_dict
+from rltune.runs.layout import BASE_TRIAL
+from rltune.runs.metrics import OVER_PROMPTS
+from rltune.runs.objectives import Fresh, Front, Objectives, find_front, nearest
+from rltune.runs.results import TrialResult
 from tests.cli.test_tables import render, words
-from tests.runs import result
+from tests.run_folders import result
 
 UNITS = {"brightness": 0.1, "drift": 0.1}
 BASE = result(BASE_TRIAL, 0.5, 0.0)

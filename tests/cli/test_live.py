@@ -9,10 +9,10 @@ import pytest
 from rltune.cli.live import LiveView, by_interest
 from rltune.cli.notes import Note, newest
 from rltune.cli.terminal import PlainConsole
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
-from rltune.orchestration.status import RunStatus, read_status
-from rltune.training.events import append_event
-from tests.runs import SEARCHED, experiment, result, write_rows, write_run
+from rltune.runs.events import append_event
+from rltune.runs.layout import BASE_TRIAL, RunFolder
+from rltune.runs.status import RunStatus, read_status
+from tests.run_folders import SEARCHED, experiment, result, write_rows, write_run
 
 ASKED = experiment({**SEARCHED, "search": {"trials": 60, "sampler": "random"}})
 OBJECTIVES = ("brightness", "drift")

@@ -11,11 +11,11 @@ import pytest
 
 from rltune import __version__
 from rltune.errors import RunError
-from rltune.orchestration.rundir import BASE_TRIAL
+from rltune.runs.layout import BASE_TRIAL
 from rltune.training import tracking
 from tests.cli.conftest import Call
 from tests.config.test_schema import EXPERIMENTS
-from tests.runs import experiment, result, write_rows, write_run
+from tests.run_folders import experiment, result, write_rows, write_run
 
 HELP = """
 import sys, typer.main
@@ -178,13 +178,11 @@ def test_a_tilde_that_the_shell_left_alone_is_the_users_home(
     def keep(path: Path, *_: object, storage: Path, **__: object) -> None:
         seen.update(path=path, storage=storage)
 
-    monkeypatch.setattr("rltune.cli.running.run_experiment", keep)
+    monkeypatch.setattr("rltune.cli.sweep.run_experiment", keep)
     assert call("train", "~/x.yaml", "--storage=~/runs")[0] == 0
     assert seen == {"path": tmp_path / "x.yaml", "storage": tmp_path / "runs"}
     drawn: list[object] = []
-    monkeypatch.setattr(
-        "rltune.cli.sampling.sample_grid", lambda *given, **named: drawn.extend([*given, named["base"]])
-    )
+    monkeypatch.setattr("rltune.cli.sample.sample_grid", lambda *given, **named: drawn.extend([*given, named["base"]]))
     assert call("sample", "~/a", "~/b", "--output=~/x.png", "--base=~/m")[0] == 0
     assert drawn == [[tmp_path / "a", tmp_path / "b"], [], tmp_path / "x.png", str(tmp_path / "m")]
 

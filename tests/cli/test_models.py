@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub import DryRunFileInfo
 
 from rltune.cli import models
-from rltune.cli.doctoring import NOTE, OK, _reward_weights
+from rltune.cli.doctor import NOTE, OK, _reward_weights
 from rltune.cli.models import FileTable, PublishedFile, cached_base_models, published_files
 from rltune.diffusion.loading import load_model
 from rltune.errors import RunError

@@ -16,11 +16,11 @@ from rltune.cli.tables import (
     status_view,
 )
 from rltune.cli.terminal import PlainConsole
-from rltune.orchestration.confirmations import Measured
-from rltune.orchestration.fronts import front_as_csv, read_front
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
-from rltune.orchestration.status import read_status
-from tests.runs import VALUES, experiment, result, write_rows, write_run
+from rltune.runs.confirmations import Measured
+from rltune.runs.fronts import front_as_csv, read_front
+from rltune.runs.layout import BASE_TRIAL, RunFolder, TrialSpec
+from rltune.runs.status import read_status
+from tests.run_folders import VALUES, experiment, result, write_rows, write_run
 
 WIDTHS = pytest.mark.parametrize("width", [60, 100])
 

@@ -13,11 +13,11 @@ from rich.table import Table
 
 from rltune.cli.live import LiveView
 from rltune.cli.terminal import PlainConsole, console, errors, marked
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
-from rltune.orchestration.status import read_status
-from rltune.training.events import append_event
+from rltune.runs.events import append_event
+from rltune.runs.layout import BASE_TRIAL, RunFolder, TrialSpec
+from rltune.runs.status import read_status
 from tests.cli.conftest import Call
-from tests.runs import SEARCHED, VALUES, experiment, result, write_run
+from tests.run_folders import SEARCHED, VALUES, experiment, result, write_run
 
 PACKAGE = Path(__file__).parents[2] / "rltune"
 HOSTILE = (

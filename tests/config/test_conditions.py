@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from rltune.config.clashes import Known
 from rltune.config.conditions import ancestors, condition_in_words, fill, is_active, without
 from rltune.config.distributions import Choice, IntRange
 from rltune.config.load import Experiment, parse_experiment
+from rltune.config.rules import Known
 from rltune.errors import ExperimentError
 
 NAMES = Known(estimators=("alignprop", "draft", "refl"))

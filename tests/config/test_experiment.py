@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rltune.config.clashes import Known
 from rltune.config.experiment import WHOLE_SWEEP, Context, RunConfig
+from rltune.config.rules import Known
 from rltune.config.schema import node_at
 
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rltune.config.clashes import Known
 from rltune.config.distributions import Choice, Distribution, FloatRange, IntRange, LogFloatRange, Simplex
 from rltune.config.experiment import RunConfig
 from rltune.config.load import load_experiment, parse_experiment
+from rltune.config.rules import Known
 from rltune.config.yamlfile import write_yaml
 from rltune.errors import ExperimentError
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rltune.config.clashes import Known
 from rltune.config.load import parse_experiment
+from rltune.config.rules import Known
 from rltune.errors import ExperimentError
 
 KNOWN = Known(

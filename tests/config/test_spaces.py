@@ -1,4 +1,4 @@
-"""What is accepted can be dealt: random spaces, whose every point a sampler may come to."""
+"""What is accepted can be suggested: random spaces, whose every point a sampler may come to."""
 
 import random
 from collections.abc import Mapping
@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rltune.config import validation
-from rltune.config.clashes import Known
 from rltune.config.distributions import Choice, FloatRange, IntRange, LogFloatRange, Simplex
 from rltune.config.load import Experiment, parse_experiment
+from rltune.config.rules import Known
 from rltune.config.yamlfile import write_yaml
 from rltune.errors import ExperimentError
 
@@ -78,7 +78,7 @@ def spaces(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def some_point(space: Experiment, rng: random.Random) -> dict[str, Any]:
-    """Values as a sampler may deal them: any option, any whole number, and of ranges of numbers one at its very end."""
+    """Values that a sampler may suggest: any option, any whole number, and of ranges of numbers one at its very end."""
     values: dict[str, Any] = {}
     ranges = [path for path, kind in space.space.items() if isinstance(kind, FloatRange | LogFloatRange)]
     at_end = rng.choice(ranges) if ranges else ""

@@ -19,7 +19,7 @@ from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora_files import find_lora_file, load_lora_file
 from rltune.errors import UserError
 from rltune.training.grids import draw_rows
-from rltune.training.loading import load_base_model
+from rltune.training.model_cache import load_base_model
 from rltune.training.streams import Stream, noise
 from tests.conftest import tiny_unet
 

@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from rltune.diffusion.chain import run_chain
 from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.loading import load_model
-from rltune.diffusion.sampling import guided_denoiser
+from rltune.diffusion.sampler import guided_denoiser
 from rltune.errors import UserError
 
 PROMPTS = ["a cat", "two red birds on a blue ground, which is far more text than this encoder can take"]

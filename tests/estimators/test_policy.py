@@ -10,7 +10,7 @@ from torch import Tensor
 from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, lora_parameters
-from rltune.diffusion.sampling import Sampler
+from rltune.diffusion.sampler import Sampler
 from rltune.estimators.base import Estimator
 from rltune.estimators.dag import DAG
 from rltune.estimators.ddpo import DDPO

@@ -20,7 +20,7 @@ from rltune.diffusion.lora_files import WEIGHT_FILE
 from rltune.errors import RunError
 from rltune.export.diffusers import TOLERANCE, Reload, check_adapter, check_reload, rounding_of, write_card, write_lora
 from rltune.training.evaluation import draw_images
-from rltune.training.loading import load_base_model
+from rltune.training.model_cache import load_base_model
 from rltune.training.setup import eval_image_set, make_sampler
 
 RANK, ALPHA = 2, 8.0

@@ -10,10 +10,10 @@ import pytest
 
 from rltune.config.load import Experiment, load_experiment
 from rltune.errors import RunError, UserError
-from rltune.orchestration import pins as pins_module
 from rltune.orchestration.claiming import Claim, claim_run
-from rltune.orchestration.fronts import read_front
-from rltune.orchestration.record import (
+from rltune.runs.fronts import read_front
+from rltune.runs.layout import BASE_TRIAL, RunFolder
+from rltune.runs.record import (
     base_folder,
     leaves,
     open_run,
@@ -22,8 +22,8 @@ from rltune.orchestration.record import (
     with_own_prompts,
     with_recorded_defaults,
 )
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder
-from tests.runs import SEARCHED, experiment, result, write_run
+from rltune.training import pins as pins_module
+from tests.run_folders import SEARCHED, experiment, result, write_run
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 FIXED: dict[str, Any] = {"rewards": {"brightness": {}}, "optim": {"steps": 10}}

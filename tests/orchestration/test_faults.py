@@ -14,7 +14,7 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 from rltune.errors import RunError, StorageError
 from rltune.orchestration import tuning
 from rltune.orchestration.faults import MAX_DEATHS, MAX_LOSSES, MAX_STARTS, FaultWatch, is_death
-from rltune.orchestration.job import TROUBLE, JobSpec, make_trainer
+from rltune.orchestration.job import STORAGE_ERROR, JobSpec, make_trainer
 from rltune.orchestration.sweep import TUNE_FAILURES
 from tests.orchestration.test_scaling import spec
 
@@ -135,7 +135,7 @@ def test_what_a_worker_wrote_of_its_end_is_kept(tune: Callable[..., Any], tmp_pa
 def test_a_full_disk_ends_the_run_at_the_first_start(tune: Callable[..., Any], tmp_path: Path) -> None:
     starts, reports = tune(lambda start, watch: raised(StorageError("/runs/mix: no space left on device")))
     assert starts == 1
-    assert reports == [{TROUBLE: "/runs/mix: no space left on device"}]
+    assert reports == [{STORAGE_ERROR: "/runs/mix: no space left on device"}]
     assert not (tmp_path / "trials" / "001" / "failure.txt").exists()
 
 
@@ -148,8 +148,8 @@ def test_a_reason_that_cannot_be_written_ends_the_run(
     monkeypatch.setattr("rltune.orchestration.faults.write_atomically", full)
     starts, reports = tune(lambda start, watch: raised(RuntimeError(CUDA)))
     assert starts == MAX_STARTS
-    assert [list(report) for report in reports] == [[TROUBLE]]
-    assert "failure.txt: no space left on device" in reports[0][TROUBLE]
+    assert [list(report) for report in reports] == [[STORAGE_ERROR]]
+    assert "failure.txt: no space left on device" in reports[0][STORAGE_ERROR]
 
 
 def test_a_driver_that_dies_is_tunes_to_start_again(

@@ -7,7 +7,7 @@ from rltune.errors import UserError
 from rltune.orchestration.nodes import Node, WorkerNeed
 from rltune.orchestration.plan import Plan, make_plan
 from rltune.training.setup import NUM_CALIBRATION_IMAGES
-from tests.runs import SEARCHED, experiment
+from tests.run_folders import SEARCHED, experiment
 
 FIXED = {"rewards": {"brightness": {}}, "optim": {"steps": 10, "batch": 4}}
 

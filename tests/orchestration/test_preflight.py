@@ -12,8 +12,8 @@ from rltune.errors import ExperimentError, RunError
 from rltune.orchestration import preflight
 from rltune.orchestration.claiming import claim_run
 from rltune.orchestration.preflight import Inputs, inspect_experiment
-from rltune.orchestration.rundir import RunFolder
 from rltune.rewards.weights import WeightsFile
+from rltune.runs.layout import RunFolder
 from rltune.training.prompts import cut_in_words
 
 Inspect = Callable[..., Inputs]
@@ -191,7 +191,7 @@ def test_prompts_that_a_run_has_copies_of_are_those_that_count(inspect: Inspect,
     assert inspect(text).prompts["prompts.train"].prompts == ("a copy",)
 
 
-def test_a_run_that_cannot_teach_is_a_fault_beside_others(inspect: Inspect) -> None:
+def test_a_run_that_cannot_be_started_from_is_a_fault_beside_others(inspect: Inspect) -> None:
     faults = faults_of(inspect, "rewards: {brightness: }\nprompts: {train: no.txt}\nsearch: {warm_start: nowhere}")
     assert [fault.split(", got")[0] for fault in faults] == [
         "search.warm_start: not a run folder, it has no experiment.yaml",

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rltune.training.reporter import read_metrics
+from rltune.runs.rows import read_metrics
 from tests.training.runs import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

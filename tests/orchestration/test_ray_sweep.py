@@ -14,11 +14,11 @@ import optuna
 import pytest
 
 from rltune.config.load import load_experiment
-from rltune.orchestration.record import open_run
-from rltune.orchestration.results import read_results
-from rltune.orchestration.status import read_status
-from rltune.training.events import read_events
-from rltune.training.reporter import read_metrics
+from rltune.runs.events import read_events
+from rltune.runs.record import open_run
+from rltune.runs.results import read_results
+from rltune.runs.rows import read_metrics
+from rltune.runs.status import read_status
 from tests.orchestration.processes import (
     LOOPBACK_HEX,
     PATIENCE_S,
@@ -65,7 +65,7 @@ def test_a_sweep_gives_front_and_exports_and_listens_on_loopback_alone(
     assert "Traceback" not in output
     noted = [event.event for event in read_events(run / "trials" / "001" / "events.jsonl")]
     assert [name for name in noted if name != "reported"] == [
-        "dealt",
+        "suggested",
         "worker_started",
         "loaded",
         "first_step",

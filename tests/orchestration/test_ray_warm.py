@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rltune.orchestration.results import read_results
+from rltune.runs.results import read_results
+from rltune.runs.rows import read_metrics
 from rltune.training.checkpoint import newest_whole, read_checkpoint_meta
-from rltune.training.reporter import read_metrics
 from tests.orchestration.processes import PATIENCE_S, REFERENCE, descendants, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

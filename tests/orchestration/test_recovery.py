@@ -18,8 +18,8 @@ from ray.train.v2._internal.execution.checkpoint.checkpoint_manager import Check
 from ray.train.v2._internal.execution.context import StorageContext
 from ray.train.v2._internal.execution.training_report import _TrainingReport
 
-from rltune.config.clashes import Known
 from rltune.config.experiment import RunConfig
+from rltune.config.rules import Known
 from rltune.errors import OutOfMemory, RunError, StorageError
 from rltune.estimators.alignprop import AlignProp
 from rltune.orchestration.job import CHECKPOINTS_KEPT, JobSpec, RayReporter, attempt
@@ -35,8 +35,9 @@ from rltune.orchestration.recovery import (
     smaller_micro_batch,
     tidy_storage,
 )
-from rltune.orchestration.rundir import BASE_TRIAL
 from rltune.rewards.base import REWARDS
+from rltune.runs.events import read_notices
+from rltune.runs.layout import BASE_TRIAL
 from rltune.training import evaluation
 from rltune.training.checkpoint import (
     ADAPTER_FILE,
@@ -46,7 +47,6 @@ from rltune.training.checkpoint import (
     save_checkpoint,
     why_not_whole,
 )
-from rltune.training.events import read_notices
 from rltune.training.reporter import FolderReporter
 from rltune.training.streams import Stream, generator
 from tests.training.conftest import NanWhenTwo

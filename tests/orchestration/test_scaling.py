@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from rltune.orchestration.job import JobSpec, make_trainer
-from tests.runs import experiment
+from tests.run_folders import experiment
 
 
 def spec(folder: Path, num_gpus: float, **resources: Any) -> JobSpec:

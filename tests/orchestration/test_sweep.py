@@ -13,18 +13,18 @@ import torch
 
 from rltune.errors import StorageError
 from rltune.orchestration.cluster import Cluster
-from rltune.orchestration.job import TROUBLE, JobSpec
+from rltune.orchestration.job import STORAGE_ERROR, JobSpec
 from rltune.orchestration.nodes import Node
-from rltune.orchestration.record import base_folder, read_record
-from rltune.orchestration.results import read_results
-from rltune.orchestration.rundir import BASE_TRIAL, RunFolder, TrialSpec
 from rltune.orchestration.sweep import Sweep, _Abort
-from rltune.training.base import load_base
+from rltune.runs.layout import BASE_TRIAL, RunFolder, TrialSpec
+from rltune.runs.metrics import summarise
+from rltune.runs.record import base_folder, read_record
+from rltune.runs.reference import load_scores
+from rltune.runs.results import read_results
+from rltune.runs.store import read_json_lines
 from rltune.training.checkpoint import ADAPTER_FILE, Evaluated, Progress, report_of, save_checkpoint
-from rltune.training.evaluation import summarise
-from rltune.training.reporter import read_json_lines
 from rltune.training.selection import Selection
-from tests.runs import SEARCHED, experiment, result, write_run
+from tests.run_folders import SEARCHED, experiment, result, write_run
 
 CLUSTER = Cluster(address="127.0.0.1:1", is_own=True, dashboard_url="", nodes=(Node(2.0),))
 SEARCH = {"trials": 8, "sampler": "random"}
@@ -36,7 +36,7 @@ def sweep_of(path: Path, *, fresh: bool = True, **sections: Any) -> Sweep:
     asked = experiment(**({"search": SEARCH} | sections))
     if fresh:
         folder = write_run(path / "mix", asked)
-        base = load_base(base_folder(folder, read_record(folder)))
+        base = load_scores(base_folder(folder, read_record(folder)))
         assert base is not None
         base_metrics = summarise(base.values, base.values)
         sweep = Sweep(asked, folder, CLUSTER)
@@ -70,8 +70,8 @@ def measured(sweep: Sweep, spec: JobSpec, metrics: dict[str, float]) -> None:
         file.write(json.dumps(metrics) + "\n")
 
 
-def deal(sweep: Sweep) -> JobSpec:
-    spec = sweep._deal()
+def suggest(sweep: Sweep) -> JobSpec:
+    spec = sweep._suggest()
     assert spec is not None
     return spec
 
@@ -81,7 +81,7 @@ def end(sweep: Sweep, spec: JobSpec, step: int, brightness: float, drift: float 
 
 
 def finish(sweep: Sweep, brightness: float, drift: float = 0.1) -> JobSpec:
-    spec = deal(sweep)
+    spec = suggest(sweep)
     assert not evaluate(sweep, spec, 10, brightness, drift, is_final=1.0)
     end(sweep, spec, 10, brightness, drift, is_final=1.0)
     return spec
@@ -89,7 +89,7 @@ def finish(sweep: Sweep, brightness: float, drift: float = 0.1) -> JobSpec:
 
 def test_a_trial_that_falls_behind_is_recorded_as_what_it_was_at_its_step(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, search={**SEARCH, "prune": True, "reduction": 2})
-    specs = [deal(sweep) for _ in range(4)]
+    specs = [suggest(sweep) for _ in range(4)]
     # each worse in both objectives than the one before; up to two at a rung all go on
     stopped = [evaluate(sweep, spec, 5, 0.9 - 0.1 * i, 0.1 + 0.01 * i) for i, spec in enumerate(specs)]
     assert stopped == [False, False, True, True]
@@ -106,7 +106,7 @@ def test_a_trial_that_falls_behind_is_recorded_as_what_it_was_at_its_step(tmp_pa
 
 def test_where_that_checkpoint_is_gone_the_trial_is_what_its_newest_says(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, stop={"diverged": 0.5})
-    spec = deal(sweep)
+    spec = suggest(sweep)
     assert evaluate(sweep, spec, 5, -9.0, 9.0)
     evaluate(sweep, spec, 10, -8.0, 8.0)
     broken = spec.folder.checkpoints_dir(spec.trial) / spec.train_name / "checkpoint_0005" / ADAPTER_FILE
@@ -122,7 +122,7 @@ def test_of_a_trials_checkpoints_the_one_file_that_counts_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = sweep_of(tmp_path, evaluate={"every": 2})
-    spec = deal(sweep)
+    spec = suggest(sweep)
     for step in (2, 4, 6, 8, 10):
         evaluate(sweep, spec, step, 0.9)
     hashed: list[str] = []
@@ -138,7 +138,7 @@ def test_of_a_trials_checkpoints_the_one_file_that_counts_is_read(
 
 def test_a_trial_without_a_whole_checkpoint_failed(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path)
-    spec = deal(sweep)
+    spec = suggest(sweep)
     end(sweep, spec, 10, 0.9, is_final=1.0)
     assert sweep.results[-1].state == "failed"
     assert "no whole checkpoint of an evaluation is left" in sweep.results[-1].reason
@@ -146,7 +146,7 @@ def test_a_trial_without_a_whole_checkpoint_failed(tmp_path: Path) -> None:
 
 def test_a_checkpoint_written_in_haste_is_no_result(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path)
-    spec = deal(sweep)
+    spec = suggest(sweep)
     evaluate(sweep, spec, 5, 0.8)
     hasty = spec.folder.checkpoints_dir(spec.trial) / spec.train_name / "checkpoint_0007"
     last = Evaluated(5, {name: value for name, value in metrics_at(5, 0.8, 0.1).items() if "/" in name})
@@ -164,14 +164,14 @@ def test_rungs_are_rebuilt_from_the_folder(tmp_path: Path) -> None:
     search = {**SEARCH, "prune": True, "reduction": 2}
     sweep = sweep_of(tmp_path, search=search)
     for brightness in (0.9, 0.8):
-        spec = deal(sweep)
+        spec = suggest(sweep)
         evaluate(sweep, spec, 5, brightness)
         file = spec.folder.trial_dir(spec.trial) / "metrics.jsonl"
         rows = [metrics_at(5, brightness, 0.1), {"step": 6.0, "train/reward": 1.0}]
         file.write_text("".join(f"{row}\n".replace("'", '"') for row in rows))
     assert len(read_json_lines(file)) == 2
     again = sweep_of(tmp_path, fresh=False, search=search)
-    first, second, third = (deal(again) for _ in range(3))
+    first, second, third = (suggest(again) for _ in range(3))
     assert [first.trial, second.trial, third.trial] == ["001", "002", "003"]  # the interrupted ones first
     assert evaluate(again, third, 5, 0.7, 0.2)  # behind both that reported before the restart
 
@@ -183,8 +183,8 @@ def test_rules_decide_the_same_live_and_rebuilt_where_another_step_is_selected(
     sections = {"evaluate": {"every": 1, "select": "brightness"}, "constraints": {"drift": {"max": 0.3}}, **rule}
     sweep = sweep_of(tmp_path, **sections)
     selection = Selection(experiment(**sections).shared, metrics_at(0, 0.0, 0.0))
-    others = [deal(sweep) for _ in range(2)]
-    spec = deal(sweep)
+    others = [suggest(sweep) for _ in range(2)]
+    spec = suggest(sweep)
     for other in others:
         for step in range(1, 9):
             measured(sweep, other, metrics_at(step, 0.8, 0.1))
@@ -209,10 +209,10 @@ def test_rules_decide_the_same_live_and_rebuilt_where_another_step_is_selected(
 
 def test_time_that_is_over_starts_nothing_and_stops_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = sweep_of(tmp_path, stop={"hours": 1.0})
-    spec = deal(sweep)
+    spec = suggest(sweep)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 3601)
-    assert sweep._deal() is None
+    assert sweep._suggest() is None
     assert sweep.over.startswith("stop.hours: 1 of 1 hours")
     assert not sweep._on_report(spec, {"step": 0.0, "is_final": 0.0, "is_preempted": 0.0, "eval/brightness": 0.5})
     assert evaluate(sweep, spec, 5, 0.9)
@@ -223,7 +223,7 @@ def test_time_that_is_over_starts_nothing_and_stops_what_runs(tmp_path: Path, mo
 
 def test_a_trial_that_is_done_is_not_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep = sweep_of(tmp_path, stop={"hours": 1.0})
-    spec = deal(sweep)
+    spec = suggest(sweep)
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 3601)
     assert not evaluate(sweep, spec, 10, 0.9, is_final=1.0)
@@ -239,11 +239,11 @@ def test_gpu_hours_are_those_of_ended_and_of_running_trials(tmp_path: Path, monk
     sweep = sweep_of(tmp_path, stop={"gpu_hours": 6.5 / 3600}, resources=resources)
     finish(sweep, 0.9)
     start = time.monotonic()
-    spec = deal(sweep)
+    spec = suggest(sweep)
     monkeypatch.setattr(time, "monotonic", lambda: start + 0.2)
-    assert deal(sweep)
+    assert suggest(sweep)
     monkeypatch.setattr(time, "monotonic", lambda: start + 0.3)
-    assert sweep._deal() is None  # 6 and 2 (0.3 + 0.1)
+    assert sweep._suggest() is None  # 6 and 2 (0.3 + 0.1)
     assert sweep.over.startswith("stop.gpu_hours: ")
     assert evaluate(sweep, spec, 5, 0.9)
 
@@ -265,13 +265,13 @@ def test_budgets_count_over_all_starts_and_a_spent_one_starts_nothing(
     started = {"event": "driver_started", "trials_at_once": 2, "workers": 2, "gpus_per_worker": 1, "last_sign": 4000}
     rows = [{"time": 1000, **started}, {"time": 8000, **started}, {"time": 9200, "event": "driver_ended"}]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = [{"time": 1000, "event": "dealt"}, {"time": 8300, "event": "dealt"}]
+    rows = [{"time": 1000, "event": "suggested"}, {"time": 8300, "event": "suggested"}]
     file = sweep._folder.trial_events_file("001")
     file.parent.mkdir(parents=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     again = sweep_of(tmp_path, fresh=False, **sections)
     assert again._spending.gpu_s == 2 * (3000 + 900)
-    deal(again)
+    suggest(again)
     begun = time.monotonic()
     left = 2 * 3600 - (3000 + 1200) if "hours" in stop else (5 * 3600 - 2 * (3000 + 900)) / 2
     monkeypatch.setattr(time, "monotonic", lambda: begun + left - 15)
@@ -285,7 +285,7 @@ def test_budgets_count_over_all_starts_and_a_spent_one_starts_nothing(
     file = sweep._folder.events_file
     file.write_text(json.dumps({"time": 0, **started}) + "\n" + json.dumps({"time": 36000, "event": "driver_ended"}))
     file = sweep._folder.trial_events_file("001")
-    file.write_text(json.dumps({"time": 0, "event": "dealt"}) + "\n")
+    file.write_text(json.dumps({"time": 0, "event": "suggested"}) + "\n")
     last = sweep_of(tmp_path, fresh=False, **sections)
     last.run()
     assert last.over
@@ -294,13 +294,13 @@ def test_budgets_count_over_all_starts_and_a_spent_one_starts_nothing(
 def test_a_front_that_no_longer_grows_ends_the_sweep_and_lets_trials_finish(tmp_path: Path) -> None:
     stop = {"stalled_trials": 2, "stalled_growth": 0.0}
     sweep = sweep_of(tmp_path, stop=stop)
-    running = deal(sweep)
+    running = suggest(sweep)
     finish(sweep, 0.9, 0.05)
     finish(sweep, 0.8, 0.2)
     assert not sweep.over
     finish(sweep, 0.7, 0.2)
     assert sweep.over.startswith("stop.stalled_trials: ")
-    assert sweep._deal() is None
+    assert sweep._suggest() is None
     assert not evaluate(sweep, running, 5, 0.6)
     again = sweep_of(tmp_path, fresh=False, stop=stop)
     again._look_up(again.results)
@@ -313,17 +313,17 @@ def test_a_front_that_no_longer_grows_ends_the_sweep_and_lets_trials_finish(tmp_
 @pytest.mark.parametrize(
     "meet",
     [
-        lambda sweep, spec: sweep._on_report(spec, {TROUBLE: "/runs/mix: no space left on device"}),
+        lambda sweep, spec: sweep._on_report(spec, {STORAGE_ERROR: "/runs/mix: no space left on device"}),
         lambda sweep, spec: sweep._on_end(spec, {}, "ray::StorageError: /runs/mix: no space left on device", 1.0),
     ],
 )
 def test_a_disk_that_fails_a_trial_ends_the_run_and_is_no_failure(tmp_path: Path, meet: Callable[..., Any]) -> None:
     sweep = sweep_of(tmp_path)
-    spec = deal(sweep)
+    spec = suggest(sweep)
     with pytest.raises(_Abort):
         meet(sweep, spec)
-    assert isinstance(sweep._trouble, StorageError)
-    assert str(sweep._trouble) == "/runs/mix: no space left on device"
+    assert isinstance(sweep._storage_error, StorageError)
+    assert str(sweep._storage_error) == "/runs/mix: no space left on device"
     assert [row.trial for row in read_results(sweep._folder.results_file)] == [BASE_TRIAL]
 
 
@@ -344,8 +344,8 @@ def test_a_suggestion_that_is_no_valid_run_is_a_failed_trial_and_the_next_is_dea
         return replace(spec, values={**spec.values, **NO_WEIGHT}) if is_bad else spec
 
     monkeypatch.setattr(sweep._search, "ask", at_zero)
-    assert [deal(sweep).trial for _ in range(5)] == ["003", "004", "005", "006", "007"]
-    assert sweep._deal() is None  # the eighth and last of the sweep was no valid run either
+    assert [suggest(sweep).trial for _ in range(5)] == ["003", "004", "005", "006", "007"]
+    assert sweep._suggest() is None  # the eighth and last of the sweep was no valid run either
     rows = read_results(sweep._folder.results_file)
     assert [(row.trial, row.state) for row in rows[1:]] == [(n, "failed") for n in ("001", "002", "008")]
     rule = "rewards.brightness.weight: no reward has a positive weight, got 0 for every one"
@@ -359,7 +359,7 @@ def test_a_trial_of_before_that_is_no_valid_run_does_not_stop_the_sweep_again(tm
     spec = sweep._search.ask()
     sweep._folder.write_trial(replace(spec, values={**spec.values, **NO_WEIGHT}))
     again = sweep_of(tmp_path, fresh=False, **sections)
-    assert deal(again).trial == "002"
+    assert suggest(again).trial == "002"
     assert [(row.trial, row.state) for row in again.results[1:]] == [("001", "failed")]
 
 
@@ -371,14 +371,14 @@ def test_a_disk_that_fails_the_sweep_ends_it(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(RunFolder, "write_trial", full)
     with pytest.raises(_Abort):
-        sweep._deal()
-    assert str(sweep._trouble).startswith("/runs/mix/trials/001/trial.json: no space left on device; free some")
+        sweep._suggest()
+    assert str(sweep._storage_error).startswith("/runs/mix/trials/001/trial.json: no space left on device; free some")
 
 
 def test_without_a_base_model_nothing_goes_on(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     sweep = Sweep(experiment(search=SEARCH), folder, CLUSTER)
-    assert deal(sweep).waits_for_base
+    assert suggest(sweep).waits_for_base
     with pytest.raises(_Abort):
         sweep._on_end(job(folder, BASE_TRIAL), {}, "the weights are missing", 1.0)
     assert read_results(folder.results_file)[0].reason == "the weights are missing"
@@ -389,7 +389,7 @@ def test_a_trial_waits_for_a_base_model_that_is_measured_as_it_is(tmp_path: Path
         {**SEARCHED, "sampler": {"steps": {"choice": [10, 20]}}}, search={"trials": 9, "sampler": "random"}
     )
     sweep = Sweep(asked, RunFolder(tmp_path), CLUSTER)
-    specs = [deal(sweep) for _ in range(9)]
+    specs = [suggest(sweep) for _ in range(9)]
     for spec in specs:  # the base model is measured with the first option; who differs measures for itself
         assert spec.waits_for_base == (spec.run_config.sampler.steps == 10)
     assert {spec.waits_for_base for spec in specs} == {True, False}

@@ -9,10 +9,10 @@ import torch
 
 from rltune.config.experiment import RunConfig
 from rltune.orchestration.job import CHECKPOINTS_KEPT, JobSpec
-from rltune.orchestration.rundir import BASE_TRIAL
 from rltune.orchestration.warm import WarmWorker
+from rltune.runs.layout import BASE_TRIAL
+from rltune.runs.rows import read_metrics
 from rltune.training.checkpoint import load_adapter, read_checkpoint_meta
-from rltune.training.reporter import read_metrics
 from tests.training.runs import train
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rltune.cli.running import known_names
+from rltune.cli.sweep import known_names
 from rltune.config.load import load_experiment
 from rltune.training.loop import train_run
 from rltune.training.reporter import FolderReporter

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora import add_lora
+from rltune.runs.rows import read_metrics
 from rltune.training.checkpoint import load_adapter
 from rltune.training.loop import train_run
-from rltune.training.reporter import FolderReporter, read_metrics
+from rltune.training.reporter import FolderReporter
 from rltune.training.setup import Run, build_run
 
 Make = Callable[..., RunConfig]

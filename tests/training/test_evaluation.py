@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rltune.training.evaluation import ImageSet, Samples, diversity, drift, per_prompt, save_grid, summarise
+from rltune.runs.metrics import summarise
+from rltune.training.evaluation import ImageSet, Samples, diversity, drift, per_prompt, save_grid
 
 
 def flat_images(*levels: int) -> np.ndarray:

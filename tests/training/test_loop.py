@@ -9,10 +9,11 @@ import torch
 from rltune.diffusion.lora import load_lora_state
 from rltune.errors import NonFiniteError, RunError, UserError
 from rltune.estimators.alignprop import AlignProp
+from rltune.runs.events import read_events, read_notices
+from rltune.runs.rows import read_metrics
 from rltune.training.evaluation import sample_and_score
-from rltune.training.events import read_events, read_notices
 from rltune.training.loop import base_run
-from rltune.training.reporter import FolderReporter, read_metrics
+from rltune.training.reporter import FolderReporter
 from rltune.training.setup import NUM_CALIBRATION_IMAGES, build_run
 from rltune.training.streams import Stream, generator
 from tests.training.runs import Make, adapted_run, adapters, metrics, train

@@ -16,10 +16,11 @@ from rltune.errors import NonFiniteError, RunError, UserError
 from rltune.rewards.base import REWARDS
 from rltune.rewards.mixture import Calibration
 from rltune.rewards.scalarise import Chebyshev
-from rltune.training import loading, setup
-from rltune.training.base import load_base
+from rltune.runs.events import read_notices
+from rltune.training import loaded as loading
+from rltune.training import setup
 from rltune.training.evaluation import ImageSet, sample_and_score
-from rltune.training.events import read_notices
+from rltune.training.reference import load_base
 from rltune.training.rewards import build_mixture, build_rewards, odd_targets, try_reward
 from rltune.training.setup import base_key, build_run, calibration_size, check_options
 from tests.training.runs import Make, adapted_run, adapters, metrics, train, train_in_processes

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from rltune.runs.rows import read_metrics
 from rltune.training.checkpoint import ADAPTER_FILE, SELECTED_FILE, TRAINER_FILE, own_metrics, read_checkpoint_meta
 from rltune.training.loop import train_run
-from rltune.training.reporter import FolderReporter, read_metrics
+from rltune.training.reporter import FolderReporter
 from tests.training.runs import Make, train, train_in_processes
 
 POLICY: dict[str, Any] = {"sampler": {"eta": 1.0}, "prompts": {"images_per_prompt": 2}}

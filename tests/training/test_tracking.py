@@ -12,9 +12,9 @@ from PIL import Image
 
 from rltune.config.experiment import RunConfig
 from rltune.errors import UserError
+from rltune.runs.events import read_events
+from rltune.runs.rows import MetricsFile, read_metrics
 from rltune.training import tracking
-from rltune.training.events import read_events
-from rltune.training.reporter import MetricsFile, read_metrics
 from rltune.training.tracking import TrackedMetrics, Trial, check_trackers
 from tests.training.runs import Make, train
 
@@ -55,7 +55,7 @@ def notebooks(monkeypatch: pytest.MonkeyPatch) -> list[Notebook]:
 
 @pytest.fixture
 def trial_dir(tmp_path: Path) -> Path:
-    """A trial of the run ``mix``, as a sweep deals it."""
+    """A trial of the run ``mix``, as a sweep suggests it."""
     PartialState()
     folder = tmp_path / "mix" / "trials" / "007"
     (folder / "samples").mkdir(parents=True)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from rltune.rewards.base import REWARDS, Reward
+from rltune.runs.metrics import Unit
 from rltune.training.evaluation import Samples
-from rltune.training.units import Unit, measure_units
+from rltune.training.units import measure_units
 
 OVER_PROMPTS, OVER_IMAGES = "standard deviation over prompts", "standard deviation over images"
 

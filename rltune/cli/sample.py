@@ -1,0 +1,107 @@
+"""``rltune sample``: one grid, a row of blocks per model, the same noise in every row."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rltune.cli.terminal import console
+from rltune.errors import UserError
+from rltune.records import check_schema
+
+NUM_DEFAULT_PROMPTS = 4
+
+
+def sample_grid(
+    loras: Sequence[Path],
+    prompts: Sequence[str],
+    output: Path,
+    *,
+    base: str | None,
+    num_steps: int | None,
+    guidance: float | None,
+    num_base_steps: int | None = None,
+    num_images: int,
+    seed: int,
+) -> None:
+    """Draw the base model and each LoRA on the same prompts and noise, and write one labelled PNG.
+
+    Raises:
+        UserError: ``output`` cannot be written; a LoRA cannot be read, or was trained on another base model; no step is
+            left to the LoRAs.
+    """
+    from rltune.cli.pictures import check_output, save_picture
+    from rltune.config.experiment import RunConfig
+    from rltune.diffusion.lora_files import find_lora_file
+    from rltune.diffusion.outline import find_pipeline
+    from rltune.orchestration.job import quiet_libraries
+    from rltune.orchestration.preflight import check_reach
+    from rltune.runs.record import base_of
+    from rltune.training.grids import draw_rows, labelled_grid
+    from rltune.training.prompts import read_prompts
+
+    check_output(output)
+    quiet_libraries()
+    files = [find_lora_file(path) for path in loras]
+    cards = [_read_card(path) for path in loras]
+    bases = {card["base_model"] for card in cards if card} | ({base} if base else set())
+    if len(bases) > 1:
+        raise UserError(f"sample: the LoRAs belong to different base models, {sorted(bases)}; sample them apart")
+    card = next((card for card in cards if card), None)
+    config = RunConfig.model_validate(card["experiment"]) if card else _plain_config()
+    update: dict[str, Any] = {"steps": num_steps, "guidance": guidance, "base_steps": num_base_steps}
+    sampler = config.sampler.model_copy(update={name: value for name, value in update.items() if value is not None})
+    if sampler.base_steps >= sampler.steps:
+        raise UserError(
+            f"sample: --base-steps must leave the LoRA some of the {sampler.steps} steps, got {sampler.base_steps}"
+        )
+    own = next((base_of(path.parent, config.model.base) for path in files), config.model.base)
+    model = config.model.model_copy(update={"base": base or own})
+    config = config.model_copy(update={"sampler": sampler, "model": model})
+    # a card has the run's own prompts: the file they were in may be another by now, or elsewhere
+    held_out = prompts or (card or {}).get("prompts") or read_prompts(config.prompts.eval, where="prompts.eval")
+    shown = list(prompts or held_out[:NUM_DEFAULT_PROMPTS])
+    if find_pipeline(config.model.base, config.model.revision) is None:
+        check_reach(config.model.base)  # in a second, where the hub's library would try for 40
+    rows = draw_rows(config, files, shown, num_images=num_images, seed=seed)
+    labels = ["base", *lora_labels(loras)]
+    written = save_picture(labelled_grid(rows, labels, shown, num_images=num_images), output)
+    console.print(f"{written}: {len(rows)} rows ({', '.join(labels)}), {num_images} images for each of", soft_wrap=True)
+    for prompt in shown:
+        console.print(f"  {prompt}", soft_wrap=True)
+
+
+def lora_labels(paths: Sequence[Path]) -> list[str]:
+    """Return what each LoRA is called: its folder or file, with as many folders above as tell all of them apart."""
+    from rltune.diffusion.lora_files import WEIGHT_FILE
+
+    parts = []
+    for path in paths:
+        whole = path.resolve()
+        if whole.suffix == ".safetensors":  # an export's file is called the same in every folder
+            whole = whole.parent if whole.name == WEIGHT_FILE else whole.with_suffix("")
+        parts.append(whole.parts)
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        labels = ["/".join(part[-depth:]) for part in parts]
+        if len(set(labels) | {"base"}) == len(set(parts)) + 1:
+            return labels
+    return [str(path) for path in paths]
+
+
+def _plain_config() -> Any:
+    """Return defaults for LoRAs that come without a run; nothing is scored, so the reward does not matter."""
+    from rltune.config.experiment import RunConfig
+
+    return RunConfig.model_validate({"rewards": {"brightness": {}}})
+
+
+def _read_card(path: Path) -> dict[str, Any] | None:
+    card = (path if path.is_dir() else path.parent) / "rltune.json"
+    if not card.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(card.read_text())
+    except ValueError as error:
+        raise UserError(f"sample: {card} is damaged ({error}); export the LoRA again, or delete this file") from error
+    check_schema(content, card)
+    return content

@@ -1,0 +1,114 @@
+"""Chosen trials measured again on fresh prompts, as one Ray Train job over the whole cluster."""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray.train
+
+from rltune.config.load import Experiment
+from rltune.errors import RltuneError, RunError
+from rltune.orchestration.job import JobSpec, make_ray_job, quiet_libraries
+from rltune.records import to_record
+from rltune.runs.confirmations import Confirmation, comparable, missing, read_confirmations
+from rltune.runs.layout import BASE_TRIAL, RunFolder
+from rltune.runs.record import read_record, settled, with_own_prompts
+from rltune.runs.results import TrialResult
+from rltune.runs.store import append_line, write_atomically
+from rltune.training.heldout import fresh_prompts
+
+logger = logging.getLogger(__name__)
+
+
+def run_confirmation(
+    chosen: Sequence[TrialResult], folder: RunFolder, experiment: Experiment, spec: JobSpec, *, num_workers: int
+) -> None:
+    """Measure what was not measured yet; rows are added to ``confirmed.jsonl`` one by one.
+
+    Args:
+        chosen: Trials with their checkpoints; the base model goes without saying.
+        folder: The run.
+        experiment: Its experiment.
+        spec: Of the base model's trial: where the run is and what a worker takes.
+        num_workers: Of the job; they share the prompts.
+
+    Raises:
+        UserError: The held-out prompts cannot be read.
+        RunError: It could not be measured.
+    """
+    found, record = comparable(read_confirmations(folder)), read_record(folder)
+    own = with_own_prompts(experiment.shared, folder, record)
+    if found is not None and tuple(found.base.prompts) != fresh_prompts(own).prompts:
+        found = None  # measured on other prompts
+    wanted = [(result.trial, result.checkpoint, dict(result.values)) for result in missing(chosen, found)]
+    if not wanted:
+        return
+    if found is None:
+        wanted.insert(0, (BASE_TRIAL, "", {}))
+    folder.confirmation_failure_file.unlink(missing_ok=True)
+    asked = [experiment.concrete(values) if trial != BASE_TRIAL else experiment.shared for trial, _, values in wanted]
+    configs = [settled(config, record).model_dump(mode="json") for config in asked]
+    jobs = [
+        {"trial": trial, "checkpoint": checkpoint, "config": config}
+        for (trial, checkpoint, _), config in zip(wanted, configs, strict=True)
+    ]
+    try:
+        make_ray_job(
+            _worker, {"spec": spec, "jobs": jobs}, spec, name="confirm", storage=folder.scratch_dir, workers=num_workers
+        ).fit()
+    except Exception as error:  # ray raises whatever its layers raise
+        raise RunError(f"what was chosen could not be measured on fresh prompts: {_why(folder) or error}") from error
+    if why := _why(folder):
+        raise RunError(f"what was chosen could not be measured on fresh prompts: {why}")
+
+
+def _why(folder: RunFolder) -> str:
+    file = folder.confirmation_failure_file
+    return file.read_text().strip() if file.is_file() else ""
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """Measure the candidates as one of several workers; the first one writes."""
+    from rltune.config.experiment import RunConfig
+    from rltune.training.confirm import Candidate, confirm
+
+    spec: JobSpec = config["spec"]
+    folder, record = spec.folder, read_record(spec.folder)
+    if Path(spec.work_dir).is_dir():
+        os.chdir(spec.work_dir)
+    quiet_libraries()
+    is_main = ray.train.get_context().get_world_rank() == 0
+    jobs = {job["trial"]: job for job in config["jobs"]}
+    candidates = [
+        Candidate(
+            trial,
+            with_own_prompts(RunConfig.model_validate(job["config"]), folder, record),
+            folder.path / job["checkpoint"] if job["checkpoint"] else None,
+        )
+        for trial, job in jobs.items()
+    ]
+    fresh = fresh_prompts(candidates[0].config)
+
+    def take(trial: str, metrics: dict[str, float], values: dict[str, list[float]]) -> None:
+        if is_main:
+            row = Confirmation(
+                trial,
+                jobs[trial]["checkpoint"],
+                len(fresh.prompts),
+                metrics,
+                values=values,
+                prompts=fresh.prompts,
+                num_reused=fresh.num_reused,
+            )
+            append_line(folder.confirmed_file, json.dumps(to_record(asdict(row)), allow_nan=False))
+
+    try:
+        confirm(candidates, take)
+    except RltuneError as error:
+        write_atomically(folder.confirmation_failure_file, f"{error}\n")
+        if ray.train.get_context().get_world_size() > 1:
+            raise

@@ -1,0 +1,90 @@
+"""The Pareto front of a run, read from its folder, and in the forms that others read."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from rltune.config.load import Experiment
+from rltune.runs.confirmations import confirmed_front, read_confirmations
+from rltune.runs.layout import RunFolder
+from rltune.runs.objectives import Front, Objectives, find_front
+from rltune.runs.record import base_folder, read_record
+from rltune.runs.reference import BaseScores, load_scores
+from rltune.runs.results import TrialResult, read_results
+
+
+def read_front(folder: RunFolder, experiment: Experiment) -> Front | None:
+    """Return a run's front from its folder alone, or None while the base model has no result.
+
+    It is by the fresh measurements of its members where all of them have one.
+    """
+    reference = load_scores(base_folder(folder, read_record(folder)))
+    front = search_front(read_results(folder.results_file), experiment, reference)
+    return front and (confirmed_front(front, experiment, read_confirmations(folder)) or front)
+
+
+def search_front(results: Sequence[TrialResult], experiment: Experiment, reference: BaseScores | None) -> Front | None:
+    """Return the front by the evaluations that trials were chosen by, or None while the base model has no result."""
+    if reference is None:
+        return None
+    front = find_front(results, Objectives(experiment.shared.objective_names), reference.sizes)
+    return front and replace(front, num_prompts=experiment.shared.evaluate.prompts, unit_words=reference.unit_words)
+
+
+def front_as_dict(front: Front) -> dict[str, Any]:
+    """Return the front in JSON's types.
+
+    ``metrics`` of a member are what is reported; ``chosen_by`` those of the search, which differ where the front was
+    ``is_measured_again``, and ``not_held`` says why it does not hold its place there. Half widths are of 95 % intervals
+    over prompts.
+    """
+    fresh = front.fresh
+    return {
+        "objectives": {
+            name: "maximize" if sign > 0 else "minimize"
+            for name, sign in zip(front.objectives.names, front.objectives.signs_D, strict=True)
+        },
+        "units": {
+            name: {"size": size, "what": front.unit_words.get(name, "")}
+            for name, size in zip(front.objectives.names, front.unit_D.tolist(), strict=True)
+        },
+        "reference_point": dict(zip(front.objectives.names, front.reference_D.tolist(), strict=True)),
+        "hypervolume": front.hypervolume,
+        "hypervolume_half_width": fresh and fresh.half_width,
+        "hypervolume_without_effect": fresh and {"mean": 1.0, "half_width": fresh.half_width_without_effect},
+        "knee": front.knee.trial if front.knee else None,
+        "best": {name: front.best(name).trial for name in front.objectives.names},
+        "is_measured_again": fresh is not None,
+        "prompts": front.num_prompts,
+        "fresh_prompts": front.num_prompts - fresh.num_reused if fresh else 0,
+        "members": [
+            {
+                "trial": member.trial,
+                "values": dict(member.values),
+                "metrics": dict(member.metrics),
+                "chosen_by": dict(chosen.metrics),
+                "not_held": front.not_held.get(member.trial),
+            }
+            for member, chosen in zip(front.members, front.chosen, strict=True)
+        ],
+    }
+
+
+def front_as_csv(front: Front) -> str:
+    """Return the front as a table: trial, objectives and gains over the base with standard errors, prompts, knobs.
+
+    Of a single prompt there are no standard errors.
+    """
+    paths = sorted({path for member in front.members for path in member.values})
+    kinds = ("eval/{}", "eval/{}_se", "gain/{}", "gain/{}_se")
+    columns = [kind.format(name) for name in front.objectives.names for kind in kinds]
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["trial", *columns, "prompts", *paths])
+    for member in front.members:
+        metrics = [member.metrics.get(column, "") for column in columns]
+        knobs = [member.values.get(path, "") for path in paths]
+        writer.writerow([member.trial, *metrics, front.num_prompts, *knobs])
+    return text.getvalue()

@@ -1,0 +1,91 @@
+"""Base models, rewards and embedded prompts: loaded once, and kept between the runs of one process."""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from rltune.config.experiment import RunConfig
+from rltune.diffusion.embeddings import PromptEmbeddings
+from rltune.diffusion.families.base import ModelFamily
+from rltune.diffusion.loading import load_model
+from rltune.diffusion.lora import remove_lora
+from rltune.rewards.base import Reward
+from rltune.training.rewards import build_rewards
+
+
+class ModelCache:
+    """Loads what a run needs, or hands out what an earlier run of this process has loaded.
+
+    A run on a used cache gives the numbers of one on a new cache, bit for bit: models come without the adapters of the
+    run before, and prompts are embedded in the same batches or taken as they were. One run at a time uses it.
+    """
+
+    def __init__(self) -> None:
+        self._models: dict[Hashable, ModelFamily] = {}
+        self._rewards: dict[Hashable, dict[str, Reward]] = {}
+        self._embeddings: dict[Hashable, PromptEmbeddings] = {}
+
+    def model(self, config: RunConfig, device: torch.device) -> ModelFamily:
+        """Return the base model of an experiment, without adapters.
+
+        Raises:
+            UserError: The weights are not there.
+        """
+        key = self._model_key(config, device)
+        if key not in self._models:
+            self._clear(self._models, self._embeddings)
+            self._models[key] = load_base_model(config, device)
+        model = self._models[key]
+        remove_lora(model.network)
+        return model
+
+    def rewards(self, config: RunConfig, judges: tuple[str, ...], device: torch.device) -> dict[str, Reward]:
+        """Return the rewards of an experiment and the rewards among its judges, by name.
+
+        Raises:
+            UserError: An option has a value that the reward does not take.
+            RunError: Weights are not on this machine.
+        """
+        defining = {"reward", "options", "negate", "relative", "micro_batch"}
+        sections = {name: section.model_dump_json(include=defining) for name, section in config.rewards.items()}
+        key = (tuple(sections.items()), judges, device)
+        if key not in self._rewards:
+            self._clear(self._rewards)
+            self._rewards[key] = build_rewards(config, judges, device)
+        return self._rewards[key]
+
+    def embeddings(self, config: RunConfig, model: ModelFamily, prompts: Sequence[str]) -> PromptEmbeddings:
+        """Return the embeddings of these prompts, each to be computed when it is asked for."""
+        key = (self._model_key(config, None), tuple(prompts))
+        if key not in self._embeddings:
+            self._clear(self._embeddings)
+            self._embeddings[key] = PromptEmbeddings(model, prompts)
+        return self._embeddings[key]
+
+    @staticmethod
+    def _model_key(config: RunConfig, device: torch.device | None) -> Hashable:
+        return (config.model.base, config.model.revision, config.resources.precision, device)
+
+    @staticmethod
+    def _clear(*kinds: dict[Any, Any]) -> None:
+        """Let go of what was loaded before something else of its kind is: two of each would need not fit."""
+        for kind in kinds:
+            kind.clear()
+
+
+def load_base_model(config: RunConfig, device: torch.device) -> ModelFamily:
+    """Load the base model of an experiment in its precision, without adapters.
+
+    Raises:
+        UserError: The weights are not there.
+    """
+    dtype = _dtype(config.resources.precision, device)
+    return load_model(config.model.base, revision=config.model.revision, dtype=dtype, device=device)
+
+
+def _dtype(precision: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on an accelerator and float32 on a CPU, where a backward pass in bfloat16 is slower."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]

@@ -1,0 +1,95 @@
+"""A cache used by run after run: each gives the numbers of a run in a fresh process, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rltune.config.experiment import RunConfig
+from rltune.diffusion.lora import add_lora, lora_parameters, remove_lora
+from rltune.training.loop import base_run, train_run
+from rltune.training.model_cache import ModelCache, load_base_model
+from rltune.training.reporter import FolderReporter
+from tests.training.runs import Make, adapters, train
+
+CPU = torch.device("cpu")
+OTHERS: list[dict[str, Any]] = [
+    {"model": {"lora": {"rank": 4, "targets": "all"}}, "optim": {"lr": 5e-2}},
+    {"rewards": {"contrast": {"weight": 1.0}}, "seed": 7},
+    {"estimator": {"name": "dpok", "k": None, "draw": None}, "sampler": {"eta": 1.0}},
+    {"prompts": {"train": ["a whale", "a bat", "a yak", "a cat"]}},
+    {"resources": {"prefix_precision": "bf16"}},
+]
+
+
+def train_on(cache: ModelCache, config: RunConfig, root: Path) -> FolderReporter:
+    reporter = FolderReporter(root / "checkpoints", num_to_keep=10)
+    train_run(config, trial_dir=root / "trial", base_dir=root / "base", reporter=reporter, cache=cache)
+    return reporter
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=["lora", "rewards", "estimator", "prompts", "precision"])
+def test_a_run_after_another_is_bitwise_the_same_as_alone(make_config: Make, tmp_path: Path, other: Any) -> None:
+    cache = ModelCache()
+    train_on(cache, make_config(**other), tmp_path / "other")
+    torch.manual_seed(5)  # whatever a run before has drawn
+    config = make_config(seed=3)
+    after = train_on(cache, config, tmp_path / "after")
+    alone = train(config, tmp_path / "alone")
+    assert [{key: value for key, value in report.items() if key != "eval_s"} for report in after.reports] == [
+        {key: value for key, value in report.items() if key != "eval_s"} for report in alone.reports
+    ]
+    for step in (2, 4):
+        ours, theirs = adapters(tmp_path / "after", step), adapters(tmp_path / "alone", step)
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_base_model_is_measured_without_the_adapters_of_the_run_before(make_config: Make, tmp_path: Path) -> None:
+    cache = ModelCache()
+    train_on(cache, make_config(optim={"lr": 5e-2}), tmp_path / "other")
+    values = []
+    for name, used in (("after", cache), ("alone", None)):
+        reporter = FolderReporter(tmp_path / name)
+        places = {"trial_dir": tmp_path / name / "trial", "base_dir": tmp_path / name / "base"}
+        base_run(make_config(), reporter=reporter, cache=used, **places)
+        values.append(reporter.reports[-1])
+    assert values[0] == values[1]
+
+
+def test_a_shelf_loads_once_and_lets_go_of_what_is_replaced(
+    make_config: Make, tiny_v_pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+
+    def load(config: RunConfig, device: torch.device) -> Any:
+        loaded.append(config.model.base)
+        return load_base_model(config, device)
+
+    monkeypatch.setattr("rltune.training.model_cache.load_base_model", load)
+    cache, config = ModelCache(), make_config()
+    first = cache.model(config, CPU)
+    assert cache.model(make_config(model={"lora": {"rank": 8}}, seed=9), CPU) is first
+    assert cache.rewards(config, (), CPU) is cache.rewards(make_config(optim={"lr": 0.5}), (), CPU)
+    heavier = make_config(rewards={"brightness": {"weight": 0.1}, "smoothness": {"weight": 0.9}})
+    assert cache.rewards(heavier, (), CPU) is cache.rewards(config, (), CPU)  # a weight is not the reward's
+    negated = make_config(rewards={"brightness": {"negate": True}, "smoothness": {}})
+    assert cache.rewards(negated, (), CPU) is not cache.rewards(config, (), CPU)
+    other = make_config(model={"base": str(tiny_v_pipeline)})
+    assert cache.model(other, CPU) is not first
+    assert loaded == [config.model.base, str(tiny_v_pipeline)]
+
+
+def test_adapters_come_off_and_leave_the_very_weights(make_config: Make) -> None:
+    network = load_base_model(make_config(), CPU).network
+    before = dict(network.named_parameters())
+    remove_lora(network)  # none is fine
+    add_lora(network, rank=2, alpha=2, targets="all", seed=0)
+    assert len(dict(network.named_parameters())) > len(before)
+    remove_lora(network)
+    after = dict(network.named_parameters())
+    assert list(after) == list(before)
+    assert all(after[name] is before[name] for name in before)
+    add_lora(network, rank=4, alpha=2, targets="attention", seed=0)  # and others go on
+    assert lora_parameters(network)
