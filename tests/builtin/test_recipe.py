@@ -1,6 +1,8 @@
 """The whole recipe at a ten-thousandth of its size: two steps of everything are enough to see that it resumes."""
 
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,22 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from rltune.builtin import measure, recipe
 from rltune.builtin.counter import load_counter
 from rltune.builtin.export import load_head
 from rltune.builtin.judge import load_judge
 from rltune.builtin.recipe import STAGES, train_builtin
 
 SCALE = 1e-4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_steps() -> Iterator[None]:
+    """Draw every sample in two steps of the network instead of twenty, which the scale does not reach."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (measure, recipe):
+            patched.setattr(module, "sample", functools.partial(recipe.sample, num_steps=2))
+        yield
 
 
 class KilledError(Exception):
@@ -40,7 +52,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "out"
 
 
-def test_a_build_killed_in_every_stage_ends_in_the_same_files(whole: Path, tmp_path: Path) -> None:
+def test_a_build_killed_in_every_stage_ends_in_the_same_files(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a finished stage draws its curve anew each time; ``whole`` has drawn them all
+    monkeypatch.setattr("rltune.builtin.workshop.plot_curve", lambda *_, **__: None)
     killer = Killer()
     num_kills = 0
     while True:
@@ -123,7 +139,8 @@ def test_the_head_says_how_it_is_built(whole: Path) -> None:
     assert (head.in_dim, head.hidden, head.offset, head.scale) == (128, (64,), 5.5, 2.0)
 
 
-def test_a_second_call_replaces_the_files(whole: Path) -> None:
+def test_a_second_call_replaces_the_files(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rltune.builtin.workshop.plot_curve", lambda *_, **__: None)
     before = (whole / "prompts" / "train.txt").read_text()
     train_builtin(whole, work_dir=whole.parent / "work", scale=SCALE)
     assert (whole / "prompts" / "train.txt").read_text() == before
