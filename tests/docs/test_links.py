@@ -1,0 +1,68 @@
+"""What README and documentation name is there."""
+
+import re
+
+import pytest
+
+from rltune.estimators.base import ESTIMATORS
+from rltune.search.searcher import SAMPLERS
+from rltune.rewards.base import REWARDS
+from rltune.rewards.scalarise import SCALARISATIONS
+from tests.docs.pages import PAGES, README, ROOT, Page, page_named
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+@every_page
+def test_every_link_leads_somewhere(page: Page) -> None:
+    for link in page.links():
+        if re.match(r"https?://", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = page.path.parent / name if name else page.path
+        assert target.is_file(), f"{page.name}: {link} leads to no file"
+        if anchor:
+            anchors = Page(target.resolve()).anchors()
+            assert anchor in anchors, f"{page.name}: {link} leads to no heading"
+            assert anchors[anchor] == anchor, (
+                f"{page.name}: on the site {link} is #{anchors[anchor]}; reword the heading"
+            )
+
+
+@every_page
+def test_every_file_of_the_repository_that_is_named_is_there(page: Page) -> None:
+    for name in page.spans():
+        if re.fullmatch(r"(rltune|tests|experiments|docs|\.ci)/[\w./-]+", name):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+@every_page
+def test_nothing_is_left_to_fill_in(page: Page) -> None:
+    assert not re.search(r"@@|TODO|FIXME|being written", page.text)
+
+
+def test_every_experiment_is_in_the_index() -> None:
+    index = (ROOT / "experiments" / "README.md").read_text()
+    for path in (ROOT / "experiments").rglob("*.yaml"):
+        assert f"]({path.relative_to(ROOT / 'experiments')})" in index
+
+
+@pytest.mark.parametrize(
+    ("page", "names"),
+    [
+        ("rewards", REWARDS.names()),
+        ("rewards", tuple(SCALARISATIONS)),
+        ("estimators", ESTIMATORS.names()),
+        ("search", SAMPLERS),
+    ],
+    ids=["rewards", "mixtures", "estimators", "samplers"],
+)
+def test_every_name_that_an_experiment_can_use_has_a_row(page: str, names: tuple[str, ...]) -> None:
+    rows = "\n".join(line.split("|")[1] for line in page_named(page).text.splitlines() if line.startswith("|"))
+    assert [name for name in names if f"`{name}`" not in rows] == []
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    assert README.path.stat().st_size <= 9 * 1024
+    linked = {link.partition("#")[0] for link in README.links()}
+    assert [page.name for page in PAGES if page.name.startswith("docs/") and page.name not in linked] == []

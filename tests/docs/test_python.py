@@ -1,0 +1,86 @@
+"""The Python of the pages compiles; what a reader is told to run is run."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from rltune.assets import BUILTIN_DIR
+from rltune.cli.rewards import check_reward
+from rltune.cli.sweep import known_names
+from rltune.config.load import load_experiment
+from rltune.diffusion.loading import load_model
+from rltune.diffusion.lora import add_lora, lora_parameters, lora_state
+from rltune.export.diffusers import write_lora
+from rltune.training.rewards import build_reward
+from tests.docs.pages import PAGES, README, Page, page_named
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_python_compiles(page: Page) -> None:
+    for block in page.blocks("python"):
+        ast.parse(block)
+
+
+def block_with(page: Page, language: str, words: str) -> str:
+    (code,) = (code for code in page.blocks(language) if words in code)
+    return code
+
+
+def test_the_pages_own_reward_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = page_named("own-reward")
+    (tmp_path / "my_rewards.py").write_text(block_with(page, "python", "# my_rewards.py"))
+    (tmp_path / "red.yaml").write_text(block_with(page, "yaml", "# red.yaml"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check_reward("my_rewards:redness", images=[], prompts=[], options=["strength=2.0"], device="cpu")
+    assert "ok" in capsys.readouterr().out
+    config = load_experiment(tmp_path / "red.yaml", [], known_names()).shared
+    reward = build_reward("red", config.rewards["red"])
+    red = torch.zeros(1, 3, 4, 4)
+    red[:, 0] = 1
+    assert reward(red, [""]).tolist() == [2.0]
+
+
+def test_the_lora_is_used_alike_in_the_readme_and_on_its_page() -> None:
+    assert block_with(README, "python", "load_lora_weights") == block_with(page_named("loras"), "python", "load_lora_w")
+
+
+@pytest.mark.slow
+def test_the_readmes_lora_is_drawn_in_a_process_of_its_own_from_another_folder(tmp_path: Path) -> None:
+    code = block_with(README, "python", "load_lora_weights")
+    model = load_model("builtin")
+    add_lora(model.network, rank=2, alpha=8, targets="attention", seed=0)
+    for parameter in lora_parameters(model.network):
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(1))
+    state = lora_state(model.network)
+    folder = code.split('load_lora_weights("')[1].split('"')[0]
+    picture = code.split('save("')[1].split('"')[0]
+
+    def drawn(code: str) -> list[tuple[int, int]]:
+        seeded = f"import torch\ntorch.manual_seed(0)\n{code}"
+        subprocess.run([sys.executable, "-c", seeded], check=True, timeout=300, cwd=tmp_path)
+        with Image.open(tmp_path / picture) as image:
+            assert image.size == (64, 64)
+            return image.convert("RGB").getextrema()
+
+    write_lora(model, state, rank=2, alpha=8, targets="attention", folder=tmp_path / folder)
+    with_lora = drawn(code)
+    assert all(low < high for low, high in with_lora)  # not one flat colour
+    without = drawn("\n".join(line for line in code.splitlines() if "load_lora_weights" not in line))
+    assert with_lora != without
+
+
+def test_the_model_cards_scene_is_as_shown() -> None:
+    (code,) = Page(BUILTIN_DIR / "MODEL_CARD.md").blocks("python")
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert isinstance(image := names["image"], torch.Tensor)
+    assert image.shape == (3, 64, 64)
+    assert 0 <= image.min() < image.max() <= 1
