@@ -5,9 +5,9 @@ import re
 import pytest
 
 from rltune.estimators.base import ESTIMATORS
-from rltune.search.searcher import SAMPLERS
 from rltune.rewards.base import REWARDS
 from rltune.rewards.scalarise import SCALARISATIONS
+from rltune.search.searcher import SAMPLERS
 from tests.docs.pages import PAGES, README, ROOT, Page, page_named
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
