@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 def export_pick(run: Path, pick: str) -> None:
     """Export the LoRA that ``pick`` names and say where it is and how to load it."""
     from rltune.export.picks import export_trials, pick_trial
-    from rltune.orchestration.job import quiet_libraries
-    from rltune.runs.record import open_run, standing_where_started
+    from rltune.runs.record import read_run, standing_where_started
+    from rltune.training.quiet import quiet_libraries
 
     quiet_libraries()
-    folder, experiment = open_run(run)
+    folder, experiment = read_run(run)
     with standing_where_started(folder):
         export_trials([pick_trial(pick, folder, experiment)], folder, experiment, on_export=_show)
 

@@ -55,9 +55,9 @@ def check_reward(
     import torch
 
     from rltune.config.sections import RewardConfig
-    from rltune.orchestration.job import quiet_libraries
     from rltune.rewards.base import REWARDS
     from rltune.training.checking import prove
+    from rltune.training.quiet import quiet_libraries
     from rltune.training.rewards import build_reward
 
     quiet_libraries()

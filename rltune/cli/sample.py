@@ -34,11 +34,11 @@ def sample_grid(
     from rltune.config.experiment import RunConfig
     from rltune.diffusion.lora_files import find_lora_file
     from rltune.diffusion.outline import find_pipeline
-    from rltune.orchestration.job import quiet_libraries
-    from rltune.orchestration.preflight import check_reach
+    from rltune.orchestration.inspection import check_reach
     from rltune.runs.record import base_of
     from rltune.training.grids import draw_rows, labelled_grid
     from rltune.training.prompts import read_prompts
+    from rltune.training.quiet import quiet_libraries
 
     check_output(output)
     quiet_libraries()

@@ -19,10 +19,10 @@ def show_status(run: Path, *, with_usage: bool = False) -> None:
     Raises:
         UserError: There is no such run, or it noted nothing of its time.
     """
-    from rltune.runs.record import open_run
+    from rltune.runs.record import read_run
     from rltune.runs.status import read_status
 
-    folder, experiment = open_run(run)
+    folder, experiment = read_run(run)
     status = read_status(folder, experiment)
     if not with_usage:
         console.print(status_view(status, experiment.shared.objective_names))
@@ -41,9 +41,9 @@ def show_front(run: Path) -> None:
         UserError: The base model has no result yet.
     """
     from rltune.runs.fronts import read_front
-    from rltune.runs.record import open_run
+    from rltune.runs.record import read_run
 
-    folder, experiment = open_run(run)
+    folder, experiment = read_run(run)
     front = read_front(folder, experiment)
     if front is None:
         raise UserError(

@@ -1,12 +1,10 @@
-"""``rltune sweep`` and ``rltune train``: print the plan, run it, show it, export what it found."""
+"""``rltune sweep`` and ``rltune train``: print the plan, show the run, print what it found."""
 
 import json
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING
 
 from rltune.cli.board import watch
 from rltune.cli.tables import front_view, gain_view, nothing_to_export, status_view
@@ -14,22 +12,28 @@ from rltune.cli.terminal import console, errors, marked
 from rltune.config.conditions import condition_in_words
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment, load_experiment
-from rltune.config.rules import Known
 from rltune.config.settings import NAME_PATTERN, NAME_RULE
-from rltune.errors import RunError, UserError, writing
-from rltune.orchestration.cluster import Cluster, connect, find_address
-from rltune.orchestration.job import quiet_libraries
-from rltune.orchestration.nodes import Node
-from rltune.orchestration.plan import Plan, make_plan
-from rltune.orchestration.preflight import Inputs, inspect_experiment, weights_in_words
-from rltune.runs.layout import BASE_TRIAL, RunFolder
-from rltune.runs.record import standing_where_started
+from rltune.errors import UserError
+from rltune.export.picks import Exported
+from rltune.orchestration.campaign import (
+    Confirming,
+    Event,
+    Found,
+    NotConfirmed,
+    Planned,
+    Trained,
+    check_kind,
+    plan_run,
+    run_campaign,
+)
+from rltune.orchestration.cluster import Cluster
+from rltune.orchestration.inspection import Inputs, weights_in_words
+from rltune.orchestration.known import known_names
+from rltune.orchestration.plan import Plan
+from rltune.orchestration.workload import Workload
+from rltune.runs.status import read_status
 from rltune.training.heldout import fresh_prompts
 from rltune.training.prompts import cut_in_words, shortened
-
-if TYPE_CHECKING:
-    from rltune.orchestration.sweep import Sweep
-    from rltune.runs.results import TrialResult
 
 
 def run_experiment(
@@ -54,104 +58,14 @@ def run_experiment(
             raise UserError(f"--name: must be {NAME_RULE}, got {name!r}")
         overrides = [*overrides, f"name={json.dumps(name)}"]
     experiment = load_experiment(path, overrides, known_names(), must_find_files=False)
-    folder = RunFolder(storage / experiment.shared.name)
-    if is_sweep and not experiment.is_searched:
-        raise UserError(
-            f"{path}: every value is fixed, there is nothing to search; run: rltune train {quote(str(path))}"
-        )
-    if not is_sweep and experiment.is_searched:
-        raise UserError(
-            f"{path}: {', '.join(experiment.space)} are distributions; "
-            f"fix each with --set, or run: rltune sweep {quote(str(path))}"
-        )
-    here = Path.cwd()
-    with standing_where_started(folder):
-        inputs = inspect_experiment(experiment, folder, is_attached=find_address(address) is not None)
-        if dry_run:
-            _print_plan(experiment, address, inputs)
-            return
-        with folder.lock(), writing(folder.path), connect(address) as cluster:
-            _run(experiment, folder, cluster, here, inputs)
-
-
-def known_names() -> Known:
-    """Return every name that an experiment may use."""
-    from rltune.estimators.base import ESTIMATORS
-    from rltune.rewards.base import REWARDS, compares_group, has_gradient
-    from rltune.runs.metrics import JUDGES
-    from rltune.search.searcher import SAMPLERS
-
-    estimators = {name: ESTIMATORS.get(name) for name in ESTIMATORS.names()}
-    return Known(
-        rewards=REWARDS.names(),
-        estimators=tuple(estimators),
-        judges=tuple(JUDGES),
-        samplers=SAMPLERS,
-        group_rewards=tuple(name for name in REWARDS.names() if compares_group(name)),
-        rewards_without_gradient=tuple(name for name in REWARDS.names() if not has_gradient(name)),
-        policy_estimators=tuple(name for name, kind in estimators.items() if not getattr(kind, "needs_gradient", True)),
-        serial_estimators=tuple(name for name, kind in estimators.items() if getattr(kind, "has_serial_mode", False)),
-    )
-
-
-def _run(experiment: Experiment, folder: RunFolder, cluster: Cluster, here: Path, inputs: Inputs) -> None:
-    from rltune.export.picks import best_picks
-    from rltune.orchestration.sweep import Sweep
-    from rltune.runs.status import read_status
-
-    sweep = Sweep(experiment, folder, cluster)
-    experiment = sweep.experiment
-    print_plan(experiment, sweep.plan, cluster, inputs)
-    if sweep.results:
-        ended = sum(result.trial != BASE_TRIAL for result in sweep.results)
-        errors.print(f"resuming {folder.path}: {ended} trials have ended, {sweep.num_left} are left", soft_wrap=True)
-    with watch(folder, experiment):
-        sweep.run()
-    table = status_view(read_status(folder, experiment), experiment.shared.objective_names)
-    if sweep.num_left and not sweep.over:
-        errors.print(table)
-        errors.print(f"{sweep.num_left} trials are left; the same command resumes {folder.path}", soft_wrap=True)
-        raise KeyboardInterrupt
-    console.print(table)
-    if sweep.over:
-        errors.print(f"ended with {sweep.num_left} trials left: {sweep.over}", soft_wrap=True)
-    if sweep.chosen and experiment.shared.evaluate.confirm != 0:
-        _confirm(sweep)
-    front = sweep.front()
-    trained = [result for result in sweep.results if result.is_ok and result.trial != BASE_TRIAL]
-    if front is None or not trained:
-        raise RunError(f"no trial of {folder.path} ended well; the reasons are in {folder.results_file}")
-    if experiment.is_searched:
-        console.print("\nPareto front", style="bold")
-        console.print(front_view(front))
-        picks = best_picks(front)
-        if not picks:
-            console.print(f"\n{nothing_to_export(front, sweep.nearest, _shown(folder.path, here))}", soft_wrap=True)
-            return
-    else:
-        console.print("\nGain over the base model", style="bold")
-        found = sweep.measured(trained[0])
-        console.print(gain_view(found))
-        picks = [found.result]
-    console.print("\nExported", style="bold")
-    quiet_libraries()
-    _export(picks, folder, experiment, here)
-
-
-def _export(picks: Sequence["TrialResult"], folder: RunFolder, experiment: Experiment, here: Path) -> None:
-    from rltune.export.picks import Exported, export_trials
-
+    check_kind(experiment, is_sweep=is_sweep)
+    if dry_run:
+        print_plan(*plan_run(experiment, storage=storage, address=address))
+        return
     written: list[Path] = []
-
-    def show(exported: Exported) -> None:
-        written.append(exported.folder)
-        console.print(
-            f"{_shown(exported.folder, here)}  loads in diffusers at weight 1.0 ({exported.proof})",
-            soft_wrap=True,
-        )
-
+    here = Path.cwd()
     try:
-        export_trials(picks, folder, experiment, on_export=show)
+        run_campaign(experiment, storage=storage, address=address, notify=_printing(here, written), display=watch)
     finally:
         if written:
             console.print(
@@ -159,29 +73,62 @@ def _export(picks: Sequence["TrialResult"], folder: RunFolder, experiment: Exper
             )
 
 
-def _confirm(sweep: "Sweep") -> None:
-    errors.print("measuring what was chosen again on fresh prompts")
-    try:
-        sweep.confirm()
-    except RunError as error:  # the search stands without it
-        errors.print(marked("warning", "yellow", str(error)), soft_wrap=True)
+def _printing(here: Path, written: list[Path]) -> Callable[[Event], None]:
+    """Return what prints each stage; exported folders are added to ``written``."""
+
+    def show(event: Event) -> None:
+        match event:
+            case Planned():
+                print_plan(event.plan, event.cluster)
+                if event.is_resumed:
+                    counts = f"{event.num_ended} trials have ended, {event.num_left} are left"
+                    errors.print(f"resuming {event.plan.folder.path}: {counts}", soft_wrap=True)
+            case Trained():
+                _show_trained(event)
+            case Confirming():
+                errors.print("measuring what was chosen again on fresh prompts")
+            case NotConfirmed(why):
+                errors.print(marked("warning", "yellow", why), soft_wrap=True)
+            case Found():
+                _show_found(event, here)
+            case Exported():
+                if not written:
+                    console.print("\nExported", style="bold")
+                written.append(event.folder)
+                shown = _shown(event.folder, here)
+                console.print(f"{shown}  loads in diffusers at weight 1.0 ({event.proof})", soft_wrap=True)
+
+    return show
+
+
+def _show_trained(event: Trained) -> None:
+    folder, experiment = event.plan.folder, event.plan.experiment
+    table = status_view(read_status(folder, experiment), experiment.shared.objective_names)
+    if event.num_left and not event.over:
+        errors.print(table)
+        errors.print(f"{event.num_left} trials are left; the same command resumes {folder.path}", soft_wrap=True)
+        return
+    console.print(table)
+    if event.over:
+        errors.print(f"ended with {event.num_left} trials left: {event.over}", soft_wrap=True)
+
+
+def _show_found(found: Found, here: Path) -> None:
+    if found.single is not None:
+        console.print("\nGain over the base model", style="bold")
+        console.print(gain_view(found.single))
+        return
+    console.print("\nPareto front", style="bold")
+    console.print(front_view(found.front))
+    if not found.picks:
+        console.print(
+            f"\n{nothing_to_export(found.front, found.nearest, _shown(found.folder.path, here))}", soft_wrap=True
+        )
 
 
 def _shown(path: Path, here: Path) -> str:
     """Return a path as short as it can be said from where the user stands."""
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-
-def _print_plan(experiment: Experiment, address: str | None, inputs: Inputs) -> None:
-    """Print what a run would do, for the cluster if one is there and for this machine if not; starts nothing."""
-    import torch
-
-    if find_address(address) is not None:
-        with connect(address) as cluster:
-            print_plan(experiment, make_plan(experiment, cluster.nodes), cluster, inputs)
-        return
-    here = Node(float(os.cpu_count() or 1), float(torch.cuda.device_count()), accelerators=None)
-    print_plan(experiment, make_plan(experiment, [here]), None, inputs)
 
 
 def _method(experiment: Experiment) -> str:
@@ -239,17 +186,17 @@ def _confirmed(experiment: Experiment) -> str:
     )
 
 
-def _workers(plan: Plan) -> str:
-    fewest = f"{plan.min_workers} to " if plan.min_workers < plan.num_workers else ""
-    many = "s" if plan.num_workers > 1 else ""
-    return f"{fewest}{plan.num_workers} worker{many} with {plan.worker}{' each' if many else ''}"
+def _workers(work: Workload) -> str:
+    fewest = f"{work.min_workers} to " if work.min_workers < work.num_workers else ""
+    many = "s" if work.num_workers > 1 else ""
+    return f"{fewest}{work.num_workers} worker{many} with {work.worker}{' each' if many else ''}"
 
 
-def _nodes(plan: Plan, cluster: Cluster) -> str:
+def _nodes(work: Workload, cluster: Cluster) -> str:
     return (
-        f"{plan.num_nodes} of {cluster.num_nodes} nodes"
-        if plan.num_nodes < cluster.num_nodes
-        else f"{plan.num_nodes} nodes"
+        f"{work.num_nodes} of {cluster.num_nodes} nodes"
+        if work.num_nodes < cluster.num_nodes
+        else f"{work.num_nodes} nodes"
     )
 
 
@@ -272,8 +219,9 @@ def _prompts(experiment: Experiment, inputs: Inputs) -> dict[str, str]:
     return lines
 
 
-def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None, inputs: Inputs) -> None:
+def print_plan(plan: Plan, cluster: Cluster | None) -> None:
     """Print a plan, one fact a line."""
+    experiment, work, inputs = plan.experiment, plan.workload, plan.inputs
     config = experiment.shared
     where = "a Ray cluster on this machine (loopback only)" if cluster is None or cluster.is_own else cluster.address
     lines = {
@@ -282,12 +230,12 @@ def print_plan(experiment: Experiment, plan: Plan, cluster: Cluster | None, inpu
         "rewards": _rewards(experiment),
         **_prompts(experiment, inputs),
         "searched": _searched(experiment),
-        "trials": f"the base model and {plan.num_trials} trained, {plan.num_concurrent} at a time",
-        "a trial": f"{plan.num_steps} steps of {plan.images_per_step} images, {plan.num_evaluations} evaluations of "
-        f"{plan.images_per_evaluation}; {_workers(plan)}",
-        "images": f"{plan.num_images:,} in all",
+        "trials": f"the base model and {work.num_trials} trained, {work.num_concurrent} at a time",
+        "a trial": f"{work.num_steps} steps of {work.images_per_step} images, {work.num_evaluations} evaluations of "
+        f"{work.images_per_evaluation}; {_workers(work)}",
+        "images": f"{work.num_images:,} in all",
         "objectives": ", ".join(config.objective_names),
-        "runs on": where if cluster is None or cluster.num_nodes == 1 else f"{where}, {_nodes(plan, cluster)}",
+        "runs on": where if cluster is None or cluster.num_nodes == 1 else f"{where}, {_nodes(work, cluster)}",
     }
     if confirmed := _confirmed(experiment):
         lines["at the end"] = confirmed

@@ -13,6 +13,7 @@ def find_clashes(config: Settings, known: Known, *, must_find_files: bool) -> li
     """Return everything that does not go together in an experiment whose values are each right by themselves."""
     clashes = [*_clashes(config), *_unknown_names(config, known)]
     clashes += [*_estimator_clashes(config, known), *group_clashes(config, known), *_taken_names(config, known)]
+    clashes += _executor_clashes(config, known)
     if must_find_files:
         clashes += _missing_files(config)
     return clashes
@@ -49,6 +50,14 @@ def _clashes(config: Settings) -> Iterator[Clash]:
     yield from _stopping_clashes(config)
 
 
+def _executor_clashes(config: Settings, known: Known) -> Iterator[Clash]:
+    name, fewest = config.resources.executor, config.resources.min_workers
+    if fewest is not None and name in known.fixed_size_executors:
+        what = f"workers of the {name} executor neither come nor go, got {fewest}"
+        able = " or ".join(other for other in known.executors if other not in known.fixed_size_executors)
+        yield Clash("resources.min_workers", what, f"leave it out, or write executor: {able}", ("resources.executor",))
+
+
 def _worker_clashes(config: Settings) -> Iterator[Clash]:
     resources = config.resources
     gpus, fewest, workers = resources.gpus_per_worker, resources.min_workers, resources.workers
@@ -59,9 +68,6 @@ def _worker_clashes(config: Settings) -> Iterator[Clash]:
     if fewest > workers:
         what = f"must not exceed resources.workers, {workers}, got {fewest}"
         yield Clash("resources.min_workers", what, "lower it or raise resources.workers", ("resources.workers",))
-    if resources.executor == "warm":
-        what = f"workers of the warm executor neither come nor go, got {fewest}"
-        yield Clash("resources.min_workers", what, "leave it out, or write executor: train", ("resources.executor",))
     if gpus != "auto" and 0 < gpus < 1:  # Ray 2.60 counts the workers that fit on the GPUs of a node as one number
         what = f"workers that come and go need whole GPUs, got {gpus} of one"
         remedy = "write 1, or leave resources.min_workers out"
@@ -265,6 +271,7 @@ def _unknown_names(config: Settings, known: Known) -> Iterator[Clash]:
             checks.append(("reward", where, config.kind_of(name), known.rewards, (f"rewards.{name}.reward",)))
     checks.append(("estimator", "estimator.name", config.estimator.name, known.estimators, ()))
     checks.append(("search sampler", "search.sampler", config.search.sampler, known.samplers, ()))
+    checks.append(("executor", "resources.executor", config.resources.executor, known.executors, ()))
     judges = (*known.judges, *known.rewards) if known.judges else ()
     checks += [("judge", f"evaluate.judges.{i}", name, judges, ()) for i, name in enumerate(config.evaluate.judges)]
     for kind, where, name, names, others in checks:

@@ -11,6 +11,9 @@ class Known:
     estimators: tuple[str, ...] = ()
     judges: tuple[str, ...] = ()
     samplers: tuple[str, ...] = ()
+    executors: tuple[str, ...] = ()
+    fixed_size_executors: tuple[str, ...] = ()
+    """Those whose trials cannot go on with fewer workers."""
     rewards_without_gradient: tuple[str, ...] = ()
     policy_estimators: tuple[str, ...] = ()
     """Those that need no gradient of the reward, and noise in the sampler instead."""

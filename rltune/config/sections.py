@@ -306,7 +306,7 @@ class ResourcesConfig(StrictModel):
     """Type of accelerator that workers run on, as Ray names it (``H100``, ``A100-80G``); left out, any."""
     concurrent: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
     """Trials at a time; ``auto`` is as many as fit."""
-    executor: Literal["train", "warm"] = "train"
+    executor: Text = "train"
     """``train`` starts a Ray Train job per trial, over several nodes if need be; ``warm`` keeps workers with base model
     and rewards loaded, and gives them trial after trial: for many short ones. The numbers are the same."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

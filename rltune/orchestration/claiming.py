@@ -60,19 +60,18 @@ class Claim:
         return _base_of(config, self.folder, self.record)[0]
 
 
-def claim_run(folder: RunFolder, experiment: Experiment, *, precision: str) -> Claim:
-    """Record an experiment in a new run folder, or check that the one that is there asks the same of the same things.
+def check_claim(folder: RunFolder, experiment: Experiment, *, precision: str) -> Mapping[str, Any] | None:
+    """Check that a run folder can be claimed by an experiment, and write nothing; arguments are those of ``claim_run``.
 
-    Args:
-        folder: Locked by the caller.
-        experiment: With relative paths from the current folder.
-        precision: What ``resources.precision: auto`` is on the cluster: ``fp32`` or ``bf16``.
+    Returns:
+        Settings whose defaults are others by now -> their values when the run was started; None where it is still to
+        be started, or nothing was measured before reward code that failed was put right.
 
     Raises:
-        UserError: The folder holds another experiment, what it names has changed, or cannot be read.
+        UserError: As ``claim_run``.
     """
     if not folder.experiment_file.is_file():
-        return _begin(folder, experiment, precision)
+        return None
     record = read_record(folder)
     if record is None:
         raise UserError(
@@ -89,12 +88,30 @@ def claim_run(folder: RunFolder, experiment: Experiment, *, precision: str) -> C
         )
     changed, mended = [*_changed_prompts(experiment, record)], [*_changed_pins(record.pins, pins)]
     if mended and not changed and not any(folder.base_dir.glob("*/base.json")):
-        return _begin(folder, experiment, precision)  # nothing was measured: reward code that failed was put right
+        return None
     if changed := [*changed, *mended]:
         raise UserError(
             f"{folder.path}: what this run was started with has changed, and two measurements in one table could not "
             f"be compared; put it back to resume, or give another --name: {'; '.join(changed)}"
         )
+    return defaults
+
+
+def claim_run(folder: RunFolder, experiment: Experiment, *, precision: str) -> Claim:
+    """Record an experiment in a new run folder, or check that the one that is there asks the same of the same things.
+
+    Args:
+        folder: Locked by the caller.
+        experiment: With relative paths from the current folder.
+        precision: What ``resources.precision: auto`` is on the cluster: ``fp32`` or ``bf16``.
+
+    Raises:
+        UserError: The folder holds another experiment, what it names has changed, or cannot be read.
+    """
+    record = read_record(folder)
+    defaults = check_claim(folder, experiment, precision=precision)
+    if record is None or defaults is None:
+        return _begin(folder, experiment, precision)
     for path, value in defaults.items():
         logger.warning(
             "%s is %s, the default of rltune %s that started this run; by now it is another",

@@ -12,7 +12,8 @@ import ray.train
 
 from rltune.config.load import Experiment
 from rltune.errors import RltuneError, RunError
-from rltune.orchestration.job import JobSpec, make_ray_job, quiet_libraries
+from rltune.orchestration.job import make_ray_job
+from rltune.orchestration.job_spec import JobSpec
 from rltune.records import to_record
 from rltune.runs.confirmations import Confirmation, comparable, missing, read_confirmations
 from rltune.runs.layout import BASE_TRIAL, RunFolder
@@ -20,6 +21,7 @@ from rltune.runs.record import read_record, settled, with_own_prompts
 from rltune.runs.results import TrialResult
 from rltune.runs.store import append_line, write_atomically
 from rltune.training.heldout import fresh_prompts
+from rltune.training.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
 

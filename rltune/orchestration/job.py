@@ -1,11 +1,8 @@
 """A trial as a Ray Train job: N data-parallel workers that run ``training``'s loop. All learning code is there."""
 
 import functools
-import logging
 import os
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,12 +14,14 @@ from rltune.config.experiment import RunConfig
 from rltune.config.rules import Known
 from rltune.errors import OutOfMemory, RltuneError, RunError, StorageError, writing
 from rltune.orchestration.faults import MAX_LOSSES, MAX_STARTUPS, FaultWatch
+from rltune.orchestration.job_spec import STORAGE_ERROR, JobSpec
 from rltune.orchestration.loopback import FileTorchConfig
 from rltune.orchestration.recovery import plan_retry, read_retry, resume_point, tidy_storage
 from rltune.runs.events import append_event
-from rltune.runs.layout import BASE_TRIAL, RunFolder
-from rltune.runs.record import read_record, record_trial, with_own_prompts
+from rltune.runs.layout import BASE_TRIAL
+from rltune.runs.record import record_trial
 from rltune.runs.store import write_atomically
+from rltune.training.quiet import quiet_libraries
 from rltune.training.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -30,50 +29,8 @@ if TYPE_CHECKING:
 
 MAX_FAILURES = 2
 """Restarts of a job that nothing else counts."""
-STORAGE_ERROR = "storage_error"
-"""Key of a report that says why nothing can go on."""
 CHECKPOINTS_KEPT = 3
 """With one of them broken two are still whole: Ray counts it among those it keeps until the job starts anew."""
-
-
-@dataclass(frozen=True)
-class JobSpec:
-    """A trial, as it travels to its workers; plain values, so that it pickles anywhere."""
-
-    trial: str
-    run_dir: str
-    config: Mapping[str, Any]
-    """A concrete experiment, in JSON's types."""
-    num_gpus_per_worker: float
-    work_dir: str
-    """Where the user stands; relative paths of the experiment are meant from there."""
-    is_loopback: bool
-    """Whether the cluster is our own on one machine, where nothing may listen to the network."""
-    waits_for_base: bool = False
-    """Whether the base model's trial, which was suggested before, measures what this one is compared with."""
-
-    base_key: str = ""
-    """Name of the base model's measurements, as the run has recorded it; empty where it has not."""
-
-    @property
-    def folder(self) -> RunFolder:
-        """The run folder."""
-        return RunFolder(Path(self.run_dir))
-
-    @property
-    def run_config(self) -> RunConfig:
-        """The concrete experiment."""
-        return RunConfig.model_validate(self.config)
-
-    @property
-    def whole_config(self) -> RunConfig:
-        """The concrete experiment with its prompts written out, from the run's own copies."""
-        return with_own_prompts(self.run_config, self.folder, read_record(self.folder))
-
-    @property
-    def train_name(self) -> str:
-        """Name of the Ray Train run, by which Ray finds its checkpoints again: it stays where the folder is renamed."""
-        return f"trial-{self.trial}"
 
 
 class RayReporter:
@@ -327,17 +284,3 @@ def backend_of(num_gpus: float) -> str:
 def worker_resources(num_gpus: float, *, num_cpus: int = 1) -> dict[str, float]:
     """Return what one worker takes from the cluster."""
     return {"CPU": num_cpus, "GPU": num_gpus} if num_gpus else {"CPU": num_cpus}
-
-
-def quiet_libraries() -> None:
-    """Switch off progress bars and warnings that tell a user nothing."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")

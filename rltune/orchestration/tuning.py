@@ -13,7 +13,8 @@ from ray.tune.search import Searcher
 
 from rltune.errors import StorageError, writing
 from rltune.orchestration.faults import last_line, record_fault
-from rltune.orchestration.job import STORAGE_ERROR, JobSpec, make_trainer
+from rltune.orchestration.job import make_trainer
+from rltune.orchestration.job_spec import STORAGE_ERROR, JobSpec
 
 SPEC = "spec"
 """Key of the ``JobSpec`` in a Tune trial's config."""

@@ -19,11 +19,12 @@ from ray.train.torch.config import _setup_torch_process_group
 from ray.tune import PlacementGroupFactory
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rltune.orchestration.job import CHECKPOINTS_KEPT, STORAGE_ERROR, JobSpec, backend_of, run_trial, worker_resources
+from rltune.orchestration.job import CHECKPOINTS_KEPT, backend_of, run_trial, worker_resources
+from rltune.orchestration.job_spec import STORAGE_ERROR, JobSpec
 from rltune.orchestration.loopback import meeting_file
 from rltune.orchestration.nodes import ACCELERATOR_PREFIX, WorkerNeed
-from rltune.orchestration.plan import Plan
 from rltune.orchestration.tuning import SPEC
+from rltune.orchestration.workload import Workload
 from rltune.training.checkpoint import keep_newest
 
 GROUP_TIMEOUT_S = 1800
@@ -204,9 +205,9 @@ class WarmTrial(tune.Trainable):  # type: ignore[misc]  # ray has no types
         """Load nothing."""
 
 
-def warm_trainable(plan: Plan) -> Any:
+def warm_trainable(workload: Workload) -> Any:
     """Return what Tune runs for the ``warm`` executor: next to nothing for a slot itself, and a bundle a worker."""
-    bundles = [{"CPU": 0, "memory": 2**20}] + [_bundle(plan.worker)] * plan.num_workers
+    bundles = [{"CPU": 0, "memory": 2**20}] + [_bundle(workload.worker)] * workload.num_workers
     return tune.with_resources(WarmTrial, PlacementGroupFactory(bundles))
 
 

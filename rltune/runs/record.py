@@ -211,7 +211,7 @@ def base_folder(folder: RunFolder, record: Record | None) -> Path:
     return found[0] if found else folder.base_dir / "none"
 
 
-def open_run(path: Path) -> tuple[RunFolder, Experiment]:
+def read_run(path: Path) -> tuple[RunFolder, Experiment]:
     """Return a run folder and its experiment, with the defaults that held when it was started.
 
     Raises:

@@ -19,7 +19,7 @@ from rltune.records import to_record
 from rltune.runs.layout import BASE_TRIAL, RunFolder
 from rltune.runs.metrics import violations
 from rltune.runs.objectives import Objectives
-from rltune.runs.record import Record, open_run, read_record
+from rltune.runs.record import Record, read_record, read_run
 from rltune.runs.results import TrialResult, read_results
 from rltune.runs.store import write_atomically
 from rltune.search.searcher import is_finite, params_of
@@ -55,7 +55,7 @@ def find_prior_run(experiment: Experiment, folder: RunFolder) -> RunFolder | Non
             f"{WHERE}: was started by an older rltune, which did not record how it measured, got {named!r}; name a "
             "run that this version has started, or delete it"
         )
-    _check_comparable(experiment, open_run(other.path)[1], record, named)
+    _check_comparable(experiment, read_run(other.path)[1], record, named)
     return other
 
 

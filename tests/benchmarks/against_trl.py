@@ -48,8 +48,8 @@ from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, load_lora_state, lora_parameters, lora_state
 from rltune.diffusion.sampler import Chain, Sampler, guided_denoiser
 from rltune.diffusion.table import ChainTable
-from rltune.orchestration.job import quiet_libraries
 from rltune.training.prompts import read_prompts
+from rltune.training.quiet import quiet_libraries
 from tests.conftest import SD15_SCHEDULE, make_pipeline
 
 TRL_STEP = Path(__file__).with_name("trl_step.py")

@@ -20,9 +20,9 @@ from rltune.builtin.judge import load_judge
 from rltune.config.load import parse_experiment
 from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.estimators.base import Batch, Round, Tally
-from rltune.orchestration.job import quiet_libraries
 from rltune.rewards.clip_loading import load_clip
 from rltune.rewards.mixture import Calibration, Mixture
+from rltune.training.quiet import quiet_libraries
 from rltune.training.setup import build_run, with_room
 from rltune.training.step import Updater
 from rltune.training.streams import Stream, generator, noise

@@ -27,9 +27,9 @@ from matplotlib import pyplot as plt
 from rltune.config.experiment import RunConfig
 from rltune.config.load import load_experiment
 from rltune.intervals import half_width, over_prompts_and_seeds, standard_error
-from rltune.orchestration.job import quiet_libraries
 from rltune.runs.rows import read_metrics
 from rltune.training.loop import train_run
+from rltune.training.quiet import quiet_libraries
 from rltune.training.reporter import FolderReporter
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments" / "estimators"

@@ -26,10 +26,10 @@ from typing import Any
 from diffusers import PNDMScheduler
 
 from rltune.config.load import load_experiment
-from rltune.orchestration.job import quiet_libraries
 from rltune.runs.results import read_results
 from rltune.runs.rows import read_metrics
 from rltune.training.loop import train_run
+from rltune.training.quiet import quiet_libraries
 from rltune.training.reporter import FolderReporter
 from tests.conftest import SD15_SCHEDULE, make_pipeline
 from tests.orchestration.processes import MAIN, descendants

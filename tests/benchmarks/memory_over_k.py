@@ -24,8 +24,8 @@ from rltune.diffusion.chain import GradientPlan
 from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.estimators.backprop import follow
 from rltune.estimators.base import Batch, Round, Tally
-from rltune.orchestration.job import quiet_libraries
 from rltune.rewards.mixture import Calibration, Mixture
+from rltune.training.quiet import quiet_libraries
 from rltune.training.setup import Run, build_run
 from rltune.training.streams import Stream, noise
 from rltune.training.workers import Stopwatch

@@ -26,9 +26,9 @@ from torch import Tensor
 from rltune.config.experiment import RunConfig
 from rltune.config.load import load_experiment
 from rltune.intervals import over_prompts_and_seeds
-from rltune.orchestration.job import quiet_libraries
 from rltune.rewards.base import REWARDS, Reward
 from rltune.training.loop import train_run
+from rltune.training.quiet import quiet_libraries
 from rltune.training.reference import load_base
 from rltune.training.reporter import FolderReporter
 from rltune.training.setup import base_key

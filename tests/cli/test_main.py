@@ -234,12 +234,12 @@ def test_a_method_that_cannot_train_this_is_refused_before_anything_starts(
     message: str,
     flags: list[str],
 ) -> None:
-    from rltune.cli import running
+    from rltune.orchestration import campaign
 
     def start(*_: object) -> None:
         raise AssertionError("a cluster was wanted")
 
-    monkeypatch.setattr(running, "connect", start)
+    monkeypatch.setattr(campaign, "connect", start)
     path = tmp_path / "x.yaml"
     path.write_text(text + searched)
     code, out, err = call(command, path, "--storage", tmp_path / "runs", *flags)
@@ -319,7 +319,7 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_starts(
 def test_what_ends_a_run_decides_the_exit_code(
     call: Call, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, message: str
 ) -> None:
-    from rltune.cli import running
+    from rltune.cli import sweep as running
 
     def stop(*_: object, **__: object) -> None:
         raise raised
@@ -329,7 +329,7 @@ def test_what_ends_a_run_decides_the_exit_code(
 
 
 def test_options_reach_the_run(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rltune.cli import running
+    from rltune.cli import sweep as running
 
     seen = []
     monkeypatch.setattr(running, "run_experiment", lambda *args, **options: seen.append((args, options)))

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from rltune.cli import sweep as running
-from rltune.cli.sweep import known_names, run_experiment
+from rltune.cli.sweep import run_experiment
 from rltune.config.load import load_experiment
 from rltune.errors import UserError
-from rltune.orchestration import preflight
+from rltune.orchestration import campaign, inspection
 from rltune.orchestration.cluster import Cluster
+from rltune.orchestration.known import known_names
 from rltune.orchestration.nodes import Node
-from rltune.orchestration.plan import make_plan
-from rltune.orchestration.preflight import inspect_experiment
+from rltune.orchestration.plan import plan
 from rltune.rewards.weights import WeightsFile
 from rltune.runs.layout import RunFolder
 from rltune.training.setup import NUM_CALIBRATION_IMAGES
@@ -26,10 +26,10 @@ def _no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a cluster was wanted")
 
-    monkeypatch.setattr(preflight, "check_hub", lambda repo, file: None)  # what is not here could be fetched
-    monkeypatch.setattr(preflight, "is_offline", lambda: False)
-    monkeypatch.setattr(running, "find_address", lambda address: None)
-    monkeypatch.setattr(running, "connect", refuse)
+    monkeypatch.setattr(inspection, "check_hub", lambda repo, file: None)  # what is not here could be fetched
+    monkeypatch.setattr(inspection, "is_offline", lambda: False)
+    monkeypatch.setattr(campaign, "find_address", lambda address: None)
+    monkeypatch.setattr(campaign, "connect", refuse)
     monkeypatch.chdir(ROOT)  # prompt files are named from the repository's root
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
@@ -326,14 +326,11 @@ def test_the_plan_says_what_workers_take_and_where_they_may_run(
         "resources: {workers: 4, min_workers: 2, cpus_per_worker: 8, gpus_per_worker: 1, accelerator: H100}\n"
     )
     experiment = load_experiment(tmp_path / "x.yaml")
-    cluster, inputs = (
-        Cluster("10.0.0.1:6379", False, "", nodes),
-        inspect_experiment(experiment, RunFolder(tmp_path / "run")),
-    )
-    running.print_plan(experiment, make_plan(experiment, nodes), cluster, inputs)
-    plan = plan_of(capsys.readouterr().err)
-    assert plan["a trial"].endswith("; 2 to 4 workers with 8 CPUs and 1 GPU on a node with H100 each")
-    assert plan["runs on"] == "10.0.0.1:6379, 2 of 3 nodes"
+    found = plan(experiment, nodes, RunFolder(tmp_path / "run"), is_attached=True)
+    running.print_plan(found, Cluster("10.0.0.1:6379", False, "", nodes))
+    lines = plan_of(capsys.readouterr().err)
+    assert lines["a trial"].endswith("; 2 to 4 workers with 8 CPUs and 1 GPU on a node with H100 each")
+    assert lines["runs on"] == "10.0.0.1:6379, 2 of 3 nodes"
 
 
 def test_a_plan_that_cannot_fit_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ KNOWN = Known(
     policy_estimators=("ddpo", "dpok"),
     serial_estimators=("refl",),
     group_rewards=("variety",),
+    executors=("train", "warm"),
+    fixed_size_executors=("warm",),
 )
 FIRST_LINE = "rewards: {aesthetic: {weight: 1.0}}\n"
 """Stands before every text of VALUES, whose own first line is therefore line 2."""
@@ -251,7 +253,10 @@ VALUES: list[tuple[str, list[str]]] = [
         "resources: {executor: warm, workers: 2, min_workers: 1}",
         ["resources.min_workers: workers of the warm executor neither come nor go, got 1; leave it out, or write"],
     ),
-    ("resources: {executor: warn}", ["resources.executor: must be 'train' or 'warm', got 'warn'; did you mean 'warm'"]),
+    (
+        "resources: {executor: warn}",
+        ["resources.executor: unknown executor, got 'warn'; did you mean 'warm'? known: train, warm"],
+    ),
     # distributions
     ("optim: {lr: {loguniform: [1, 2]}}", ["optim.lr.loguniform: unknown distribution, got"]),
     ("optim: {lr: {log_flaot: [1, 2]}}", ["got {log_flaot: [1, 2]}; did you mean 'log_float'? known: choice, int"]),

@@ -13,8 +13,8 @@ import pytest
 import typer.main
 
 from rltune.cli.main import app
-from rltune.cli.sweep import known_names
 from rltune.config.load import load_experiment
+from rltune.orchestration.known import known_names
 from tests.docs.pages import PAGES, README, ROOT, Page, commands_of, page_named
 
 ROOT_COMMAND: Any = typer.main.get_command(app)

@@ -11,11 +11,11 @@ from PIL import Image
 
 from rltune.assets import BUILTIN_DIR
 from rltune.cli.rewards import check_reward
-from rltune.cli.sweep import known_names
 from rltune.config.load import load_experiment
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, lora_parameters, lora_state
 from rltune.export.diffusers import write_lora
+from rltune.orchestration.known import known_names
 from rltune.training.rewards import build_reward
 from tests.docs.pages import PAGES, README, Page, page_named
 

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import yaml
 
-from rltune.cli.sweep import known_names
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment, parse_experiment
 from rltune.config.schema import node_at
+from rltune.orchestration.known import known_names
 from tests.docs.pages import PAGES, README, Page
 
 SECTIONS = set(RunConfig.model_fields)

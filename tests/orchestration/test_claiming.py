@@ -16,8 +16,8 @@ from rltune.runs.layout import BASE_TRIAL, RunFolder
 from rltune.runs.record import (
     base_folder,
     leaves,
-    open_run,
     read_record,
+    read_run,
     settings_of,
     with_own_prompts,
     with_recorded_defaults,
@@ -144,7 +144,7 @@ def test_a_second_start_rewrites_neither_record_nor_header(tmp_path: Path, monke
     claim(folder, experiment(search={**SEARCHED["search"], "trials": 9}))
     assert folder.resolved_file.read_bytes() == record
     assert folder.experiment_file.read_text().splitlines()[:3] == header
-    assert open_run(folder.path)[1].num_trials == 9
+    assert read_run(folder.path)[1].num_trials == 9
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_a_default_that_has_changed_since_is_gone_on_with_and_said(
     assert resumed.experiment.shared.optim.weight_decay == 0.25
     assert resumed.experiment.shared.estimator.std == 2.0
     assert "optim.weight_decay is 0.25, the default of rltune" in caplog.text
-    assert open_run(folder.path)[1].shared.optim.weight_decay == 0.25  # a reader too
+    assert read_run(folder.path)[1].shared.optim.weight_decay == 0.25  # a reader too
     with pytest.raises(UserError, match=r"optim\.weight_decay was 0\.25 and is 0\.0001 now"):
         claim(folder, experiment(FIXED, optim={**FIXED["optim"], "weight_decay": 1e-4}))
 
@@ -387,13 +387,13 @@ def test_a_front_is_read_by_the_key_that_the_run_recorded(tmp_path: Path) -> Non
     content = json.loads(folder.resolved_file.read_text())
     folder.resolved_file.write_text(json.dumps(content | {"base_key": "another-key"}))
     moved = folder.path.rename(tmp_path / "renamed")
-    assert read_front(*open_run(moved)) is not None
+    assert read_front(*read_run(moved)) is not None
 
 
 def test_a_run_of_an_older_version_is_read_but_not_resumed(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "mix", experiment(), [result(BASE_TRIAL, 0.5, 0.0), result("001", 0.75, 0.25)])
     folder.resolved_file.unlink()
-    assert read_front(*open_run(folder.path)) is not None
+    assert read_front(*read_run(folder.path)) is not None
     with pytest.raises(
         UserError, match=r"started by an older rltune, .* can be read, but not gone on with: give another"
     ):
@@ -401,7 +401,7 @@ def test_a_run_of_an_older_version_is_read_but_not_resumed(tmp_path: Path) -> No
     (folder.base_dir / "other").mkdir()
     (folder.base_dir / "other" / "base.json").touch()
     with pytest.raises(RunError, match=r"several measurements of the base model are in .*; keep the one that trial"):
-        read_front(*open_run(folder.path))
+        read_front(*read_run(folder.path))
 
 
 def test_a_record_of_another_version_is_read_as_far_as_it_can_be(tmp_path: Path) -> None:
@@ -416,4 +416,4 @@ def test_a_record_of_another_version_is_read_as_far_as_it_can_be(tmp_path: Path)
     with pytest.raises(
         UserError, match=r"resolved\.json: was written by a newer rltune, got schema 2 .*; update rltune"
     ):
-        open_run(folder.path)
+        read_run(folder.path)

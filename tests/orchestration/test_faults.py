@@ -14,7 +14,8 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 from rltune.errors import RunError, StorageError
 from rltune.orchestration import tuning
 from rltune.orchestration.faults import MAX_DEATHS, MAX_LOSSES, MAX_STARTS, FaultWatch, is_death
-from rltune.orchestration.job import STORAGE_ERROR, JobSpec, make_trainer
+from rltune.orchestration.job import make_trainer
+from rltune.orchestration.job_spec import STORAGE_ERROR, JobSpec
 from rltune.orchestration.sweep import TUNE_FAILURES
 from tests.orchestration.test_scaling import spec
 

@@ -5,6 +5,7 @@ import pytest
 from rltune.orchestration.loopback import forget_meetings, meeting_file
 from rltune.orchestration.sweep import Sweep
 from tests.orchestration.test_sweep import sweep_of
+from tests.orchestration.test_trials import trials_of
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +31,13 @@ def test_what_groups_of_a_run_leave_is_found_again_and_no_other_runs(tmp_path: P
 def test_a_sweep_leaves_no_meeting_place(
     tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, ends: type[BaseException] | None
 ) -> None:
-    sweep = sweep_of(tmp_path)
-    meeting_file(sweep._folder.path).touch()  # of a driver that was killed
+    folder = trials_of(tmp_path).folder
+    sweep = sweep_of(folder)
+    meeting_file(folder.path).touch()  # of a driver that was killed
 
     def run(sweep: Sweep, *, needs_base: bool) -> None:
         assert list(temporary.iterdir()) == []
-        meeting_file(sweep._folder.path).touch()
+        meeting_file(folder.path).touch()
         if ends is not None:
             raise ends
 

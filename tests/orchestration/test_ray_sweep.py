@@ -15,7 +15,7 @@ import pytest
 
 from rltune.config.load import load_experiment
 from rltune.runs.events import read_events
-from rltune.runs.record import open_run
+from rltune.runs.record import read_run
 from rltune.runs.results import read_results
 from rltune.runs.rows import read_metrics
 from rltune.runs.status import read_status
@@ -72,7 +72,7 @@ def test_a_sweep_gives_front_and_exports_and_listens_on_loopback_alone(
         "trained",
         "ended",
     ]
-    usage = read_status(*open_run(run)).usage
+    usage = read_status(*read_run(run)).usage
     assert usage is not None
     assert all(usage.seconds[kind] > 0 for kind in ("training", "evaluation", "starting", "loading", "base"))
     assert sum(usage.seconds.values()) == pytest.approx(usage.total_s)

@@ -22,7 +22,8 @@ from rltune.config.experiment import RunConfig
 from rltune.config.rules import Known
 from rltune.errors import OutOfMemory, RunError, StorageError
 from rltune.estimators.alignprop import AlignProp
-from rltune.orchestration.job import CHECKPOINTS_KEPT, JobSpec, RayReporter, attempt
+from rltune.orchestration.job import CHECKPOINTS_KEPT, RayReporter, attempt
+from rltune.orchestration.job_spec import JobSpec
 from rltune.orchestration.recovery import (
     RETRY_EVAL_BATCH,
     RETRY_FILE,

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from rltune.orchestration.job import JobSpec, make_trainer
+from rltune.orchestration.job import make_trainer
+from rltune.orchestration.job_spec import JobSpec
 from tests.run_folders import experiment
 
 

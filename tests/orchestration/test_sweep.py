@@ -1,413 +1,47 @@
-"""What a sweep makes of reports and ends, given by hand where Ray Tune would: no cluster is started."""
+"""A sweep as a whole, where Ray Tune would run: no cluster is started."""
 
-import hashlib
 import json
-import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from rltune.errors import StorageError
 from rltune.orchestration.cluster import Cluster
-from rltune.orchestration.job import STORAGE_ERROR, JobSpec
+from rltune.orchestration.inspection import Inputs
 from rltune.orchestration.nodes import Node
-from rltune.orchestration.sweep import Sweep, _Abort
-from rltune.runs.layout import BASE_TRIAL, RunFolder, TrialSpec
-from rltune.runs.metrics import summarise
-from rltune.runs.record import base_folder, read_record
-from rltune.runs.reference import load_scores
-from rltune.runs.results import read_results
-from rltune.runs.store import read_json_lines
-from rltune.training.checkpoint import ADAPTER_FILE, Evaluated, Progress, report_of, save_checkpoint
-from rltune.training.selection import Selection
-from tests.run_folders import SEARCHED, experiment, result, write_run
+from rltune.orchestration.plan import Plan
+from rltune.orchestration.sweep import Sweep
+from rltune.orchestration.workload import work_out
+from rltune.runs.layout import RunFolder
+from tests.orchestration import test_trials
+from tests.orchestration.test_trials import trials_of
+from tests.run_folders import experiment
 
-CLUSTER = Cluster(address="127.0.0.1:1", is_own=True, dashboard_url="", nodes=(Node(2.0),))
 SEARCH = {"trials": 8, "sampler": "random"}
-PRUNED = {**SEARCH, "prune": True, "grace": 1, "reduction": 2}
 
 
-def sweep_of(path: Path, *, fresh: bool = True, **sections: Any) -> Sweep:
-    """A sweep of two objectives, brightness up and drift down, whose base model has been measured."""
+def sweep_of(folder: RunFolder, **sections: Any) -> Sweep:
+    """A sweep of a run that ``trials_of`` has begun."""
     asked = experiment(**({"search": SEARCH} | sections))
-    if fresh:
-        folder = write_run(path / "mix", asked)
-        base = load_scores(base_folder(folder, read_record(folder)))
-        assert base is not None
-        base_metrics = summarise(base.values, base.values)
-        sweep = Sweep(asked, folder, CLUSTER)
-        sweep._record(job(folder, BASE_TRIAL), {"step": 0.0, "is_final": 1.0, **base_metrics}, "", 1.0)
-        return sweep
-    return Sweep(asked, RunFolder(path / "mix"), CLUSTER)
+    cluster = Cluster(address="127.0.0.1:1", is_own=True, dashboard_url="", nodes=test_trials.NODES)
+    return Sweep(Plan(asked, folder, work_out(asked, cluster.nodes), Inputs({})), cluster)
 
 
-def job(folder: RunFolder, trial: str) -> JobSpec:
-    config = experiment().shared.model_dump(mode="json")
-    return JobSpec(trial, str(folder.path), config, num_gpus_per_worker=0, work_dir="/", is_loopback=True)
-
-
-def metrics_at(step: int, brightness: float, drift: float) -> dict[str, float]:
-    return {**result("001", brightness, drift).metrics, "step": float(step), "images_seen": 4.0 * step}
-
-
-def evaluate(sweep: Sweep, spec: JobSpec, step: int, brightness: float, drift: float = 0.1, **more: Any) -> bool:
-    """Write the checkpoint of an evaluation and report it; whether the trial is to be stopped."""
-    metrics = metrics_at(step, brightness, drift)
-    folder = spec.folder.checkpoints_dir(spec.trial) / spec.train_name / f"checkpoint_{step:04d}"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    last = Evaluated(step, {name: value for name, value in metrics.items() if "/" in name})
-    save_checkpoint(folder, {"a": torch.full((2,), float(step))}, {}, Progress(step, 4 * step), last=last)
-    return sweep._on_report(spec, {**metrics, "is_final": 0.0, "is_preempted": 0.0, **more})
-
-
-def measured(sweep: Sweep, spec: JobSpec, metrics: dict[str, float]) -> None:
-    """Write a row as the trial's worker does."""
-    with (sweep._folder.trial_dir(spec.trial) / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
-
-
-def suggest(sweep: Sweep) -> JobSpec:
-    spec = sweep._suggest()
-    assert spec is not None
-    return spec
-
-
-def end(sweep: Sweep, spec: JobSpec, step: int, brightness: float, drift: float = 0.1, **more: Any) -> None:
-    sweep._on_end(spec, {**metrics_at(step, brightness, drift), **more}, "", 2.0)
-
-
-def finish(sweep: Sweep, brightness: float, drift: float = 0.1) -> JobSpec:
-    spec = suggest(sweep)
-    assert not evaluate(sweep, spec, 10, brightness, drift, is_final=1.0)
-    end(sweep, spec, 10, brightness, drift, is_final=1.0)
-    return spec
-
-
-def test_a_trial_that_falls_behind_is_recorded_as_what_it_was_at_its_step(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path, search={**SEARCH, "prune": True, "reduction": 2})
-    specs = [suggest(sweep) for _ in range(4)]
-    # each worse in both objectives than the one before; up to two at a rung all go on
-    stopped = [evaluate(sweep, spec, 5, 0.9 - 0.1 * i, 0.1 + 0.01 * i) for i, spec in enumerate(specs)]
-    assert stopped == [False, False, True, True]
-    late = specs[2]
-    # it trained on before it was gone: what is recorded is what it was stopped at
-    evaluate(sweep, late, 10, 0.95)
-    end(sweep, late, 5, 0.7, 0.12)
-    (row,) = [row for row in read_results(sweep._folder.results_file) if row.trial == late.trial]
-    assert (row.state, row.metrics["step"], row.metrics["eval/brightness"]) == ("stopped", 5.0, 0.7)
-    assert row.reason == "rank 3 of 3 at step 5, of which the best 2 go on"
-    assert row.checkpoint.endswith("checkpoint_0005")
-    assert sweep.num_left == 7
-
-
-def test_where_that_checkpoint_is_gone_the_trial_is_what_its_newest_says(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path, stop={"diverged": 0.5})
-    spec = suggest(sweep)
-    assert evaluate(sweep, spec, 5, -9.0, 9.0)
-    evaluate(sweep, spec, 10, -8.0, 8.0)
-    broken = spec.folder.checkpoints_dir(spec.trial) / spec.train_name / "checkpoint_0005" / ADAPTER_FILE
-    broken.write_bytes(broken.read_bytes()[:-1])
-    end(sweep, spec, 5, -9.0, 9.0)
-    row = sweep.results[-1]
-    assert (row.state, row.metrics["step"], row.metrics["eval/brightness"]) == ("stopped", 10.0, -8.0)
-    assert row.checkpoint.endswith("checkpoint_0010")
-    assert row.reason.startswith("diverged: ")
-
-
-def test_of_a_trials_checkpoints_the_one_file_that_counts_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("stop", [{"hours": 2.0}, {"gpu_hours": 5.0}], ids=["hours", "gpu_hours"])
+def test_a_budget_that_is_spent_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: dict[str, float]
 ) -> None:
-    sweep = sweep_of(tmp_path, evaluate={"every": 2})
-    spec = suggest(sweep)
-    for step in (2, 4, 6, 8, 10):
-        evaluate(sweep, spec, step, 0.9)
-    hashed: list[str] = []
-    digest = hashlib.file_digest
-    monkeypatch.setattr(
-        "rltune.training.checkpoint.hashlib.file_digest",
-        lambda file, name: (hashed.append(str(Path(file.name).relative_to(tmp_path))), digest(file, name))[1],
-    )
-    end(sweep, spec, 10, 0.9, is_final=1.0)
-    assert sweep.results[-1].checkpoint.endswith("checkpoint_0010")
-    assert [Path(name).parts[-2:] for name in hashed] == [("checkpoint_0010", ADAPTER_FILE)]
-
-
-def test_a_trial_without_a_whole_checkpoint_failed(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path)
-    spec = suggest(sweep)
-    end(sweep, spec, 10, 0.9, is_final=1.0)
-    assert sweep.results[-1].state == "failed"
-    assert "no whole checkpoint of an evaluation is left" in sweep.results[-1].reason
-
-
-def test_a_checkpoint_written_in_haste_is_no_result(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path)
-    spec = suggest(sweep)
-    evaluate(sweep, spec, 5, 0.8)
-    hasty = spec.folder.checkpoints_dir(spec.trial) / spec.train_name / "checkpoint_0007"
-    last = Evaluated(5, {name: value for name, value in metrics_at(5, 0.8, 0.1).items() if "/" in name})
-    save_checkpoint(hasty, {"a": torch.zeros(2)}, {}, Progress(7, 28), last=last)
-    # asked to leave, it is not over: the same command takes it up again
-    assert not sweep._on_report(spec, {**metrics_at(7, -9.0, 9.0), "is_final": 0.0, "is_preempted": 1.0})
-    end(sweep, spec, 7, 0.8, is_final=0.0, is_preempted=1.0)
-    assert [row.trial for row in sweep.results] == [BASE_TRIAL]
-    found = sweep._checkpoint(spec, {"step": 7.0})
-    assert found is not None
-    assert found[0].endswith("checkpoint_0005")
-
-
-def test_rungs_are_rebuilt_from_the_folder(tmp_path: Path) -> None:
-    search = {**SEARCH, "prune": True, "reduction": 2}
-    sweep = sweep_of(tmp_path, search=search)
-    for brightness in (0.9, 0.8):
-        spec = suggest(sweep)
-        evaluate(sweep, spec, 5, brightness)
-        file = spec.folder.trial_dir(spec.trial) / "metrics.jsonl"
-        rows = [metrics_at(5, brightness, 0.1), {"step": 6.0, "train/reward": 1.0}]
-        file.write_text("".join(f"{row}\n".replace("'", '"') for row in rows))
-    assert len(read_json_lines(file)) == 2
-    again = sweep_of(tmp_path, fresh=False, search=search)
-    first, second, third = (suggest(again) for _ in range(3))
-    assert [first.trial, second.trial, third.trial] == ["001", "002", "003"]  # the interrupted ones first
-    assert evaluate(again, third, 5, 0.7, 0.2)  # behind both that reported before the restart
-
-
-@pytest.mark.parametrize("rule", [{"stop": {"broken_constraint": 2, "diverged": None}}, {"search": PRUNED}])
-def test_rules_decide_the_same_live_and_rebuilt_where_another_step_is_selected(
-    tmp_path: Path, rule: dict[str, Any]
-) -> None:
-    sections = {"evaluate": {"every": 1, "select": "brightness"}, "constraints": {"drift": {"max": 0.3}}, **rule}
-    sweep = sweep_of(tmp_path, **sections)
-    selection = Selection(experiment(**sections).shared, metrics_at(0, 0.0, 0.0))
-    others = [suggest(sweep) for _ in range(2)]
-    spec = suggest(sweep)
-    for other in others:
-        for step in range(1, 9):
-            measured(sweep, other, metrics_at(step, 0.8, 0.1))
-            sweep._on_report(other, {**metrics_at(step, 0.8, 0.1), "is_final": 0.0})
-    decisions = []
-    # the third is the best for ever, and kept for it; from the fourth on the constraint is broken
-    for step, (brightness, drift) in enumerate([(0.6, 0.1), (0.7, 0.1), (0.9, 0.2)] + [(0.5, 0.4)] * 5, start=1):
-        metrics = metrics_at(step, brightness, drift)
-        rebuilt = sweep_of(tmp_path, fresh=False, **sections)._rules_now()
-        assert rebuilt is not None
-        selection.take(Evaluated(step, {name: metrics[name] for name in metrics if "/" in name}), dict)
-        report = {**report_of(Progress(step, 4 * step), selection.counted, selection.last), "is_final": 0.0}
-        live = sweep._on_report(spec, report)
-        assert sweep._stopped.pop(spec.trial, None) == rebuilt.on_report(spec.trial, metrics)
-        measured(sweep, spec, metrics)
-        decisions.append(live)
-    assert selection.counted is not None
-    assert selection.counted.step == 3
-    expected = [False] * 4 + [True] * 4 if "stop" in rule else [True, True, False, True] + [False] * 3 + [True]
-    assert decisions == expected
-
-
-def test_time_that_is_over_starts_nothing_and_stops_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = sweep_of(tmp_path, stop={"hours": 1.0})
-    spec = suggest(sweep)
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + 3601)
-    assert sweep._suggest() is None
-    assert sweep.over.startswith("stop.hours: 1 of 1 hours")
-    assert not sweep._on_report(spec, {"step": 0.0, "is_final": 0.0, "is_preempted": 0.0, "eval/brightness": 0.5})
-    assert evaluate(sweep, spec, 5, 0.9)
-    end(sweep, spec, 5, 0.9)
-    assert (sweep.results[-1].state, sweep.results[-1].reason) == ("stopped", sweep.over)
-    assert sweep.num_left == 7
-
-
-def test_a_trial_that_is_done_is_not_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = sweep_of(tmp_path, stop={"hours": 1.0})
-    spec = suggest(sweep)
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + 3601)
-    assert not evaluate(sweep, spec, 10, 0.9, is_final=1.0)
-    end(sweep, spec, 10, 0.9, is_final=1.0)
-    assert sweep.results[-1].state == "ok"
-
-
-def test_gpu_hours_are_those_of_ended_and_of_running_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster = Cluster(address="127.0.0.1:1", is_own=True, dashboard_url="", nodes=(Node(4.0, 4.0),))
-    monkeypatch.setattr("tests.orchestration.test_sweep.CLUSTER", cluster)
-    resources = {"workers": 2, "gpus_per_worker": 1, "precision": "fp32"}
-    # the base model's second and the first trial's two, on two GPUs each
-    sweep = sweep_of(tmp_path, stop={"gpu_hours": 6.5 / 3600}, resources=resources)
-    finish(sweep, 0.9)
-    start = time.monotonic()
-    spec = suggest(sweep)
-    monkeypatch.setattr(time, "monotonic", lambda: start + 0.2)
-    assert suggest(sweep)
-    monkeypatch.setattr(time, "monotonic", lambda: start + 0.3)
-    assert sweep._suggest() is None  # 6 and 2 (0.3 + 0.1)
-    assert sweep.over.startswith("stop.gpu_hours: ")
-    assert evaluate(sweep, spec, 5, 0.9)
-
-
-@pytest.mark.parametrize(
-    ("stop", "reason"),
-    [({"hours": 2.0}, "stop.hours: 2 "), ({"gpu_hours": 5.0}, "stop.gpu_hours: 5.0")],
-    ids=["hours", "gpu_hours"],
-)
-def test_budgets_count_over_all_starts_and_a_spent_one_starts_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: dict[str, float], reason: str
-) -> None:
-    cluster = Cluster(address="127.0.0.1:1", is_own=True, dashboard_url="", nodes=(Node(4.0, 4.0),))
-    monkeypatch.setattr("tests.orchestration.test_sweep.CLUSTER", cluster)
     sections = {"stop": stop, "resources": {"workers": 2, "gpus_per_worker": 1, "precision": "fp32"}}
-    sweep = sweep_of(tmp_path, **sections)
-    file = sweep._folder.events_file
-    # killed 50 minutes after its start, all of which a trial ran; then 20 minutes, of which the same trial had 15
+    monkeypatch.setattr("tests.orchestration.test_trials.NODES", (Node(4.0, 4.0),))
+    folder = trials_of(tmp_path, **sections).folder
     started = {"event": "driver_started", "trials_at_once": 2, "workers": 2, "gpus_per_worker": 1, "last_sign": 4000}
-    rows = [{"time": 1000, **started}, {"time": 8000, **started}, {"time": 9200, "event": "driver_ended"}]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rows = [{"time": 1000, "event": "suggested"}, {"time": 8300, "event": "suggested"}]
-    file = sweep._folder.trial_events_file("001")
-    file.parent.mkdir(parents=True)
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    again = sweep_of(tmp_path, fresh=False, **sections)
-    assert again._spending.gpu_s == 2 * (3000 + 900)
-    suggest(again)
-    begun = time.monotonic()
-    left = 2 * 3600 - (3000 + 1200) if "hours" in stop else (5 * 3600 - 2 * (3000 + 900)) / 2
-    monkeypatch.setattr(time, "monotonic", lambda: begun + left - 15)
-    again._check_budget()
-    assert not again.over
-    monkeypatch.setattr(time, "monotonic", lambda: begun + left + 15)
-    again._check_budget()
-    assert again.over.startswith(reason)
-    # the next start finds it spent before anything begins
-    monkeypatch.setattr(Sweep, "_run_tune", lambda *_, **__: pytest.fail("Ray Tune was started"))
-    file = sweep._folder.events_file
-    file.write_text(json.dumps({"time": 0, **started}) + "\n" + json.dumps({"time": 36000, "event": "driver_ended"}))
-    file = sweep._folder.trial_events_file("001")
-    file.write_text(json.dumps({"time": 0, "event": "suggested"}) + "\n")
-    last = sweep_of(tmp_path, fresh=False, **sections)
-    last.run()
-    assert last.over
-
-
-def test_a_front_that_no_longer_grows_ends_the_sweep_and_lets_trials_finish(tmp_path: Path) -> None:
-    stop = {"stalled_trials": 2, "stalled_growth": 0.0}
-    sweep = sweep_of(tmp_path, stop=stop)
-    running = suggest(sweep)
-    finish(sweep, 0.9, 0.05)
-    finish(sweep, 0.8, 0.2)
-    assert not sweep.over
-    finish(sweep, 0.7, 0.2)
-    assert sweep.over.startswith("stop.stalled_trials: ")
-    assert sweep._suggest() is None
-    assert not evaluate(sweep, running, 5, 0.6)
-    again = sweep_of(tmp_path, fresh=False, stop=stop)
-    again._look_up(again.results)
-    assert again.over == sweep.over
-    patient = sweep_of(tmp_path, fresh=False, stop={"stalled_trials": 3, "stalled_growth": 0.0})
-    patient._look_up(patient.results)
-    assert not patient.over
-
-
-@pytest.mark.parametrize(
-    "meet",
-    [
-        lambda sweep, spec: sweep._on_report(spec, {STORAGE_ERROR: "/runs/mix: no space left on device"}),
-        lambda sweep, spec: sweep._on_end(spec, {}, "ray::StorageError: /runs/mix: no space left on device", 1.0),
-    ],
-)
-def test_a_disk_that_fails_a_trial_ends_the_run_and_is_no_failure(tmp_path: Path, meet: Callable[..., Any]) -> None:
-    sweep = sweep_of(tmp_path)
-    spec = suggest(sweep)
-    with pytest.raises(_Abort):
-        meet(sweep, spec)
-    assert isinstance(sweep._storage_error, StorageError)
-    assert str(sweep._storage_error) == "/runs/mix: no space left on device"
-    assert [row.trial for row in read_results(sweep._folder.results_file)] == [BASE_TRIAL]
-
-
-NO_WEIGHT = {"rewards.brightness.weight": 0.0, "rewards.smoothness.weight": 0.0}
-
-
-def test_a_suggestion_that_is_no_valid_run_is_a_failed_trial_and_the_next_is_dealt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both weights are drawn as exactly 0, which is accepted as no draw comes to it; a sampler may all the same."""
-    sections = {"rewards": {name: {"weight": {"float": [0, 1]}} for name in ("brightness", "smoothness")}}
-    sweep = sweep_of(tmp_path, **sections)
-    ask = sweep._search.ask
-
-    def at_zero() -> TrialSpec:
-        spec = ask()
-        is_bad = spec.id in ("001", "002", "008")
-        return replace(spec, values={**spec.values, **NO_WEIGHT}) if is_bad else spec
-
-    monkeypatch.setattr(sweep._search, "ask", at_zero)
-    assert [suggest(sweep).trial for _ in range(5)] == ["003", "004", "005", "006", "007"]
-    assert sweep._suggest() is None  # the eighth and last of the sweep was no valid run either
-    rows = read_results(sweep._folder.results_file)
-    assert [(row.trial, row.state) for row in rows[1:]] == [(n, "failed") for n in ("001", "002", "008")]
-    rule = "rewards.brightness.weight: no reward has a positive weight, got 0 for every one"
-    assert rows[1].reason.startswith(f"never started, since its settings are no valid run: {rule}")
-    assert sweep.num_left == 5
-
-
-def test_a_trial_of_before_that_is_no_valid_run_does_not_stop_the_sweep_again(tmp_path: Path) -> None:
-    sections = {"rewards": {name: {"weight": {"float": [0, 1]}} for name in ("brightness", "smoothness")}}
-    sweep = sweep_of(tmp_path, **sections)
-    spec = sweep._search.ask()
-    sweep._folder.write_trial(replace(spec, values={**spec.values, **NO_WEIGHT}))
-    again = sweep_of(tmp_path, fresh=False, **sections)
-    assert suggest(again).trial == "002"
-    assert [(row.trial, row.state) for row in again.results[1:]] == [("001", "failed")]
-
-
-def test_a_disk_that_fails_the_sweep_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sweep = sweep_of(tmp_path)
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device", "/runs/mix/trials/001/trial.json")
-
-    monkeypatch.setattr(RunFolder, "write_trial", full)
-    with pytest.raises(_Abort):
-        sweep._suggest()
-    assert str(sweep._storage_error).startswith("/runs/mix/trials/001/trial.json: no space left on device; free some")
-
-
-def test_without_a_base_model_nothing_goes_on(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    sweep = Sweep(experiment(search=SEARCH), folder, CLUSTER)
-    assert suggest(sweep).waits_for_base
-    with pytest.raises(_Abort):
-        sweep._on_end(job(folder, BASE_TRIAL), {}, "the weights are missing", 1.0)
-    assert read_results(folder.results_file)[0].reason == "the weights are missing"
-
-
-def test_a_trial_waits_for_a_base_model_that_is_measured_as_it_is(tmp_path: Path) -> None:
-    asked = experiment(
-        {**SEARCHED, "sampler": {"steps": {"choice": [10, 20]}}}, search={"trials": 9, "sampler": "random"}
+    folder.events_file.write_text(
+        json.dumps({"time": 0, **started}) + "\n" + json.dumps({"time": 36000, "event": "driver_ended"})
     )
-    sweep = Sweep(asked, RunFolder(tmp_path), CLUSTER)
-    specs = [suggest(sweep) for _ in range(9)]
-    for spec in specs:  # the base model is measured with the first option; who differs measures for itself
-        assert spec.waits_for_base == (spec.run_config.sampler.steps == 10)
-    assert {spec.waits_for_base for spec in specs} == {True, False}
-
-
-@pytest.mark.parametrize(("select", "chosen"), [("brightness", ["001"]), ("last", [])])
-def test_of_a_single_run_a_selected_checkpoint_is_what_is_measured_again(
-    tmp_path: Path, select: str, chosen: list[str]
-) -> None:
-    fixed = {"model": {"lora": {"rank": 4}}, "optim": {"lr": 1e-3, "steps": 10, "batch": 4}}
-    sections = {**fixed, "rewards": {"brightness": {}}, "evaluate": {"every": 5, "select": select}}
-    sweep = sweep_of(tmp_path, **sections)
-    finish(sweep, -0.4)  # dominated by the base model: chosen all the same
-    assert [result.trial for result in sweep.chosen] == chosen
-
-
-def test_of_a_search_the_trained_members_of_its_front_are_measured_again(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path)
-    for brightness, drift in ((0.7, 0.1), (0.6, 0.2), (0.9, 0.3)):
-        finish(sweep, brightness, drift)
-    assert [result.trial for result in sweep.chosen] == ["003", "001"]
+    file = folder.trial_events_file("001")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"time": 0, "event": "suggested"}) + "\n")
+    monkeypatch.setattr(Sweep, "_run_tune", lambda *_, **__: pytest.fail("Ray Tune was started"))
+    sweep = sweep_of(folder, **sections)
+    sweep.run()
+    assert sweep.trials.over.startswith(f"stop.{next(iter(stop))}: ")

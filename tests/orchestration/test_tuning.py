@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from rltune.orchestration.job import JobSpec
+from rltune.orchestration.job_spec import JobSpec
 from rltune.orchestration.tuning import Recorder
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rltune.config.experiment import RunConfig
-from rltune.orchestration.job import CHECKPOINTS_KEPT, JobSpec
+from rltune.orchestration.job import CHECKPOINTS_KEPT
+from rltune.orchestration.job_spec import JobSpec
 from rltune.orchestration.warm import WarmWorker
 from rltune.runs.layout import BASE_TRIAL
 from rltune.runs.rows import read_metrics

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from rltune.cli.sweep import known_names
 from rltune.config.load import load_experiment
+from rltune.orchestration.known import known_names
 from rltune.training.loop import train_run
 from rltune.training.reporter import FolderReporter
 

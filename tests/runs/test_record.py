@@ -21,12 +21,13 @@ from rltune.config.load import Experiment
 from rltune.errors import UserError
 from rltune.export.picks import export_trial
 from rltune.orchestration.claiming import Claim, claim_run
-from rltune.orchestration.job import JobSpec, attempt
+from rltune.orchestration.job import attempt
+from rltune.orchestration.job_spec import JobSpec
 from rltune.runs.fronts import read_front
 from rltune.runs.layout import BASE_TRIAL, RunFolder, TrialSpec
 from rltune.runs.record import (
-    open_run,
     read_record,
+    read_run,
     read_trial_versions,
     record_trial,
     standing_where_started,
@@ -184,7 +185,7 @@ def test_a_run_is_of_use_wherever_it_lies(left: Left, tmp_path: Path, monkeypatc
         (work_dir / f"{name}.txt").unlink()
     shutil.rmtree(moved / "exports")
     monkeypatch.chdir(tmp_path)
-    folder, asked = open_run(moved)
+    folder, asked = read_run(moved)
     assert read_front(folder, asked) is not None
     export_pick(moved, "001")
     card = json.loads((moved / "exports" / "001" / "rltune.json").read_text())

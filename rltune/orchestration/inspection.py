@@ -43,7 +43,7 @@ class Inputs:
     """Reward -> published files that are not on this machine."""
 
 
-class _Faults:
+class Faults:
     """Messages, each once, in the order in which they came."""
 
     def __init__(self) -> None:
@@ -60,19 +60,28 @@ class _Faults:
     def __len__(self) -> int:
         return len(self.found)
 
+    def raise_any(self, source: str) -> None:
+        """Raise what was found.
 
-def inspect_experiment(experiment: Experiment, folder: RunFolder, *, is_attached: bool = False) -> Inputs:
-    """Return what an experiment names, once nothing is known to be wrong with it at any value that may be tried.
+        Raises:
+            ExperimentError: Lists every fault; there is one at least.
+        """
+        if self.found:
+            parts = (text.partition(": ") for text in self.found)
+            raise ExperimentError(source, [Fault(where, what) for where, _, what in parts])
+
+
+def inspect_experiment(
+    experiment: Experiment, folder: RunFolder, faults: Faults, *, is_attached: bool = False
+) -> Inputs:
+    """Return what an experiment names, as far as it can be read, and note what is wrong at any value that may be tried.
 
     Args:
         experiment: With relative paths from the current folder.
         folder: Of its run, which need not be there; the prompts of a run that was started are its own copies.
+        faults: Takes what is wrong.
         is_attached: Whether it runs on a cluster that this process does not start.
-
-    Raises:
-        ExperimentError: Lists every fault that was found.
     """
-    faults = _Faults()
     with faults.noted():
         _check_grid(experiment)
     with faults.noted():
@@ -86,9 +95,6 @@ def inspect_experiment(experiment: Experiment, folder: RunFolder, *, is_attached
     missing = _check_weights(experiment, faults, is_attached=is_attached)
     prompts = _check_prompts(experiment, faults, folder)
     model = _check_base(experiment, faults, is_attached=is_attached)
-    if faults:
-        parts = (text.partition(": ") for text in faults.found)
-        raise ExperimentError(experiment.source, [Fault(where, what) for where, _, what in parts])
     named = [prompt for found in prompts.values() for prompt in found.prompts]
     return Inputs(prompts, model.cut_off(named) if model is not None else {}, missing)
 
@@ -102,7 +108,7 @@ def _check_grid(experiment: Experiment) -> None:
         )
 
 
-def _check_options(experiment: Experiment, faults: _Faults) -> None:
+def _check_options(experiment: Experiment, faults: Faults) -> None:
     """Check the estimator and the rewards with every value of their settings that may be tried."""
     tried: set[str] = set()
     for config in _reward_corners(experiment, "estimator", "sampler"):
@@ -139,7 +145,7 @@ def _reward_corners(experiment: Experiment, *others: str) -> Iterator[RunConfig]
 
 
 def _check_weights(
-    experiment: Experiment, faults: _Faults, *, is_attached: bool
+    experiment: Experiment, faults: Faults, *, is_attached: bool
 ) -> Mapping[str, tuple[WeightsFile, ...]]:
     """Return the published files that rewards need and this machine has not; a fault where they cannot come."""
     missing: dict[str, tuple[WeightsFile, ...]] = {}
@@ -187,7 +193,7 @@ def weights_in_words(missing: Mapping[str, tuple[WeightsFile, ...]]) -> str:
     return f"not on this machine: {'; '.join(shown)}; fetch them with: rltune models fetch {' '.join(missing)}"
 
 
-def _check_prompts(experiment: Experiment, faults: _Faults, folder: RunFolder) -> Mapping[str, PromptSet]:
+def _check_prompts(experiment: Experiment, faults: Faults, folder: RunFolder) -> Mapping[str, PromptSet]:
     """Return the prompts at the first value of every distribution; check those of the others too."""
     record = read_record(folder)
     first: dict[str, PromptSet] = {}
@@ -210,7 +216,7 @@ def _check_prompts(experiment: Experiment, faults: _Faults, folder: RunFolder) -
     return first
 
 
-def _check_base(experiment: Experiment, faults: _Faults, *, is_attached: bool) -> ModelFamily | None:
+def _check_base(experiment: Experiment, faults: Faults, *, is_attached: bool) -> ModelFamily | None:
     """Return the base model without weights; None where it is not on this machine, or a fault."""
     model = None
     with faults.noted():

@@ -9,9 +9,9 @@ import pytest
 
 from rltune.config.load import load_experiment
 from rltune.errors import ExperimentError, RunError
-from rltune.orchestration import preflight
+from rltune.orchestration import inspection
 from rltune.orchestration.claiming import claim_run
-from rltune.orchestration.preflight import Inputs, inspect_experiment
+from rltune.orchestration.inspection import Faults, Inputs, inspect_experiment
 from rltune.rewards.weights import WeightsFile
 from rltune.runs.layout import RunFolder
 from rltune.training.prompts import cut_in_words
@@ -24,7 +24,10 @@ def inspect(tmp_path: Path) -> Inspect:
     def run(text: str, **settings: bool) -> Inputs:
         (tmp_path / "x.yaml").write_text(text)
         experiment = load_experiment(tmp_path / "x.yaml", must_find_files=False)
-        return inspect_experiment(experiment, RunFolder(tmp_path / "run"), **settings)
+        faults = Faults()
+        inputs = inspect_experiment(experiment, RunFolder(tmp_path / "run"), faults, **settings)
+        faults.raise_any(experiment.source)
+        return inputs
 
     return run
 
@@ -38,8 +41,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(f"{repo}/{file}")
         raise RunError("no way to the hub")
 
-    monkeypatch.setattr(preflight, "check_hub", check_hub)
-    monkeypatch.setattr(preflight, "is_offline", lambda: False)
+    monkeypatch.setattr(inspection, "check_hub", check_hub)
+    monkeypatch.setattr(inspection, "is_offline", lambda: False)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     monkeypatch.setattr(WeightsFile, "find", lambda file: None)
     return asked
@@ -86,7 +89,7 @@ def test_every_fault_is_found_at_once(inspect: Inspect, asked: list[str], monkey
 def test_weights_that_cannot_come_are_a_fault(
     inspect: Inspect, asked: list[str], monkeypatch: pytest.MonkeyPatch, ways: str
 ) -> None:
-    monkeypatch.setattr(preflight, "is_offline", lambda: ways == "offline")
+    monkeypatch.setattr(inspection, "is_offline", lambda: ways == "offline")
     (fault,) = faults_of(inspect, "rewards: {imagereward: }")
     assert fault.endswith(
         "rltune models fetch imagereward, where there is a network "
@@ -97,7 +100,7 @@ def test_weights_that_cannot_come_are_a_fault(
 def test_weights_that_may_still_come_are_told_of(
     inspect: Inspect, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preflight, "check_hub", lambda repo, file: None)
+    monkeypatch.setattr(inspection, "check_hub", lambda repo, file: None)
     inputs = inspect("rewards: {a: {reward: {choice: [brightness, imagereward]}}}\nmodel: {base: me/mine}")
     assert set(inputs.missing) == {"imagereward"}
     assert inputs.cut == {}
@@ -165,7 +168,7 @@ def test_half_a_model_in_the_cache_is_a_fault_only_where_the_rest_cannot_come(
     text = "rewards: {brightness: }\nmodel: {base: me/mine}"
     (fault,) = faults_of(inspect, text)
     assert "unet of 'me/mine' cannot be read (FileNotFoundError: it has no weights); run 'rltune models fetch" in fault
-    monkeypatch.setattr(preflight, "check_hub", lambda repo, file: None)
+    monkeypatch.setattr(inspection, "check_hub", lambda repo, file: None)
     inspect(text)
 
 

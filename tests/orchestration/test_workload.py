@@ -5,20 +5,20 @@ import pytest
 
 from rltune.errors import UserError
 from rltune.orchestration.nodes import Node, WorkerNeed
-from rltune.orchestration.plan import Plan, make_plan
+from rltune.orchestration.workload import Workload, work_out
 from rltune.training.setup import NUM_CALIBRATION_IMAGES
 from tests.run_folders import SEARCHED, experiment
 
 FIXED = {"rewards": {"brightness": {}}, "optim": {"steps": 10, "batch": 4}}
 
 
-def plan(cpus: float, gpus: float = 0, *, trials: int = 100, **resources: Any) -> Plan:
+def plan(cpus: float, gpus: float = 0, *, trials: int = 100, **resources: Any) -> Workload:
     """On a single node."""
     return plan_on(Node(cpus, gpus), trials=trials, **resources)
 
 
-def plan_on(*nodes: Node, trials: int = 100, **resources: Any) -> Plan:
-    return make_plan(experiment(search={"trials": trials}, resources=resources), nodes)
+def plan_on(*nodes: Node, trials: int = 100, **resources: Any) -> Workload:
+    return work_out(experiment(search={"trials": trials}, resources=resources), nodes)
 
 
 def node(cpus: float, gpus: float, *accelerators: str) -> Node:
@@ -63,7 +63,7 @@ def test_no_more_trials_at_a_time_than_there_are() -> None:
 
 def test_images_are_counted_as_by_hand() -> None:
     evaluate = {"every": 4, "prompts": 3, "images_per_prompt": 2}
-    made = make_plan(experiment(evaluate=evaluate, search={"trials": 5}), [Node(2)])
+    made = work_out(experiment(evaluate=evaluate, search={"trials": 5}), [Node(2)])
     # 10 steps of 4 images; evaluated after 4, 8 and 10 steps on 3 x 2 images; the base once, and its calibration
     assert (made.num_steps, made.images_per_step, made.num_evaluations, made.images_per_evaluation) == (10, 4, 3, 6)
     assert made.num_images == 5 * (10 * 4 + 3 * 6) + 6 + NUM_CALIBRATION_IMAGES
@@ -71,14 +71,14 @@ def test_images_are_counted_as_by_hand() -> None:
 
 @pytest.mark.parametrize(("every", "num_evaluations"), [(1, 10), (5, 2), (6, 2), (10, 1), (11, 1)])
 def test_the_end_is_always_evaluated(every: int, num_evaluations: int) -> None:
-    made = make_plan(experiment(FIXED, evaluate={"every": every}), [Node(2)])
+    made = work_out(experiment(FIXED, evaluate={"every": every}), [Node(2)])
     assert made.num_evaluations == num_evaluations
 
 
 def test_without_distributions_there_is_one_trial() -> None:
-    made = make_plan(experiment(FIXED, search={"trials": 9}), [Node(8)])
+    made = work_out(experiment(FIXED, search={"trials": 9}), [Node(8)])
     assert (made.num_trials, made.num_concurrent) == (1, 2)  # the base model beside it
-    assert make_plan(experiment(SEARCHED), [Node(8)]).num_trials == 4
+    assert work_out(experiment(SEARCHED), [Node(8)]).num_trials == 4
 
 
 # ---- several nodes

@@ -1,0 +1,183 @@
+"""A whole run, from its plan to its LoRAs: what ``rltune sweep``, a notebook and a submitted job all call.
+
+It says what it does to a ``notify`` of the caller's and prints nothing.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from shlex import quote
+
+from rltune.config.load import Experiment
+from rltune.errors import RunError, UserError, writing
+from rltune.export.picks import Exported, best_picks, export_trials
+from rltune.orchestration.cluster import Cluster, connect, find_address
+from rltune.orchestration.plan import Plan, plan, this_machine
+from rltune.orchestration.workload import work_out
+from rltune.runs.confirmations import Measured
+from rltune.runs.layout import BASE_TRIAL, RunFolder
+from rltune.runs.objectives import Front
+from rltune.runs.record import standing_where_started
+from rltune.runs.results import TrialResult
+from rltune.training.quiet import quiet_libraries
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Nothing is wrong with the experiment, and the cluster is there; now it begins, or goes on."""
+
+    plan: Plan
+    cluster: Cluster
+    num_ended: int
+    """Trained trials that ended before this start."""
+    num_left: int
+    is_resumed: bool
+    """Whether any trial had ended, the base model's included."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """No trial runs any more."""
+
+    plan: Plan
+    num_left: int
+    """Trials that were not trained to their end."""
+    over: str
+    """Why they are not to be; empty where they are, by the same call again."""
+
+
+@dataclass(frozen=True)
+class Confirming:
+    """What was chosen is measured again on fresh prompts and noise."""
+
+
+@dataclass(frozen=True)
+class NotConfirmed:
+    """It could not be measured again; what the search measured stands."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run found, before any of it is exported."""
+
+    folder: RunFolder
+    experiment: Experiment
+    front: Front
+    single: Measured | None
+    """The one trained trial of a run without a search."""
+    picks: tuple[TrialResult, ...]
+    """Trials to export; none where no trained trial is on the front."""
+    nearest: TrialResult | None
+    """The trained trial that breaks its constraints least."""
+
+
+Event = Planned | Trained | Confirming | NotConfirmed | Found | Exported
+Notify = Callable[[Event], None]
+Display = Callable[[RunFolder, Experiment], AbstractContextManager[None]]
+"""Shows a run for as long as the block runs."""
+
+
+def check_kind(experiment: Experiment, *, is_sweep: bool) -> None:
+    """Check that an experiment has distributions to search, or that it has none.
+
+    Raises:
+        UserError: It is of the other kind.
+    """
+    source = experiment.source
+    if is_sweep and not experiment.is_searched:
+        raise UserError(
+            f"{source}: every value is fixed, there is nothing to search; run: rltune train {quote(source)}"
+        )
+    if not is_sweep and experiment.is_searched:
+        raise UserError(
+            f"{source}: {', '.join(experiment.space)} are distributions; "
+            f"fix each with --set, or run: rltune sweep {quote(source)}"
+        )
+
+
+def plan_run(experiment: Experiment, *, storage: Path, address: str | None) -> tuple[Plan, Cluster | None]:
+    """Return what a run would do, and the cluster that is there; starts none, and stays attached to none.
+
+    Raises:
+        ExperimentError: Lists everything that is known to be wrong.
+        RltuneError: The cluster that is named cannot be attached to.
+    """
+    folder = RunFolder(storage / experiment.shared.name)
+    with standing_where_started(folder):
+        if find_address(address) is None:
+            return plan(experiment, [this_machine()], folder), None
+        with connect(address) as cluster:
+            return plan(experiment, cluster.nodes, folder, is_attached=True), cluster
+
+
+def run_campaign(
+    experiment: Experiment,
+    *,
+    storage: Path,
+    address: str | None,
+    notify: Notify = lambda event: None,
+    display: Display = lambda folder, experiment: nullcontext(),
+    exports: bool = True,
+) -> Found:
+    """Run or resume an experiment: plan, train, evaluate, measure again, export.
+
+    Args:
+        experiment: What to do.
+        storage: Folder that holds run folders.
+        address: Of the cluster, as in ``connect``.
+        notify: Is told of each stage in this process and thread.
+        display: Surrounds the training.
+        exports: Whether to export what was picked.
+
+    Raises:
+        UserError: The experiment, the cluster or the run folder does not allow it; nothing was started.
+        RunError: The base model could not be measured, no trial ended well, or an export failed.
+        KeyboardInterrupt: It was interrupted; the same call resumes.
+    """
+    folder = RunFolder(storage / experiment.shared.name)
+    with standing_where_started(folder):
+        is_attached = find_address(address) is not None
+        known = None if is_attached else plan(experiment, [this_machine()], folder)  # before Ray takes its seconds
+        with folder.lock(), writing(folder.path), connect(address) as cluster:
+            if known is None:
+                known = plan(experiment, cluster.nodes, folder, is_attached=True)
+            planned = replace(known, workload=work_out(experiment, cluster.nodes))
+            found = _run(planned, cluster, notify, display)
+            if exports and found.picks:
+                quiet_libraries()
+                export_trials(found.picks, folder, found.experiment, on_export=notify)
+            return found
+
+
+def _run(planned: Plan, cluster: Cluster, notify: Notify, display: Display) -> Found:
+    from rltune.orchestration.sweep import Sweep  # ray, which a plan does without
+
+    folder = planned.folder
+    sweep = Sweep(planned, cluster)
+    trials, experiment = sweep.trials, sweep.experiment
+    planned = replace(planned, experiment=experiment)
+    num_ended = sum(result.trial != BASE_TRIAL for result in trials.results)
+    notify(Planned(planned, cluster, num_ended, trials.num_left, is_resumed=bool(trials.results)))
+    with display(folder, experiment):
+        sweep.run()
+    notify(Trained(planned, trials.num_left, trials.over))
+    if trials.num_left and not trials.over:
+        raise KeyboardInterrupt
+    if trials.chosen and experiment.shared.evaluate.confirm != 0:
+        notify(Confirming())
+        try:
+            sweep.confirm()
+        except RunError as error:  # the search stands without it
+            notify(NotConfirmed(str(error)))
+    front = trials.front()
+    trained = [result for result in trials.results if result.is_ok and result.trial != BASE_TRIAL]
+    if front is None or not trained:
+        raise RunError(f"no trial of {folder.path} ended well; the reasons are in {folder.results_file}")
+    single = None if experiment.is_searched else trials.measured(trained[0])
+    picks = best_picks(front) if single is None else [single.result]
+    found = Found(folder, experiment, front, single, tuple(picks), trials.nearest)
+    notify(found)
+    return found

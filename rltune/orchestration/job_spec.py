@@ -1,0 +1,52 @@
+"""A trial, as it travels from the sweep to its workers. Imports neither ray nor torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rltune.config.experiment import RunConfig
+from rltune.runs.layout import RunFolder
+from rltune.runs.record import read_record, with_own_prompts
+
+STORAGE_ERROR = "storage_error"
+"""Key of a report that says why nothing can go on."""
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """A trial, as it travels to its workers; plain values, so that it pickles anywhere."""
+
+    trial: str
+    run_dir: str
+    config: Mapping[str, Any]
+    """A concrete experiment, in JSON's types."""
+    num_gpus_per_worker: float
+    work_dir: str
+    """Where the user stands; relative paths of the experiment are meant from there."""
+    is_loopback: bool
+    """Whether the cluster is our own on one machine, where nothing may listen to the network."""
+    waits_for_base: bool = False
+    """Whether the base model's trial, which was suggested before, measures what this one is compared with."""
+    base_key: str = ""
+    """Name of the base model's measurements, as the run has recorded it; empty where it has not."""
+
+    @property
+    def folder(self) -> RunFolder:
+        """The run folder."""
+        return RunFolder(Path(self.run_dir))
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The concrete experiment."""
+        return RunConfig.model_validate(self.config)
+
+    @property
+    def whole_config(self) -> RunConfig:
+        """The concrete experiment with its prompts written out, from the run's own copies."""
+        return with_own_prompts(self.run_config, self.folder, read_record(self.folder))
+
+    @property
+    def train_name(self) -> str:
+        """Name of the Ray Train run, by which Ray finds its checkpoints again: it stays where the folder is renamed."""
+        return f"trial-{self.trial}"

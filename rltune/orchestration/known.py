@@ -1,0 +1,25 @@
+"""Every name that an experiment may use, from the registries."""
+
+from rltune.config.rules import Known
+from rltune.estimators.base import ESTIMATORS
+from rltune.orchestration.executors.base import EXECUTORS
+from rltune.rewards.base import REWARDS, compares_group, has_gradient
+from rltune.runs.metrics import JUDGES
+from rltune.search.searcher import SAMPLERS
+
+
+def known_names() -> Known:
+    """Return every name that an experiment may use, and what a name says of what it stands for; loads no weights."""
+    estimators = {name: ESTIMATORS.get(name) for name in ESTIMATORS.names()}
+    return Known(
+        rewards=REWARDS.names(),
+        estimators=tuple(estimators),
+        judges=tuple(JUDGES),
+        samplers=SAMPLERS,
+        executors=EXECUTORS.names(),
+        fixed_size_executors=tuple(name for name in EXECUTORS.names() if EXECUTORS.build(name, {}).is_fixed_size),
+        group_rewards=tuple(name for name in REWARDS.names() if compares_group(name)),
+        rewards_without_gradient=tuple(name for name in REWARDS.names() if not has_gradient(name)),
+        policy_estimators=tuple(name for name, kind in estimators.items() if not getattr(kind, "needs_gradient", True)),
+        serial_estimators=tuple(name for name, kind in estimators.items() if getattr(kind, "has_serial_mode", False)),
+    )

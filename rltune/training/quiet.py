@@ -1,0 +1,19 @@
+"""The libraries underneath, kept from saying what tells a user nothing."""
+
+import logging
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Switch off progress bars and warnings that tell a user nothing."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
