@@ -9,6 +9,7 @@ from rltune.rewards.base import REWARDS
 from rltune.rewards.scalarise import SCALARISATIONS
 from rltune.search.searcher import SAMPLERS
 from tests.docs.pages import PAGES, README, ROOT, Page, page_named
+from tests.test_layering import ALLOWED, CONFINED
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -66,3 +67,14 @@ def test_the_readme_is_short_and_leads_to_every_page() -> None:
     assert README.path.stat().st_size <= 9 * 1024
     linked = {link.partition("#")[0] for link in README.links()}
     assert [page.name for page in PAGES if page.name.startswith("docs/") and page.name not in linked] == []
+
+
+def test_the_packages_are_those_of_the_architecture() -> None:
+    rows = re.findall(r"^\| `rltune/(\w+)` \|.*\| (.*) \|$", page_named("architecture").text, flags=re.MULTILINE)
+    order = [room for room, _ in rows]
+    assert set(order) == {room for room in ALLOWED if (ROOT / "rltune" / room).is_dir()}
+    for place, (room, never) in enumerate(rows):
+        assert set(never.split(", ")) == {name for name in ("torch", "ray", "optuna") if room not in CONFINED[name]}, (
+            room
+        )
+        assert not ALLOWED[room] & set(order[place:]), f"{room} stands above what it imports"
