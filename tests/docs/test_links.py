@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from rltune.cli.sweep import known_names
+from rltune.config.load import load_experiment
 from rltune.estimators.base import ESTIMATORS
 from rltune.rewards.base import REWARDS
 from rltune.rewards.scalarise import SCALARISATIONS
@@ -42,10 +44,12 @@ def test_nothing_is_left_to_fill_in(page: Page) -> None:
     assert not re.search(r"@@|TODO|FIXME|being written", page.text)
 
 
-def test_every_experiment_is_in_the_index() -> None:
+def test_every_experiment_is_in_the_index_with_the_command_it_is_for() -> None:
     index = (ROOT / "experiments" / "README.md").read_text()
     for path in (ROOT / "experiments").rglob("*.yaml"):
-        assert f"]({path.relative_to(ROOT / 'experiments')})" in index
+        (row,) = (line for line in index.splitlines() if f"]({path.relative_to(ROOT / 'experiments')})" in line)
+        experiment = load_experiment(path, [], known_names(), must_find_files=False)
+        assert f"`rltune {'sweep' if experiment.is_searched else 'train'}`" in row, path
 
 
 @pytest.mark.parametrize(
