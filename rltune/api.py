@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rltune.config.load import Experiment, load_experiment, parse_experiment
-from rltune.config.yamlfile import write_yaml
 from rltune.runs.layout import RunFolder
 from rltune.runs.run import Run
 from rltune.runs.status import RunStatus, StatusReader
@@ -43,8 +42,7 @@ def load(source: str | Path | Mapping[str, Any], overrides: Sequence[str] | Mapp
     if isinstance(overrides, Mapping):
         overrides = [f"{path}={json.dumps(value)}" for path, value in overrides.items()]
     if isinstance(source, Mapping):
-        text = write_yaml(dict(source))
-        return parse_experiment(text, "experiment", list(overrides), known_names(), must_find_files=False)
+        return parse_experiment(source, "experiment", list(overrides), known_names(), must_find_files=False)
     return load_experiment(source, list(overrides), known_names(), must_find_files=False)
 
 

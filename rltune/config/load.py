@@ -164,20 +164,22 @@ def load_experiment(
 
 
 def parse_experiment(
-    text: str,
+    text: str | Mapping[str, Any],
     source: str = "experiment",
     overrides: Sequence[str] = (),
     known: Known | None = None,
     *,
     must_find_files: bool = True,
 ) -> Experiment:
-    """Return the experiment in YAML ``text``; ``source`` names it in messages, and it if it has no name.
+    """Return the experiment in YAML ``text``, or in a mapping, whose faults have no lines.
+
+    ``source`` names it in messages, and it if it has no name.
 
     Raises:
         ExperimentError: Lists every fault.
     """
     try:
-        raw, lines, key_faults = read_yaml(text)
+        raw, lines, key_faults = read_yaml(text if isinstance(text, str) else write_yaml(text))
     except YamlError as error:
         place = source if error.line is None else f"{source}:{error.line}"
         raise ExperimentError(source, [Fault(place, error.what, error.remedy)]) from None
@@ -185,9 +187,9 @@ def parse_experiment(
         raise _one_fault(source, "the file is empty", "write at least: rewards: {aesthetic: {weight: 1.0}}")
     if not isinstance(raw, dict):
         raise _one_fault(source, f"must be a mapping of sections, got {show(raw)}", "write 'section: {key: value}'")
-    draft = Draft(source, raw, lines)
+    draft = Draft(source, raw, lines if isinstance(text, str) else {})
     for line, fault in key_faults:
-        draft.report(fault.where, fault.what, fault.remedy, line)
+        draft.report(fault.where, fault.what, fault.remedy, line if isinstance(text, str) else None)
     for override in overrides:
         draft.override(override)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", FilePath(source).stem).strip(".-_") or "experiment"

@@ -64,8 +64,11 @@ class Cluster:
 
 
 def find_address(address: str | None) -> str | None:
-    """Return where to attach: the option, else ``RAY_ADDRESS``, else a cluster that runs on this machine, else None."""
-    return address or os.environ.get("RAY_ADDRESS") or _running_here()
+    """Return where to attach, None to start a cluster.
+
+    The option, else what this process is connected to, else ``RAY_ADDRESS``, else a cluster that runs on this machine.
+    """
+    return address or _connected_to() or os.environ.get("RAY_ADDRESS") or _running_here()
 
 
 def prepare(address: str | None) -> str | None:
@@ -89,7 +92,8 @@ def prepare(address: str | None) -> str | None:
 def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Cluster]:
     """Attach to a cluster or start one on this machine, and leave it at the end; one that we started ends.
 
-    While connected, SIGTERM is taken as Ctrl-C: Ray's own handler would abort without saving anything.
+    A connection that the caller has made already (``ray.init`` in a notebook) is used and left as it is. While
+    connected, SIGTERM is taken as Ctrl-C: Ray's own handler would abort without saving anything.
 
     Args:
         address: ``host:port``, ``auto``, or None for what ``find_address`` finds.
@@ -99,7 +103,43 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
         UserError: The address is of a kind that cannot be attached to, or Ray has no folder for its files.
         RunError: There is no cluster at the address, or it could not be started.
     """
+    if (connected := _connected_to()) is not None:
+        if address not in (None, "auto", connected):
+            raise UserError(
+                f"address: this process is connected to the Ray cluster at {connected}, got {address!r}; call "
+                "ray.shutdown() first, or leave it out"
+            )
+        with _quiet():
+            yield _describe(connected, is_own=False)
+        return
     found = prepare(address)
+    _check_address(found)
+    context = _initialise(found, num_cpus)
+    import ray
+
+    try:
+        if found is None and not context.address_info["gcs_address"].startswith("127."):
+            raise RunError(
+                f"the local Ray cluster listens at {context.address_info['gcs_address']}, not on loopback alone: ray "
+                "was imported before rltune could say so; start Python anew, or call ray.init() first, which is then "
+                "used"
+            )
+        with _quiet():
+            gcs_address = found or context.address_info["gcs_address"]
+            yield _describe(gcs_address, is_own=found is None, dashboard=context.dashboard_url)
+    finally:
+        ray.shutdown()
+
+
+def _connected_to() -> str | None:
+    """Return the cluster that this process has connected to without us; None where it has not."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    return str(ray.get_runtime_context().gcs_address)
+
+
+def _check_address(found: str | None) -> None:
     if found is not None and found.startswith(("ray://", "http://", "https://")):
         raise UserError(
             f"--address: {found!r} is not a cluster address, which is HOST:PORT (the GCS, usually port 6379); for "
@@ -110,6 +150,10 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
             f"--address: nothing answers at {found!r}; check host and port, or start a cluster there with "
             "'ray start --head'"
         )
+
+
+def _initialise(found: str | None, num_cpus: int | None) -> Any:
+    """Return what ``ray.init`` does, of a cluster that is there or of one that it starts."""
     place = find_place() if found is None else None
     if place is not None and not place.is_usable:
         raise UserError(
@@ -120,13 +164,12 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
     try:
-        if place is not None:
-            if not serves_python():  # neither here nor in Ray's processes, which inherit it
-                os.environ["TMPDIR"] = str(place.folder)
-            where = None if place.is_ray_s_own else str(place.folder / "ray")
-            context = ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, _temp_dir=where, **quiet)
-        else:
-            context = ray.init(address=found, **quiet)
+        if place is None:
+            return ray.init(address=found, **quiet)
+        if not serves_python():  # neither here nor in Ray's processes, which inherit it
+            os.environ["TMPDIR"] = str(place.folder)
+        where = None if place.is_ray_s_own else str(place.folder / "ray")
+        return ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, _temp_dir=where, **quiet)
     except SystemExit as end:  # Ray's own handler of SIGTERM, until ours stands in its place
         raise KeyboardInterrupt from end
     except Exception as error:  # ray raises whatever its layers raise
@@ -135,27 +178,31 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
         if place is not None:
             advice = f"see {place.folder}/ray/session_latest/logs, and what 'rltune doctor' says"
         raise RunError(f"{what}: {error}; {advice}") from error
-    if found is None and not context.address_info["gcs_address"].startswith("127."):
-        ray.shutdown()
-        raise RunError(
-            f"the local Ray cluster listens at {context.address_info['gcs_address']}, not on loopback alone: ray was "
-            "imported before rltune could say so; call rltune.orchestration.cluster.prepare first"
-        )
+
+
+def _describe(address: str, *, is_own: bool, dashboard: str | None = None) -> Cluster:
+    import ray
+
+    return Cluster(
+        address=address,
+        is_own=is_own,
+        dashboard_url=f"http://{dashboard}" if dashboard else "",
+        nodes=read_nodes(ray.nodes()),
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Ray's loggers from speaking, and its handler of SIGTERM from acting, inside."""
     for name in ("ray", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # why a trial failed stands in its result, in words
     previous = _term_as_interrupt()
     try:
-        yield Cluster(
-            address=found or context.address_info["gcs_address"],
-            is_own=found is None,
-            dashboard_url=f"http://{context.dashboard_url}" if context.dashboard_url else "",
-            nodes=read_nodes(ray.nodes()),
-        )
+        yield
     finally:
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
-        ray.shutdown()
 
 
 def _term_as_interrupt() -> Any:

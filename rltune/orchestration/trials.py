@@ -180,7 +180,7 @@ class Trials:
         faults = "; ".join(str(fault) for fault in error.faults)
         with self._or_abort():
             self.folder.write_trial(spec)
-            self._take(failed(spec, f"never started, since its settings are no valid run: {faults}"))
+            self.take(failed(spec, f"never started, since its settings are no valid run: {faults}"))
 
     # ---- what becomes of it
 
@@ -227,7 +227,7 @@ class Trials:
             if result is None:  # interrupted: the same command takes it up again
                 return
             append_event(self.folder.trial_events_file(job.trial), "ended")
-            self._take(result)
+            self.take(result)
 
     def _judge(self, job: JobSpec, last: Mapping[str, Any], error: str, duration_s: float) -> TrialResult | None:
         failure = self.folder.failure_file(job.trial)
@@ -248,7 +248,7 @@ class Trials:
             lambda metrics: find_checkpoint(self.folder, job.trial, metrics),
         )
 
-    def _take(self, result: TrialResult) -> None:
+    def take(self, result: TrialResult) -> None:
         """Take in how a trial ended: on disk first, then for the search and the front."""
         with self._lock:
             append_result(self.folder.results_file, result)

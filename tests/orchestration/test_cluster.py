@@ -1,10 +1,14 @@
 import os
 import socket
+import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from rltune.errors import RunError, UserError
 from rltune.orchestration import cluster
+from rltune.orchestration.nodes import Node
 
 
 @pytest.fixture(autouse=True)
@@ -48,4 +52,44 @@ def test_an_address_where_nothing_listens_is_said_at_once() -> None:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(RunError, match=r"nothing answers at '127\.0\.0\.1:"), cluster.connect(address):
+        pass
+
+
+# ---- a connection that the caller has made
+
+
+class Connected:
+    """Stands in for ray where the caller has called ``ray.init`` already."""
+
+    shut_down = False
+
+    @staticmethod
+    def is_initialized() -> bool:
+        return True
+
+    @staticmethod
+    def get_runtime_context() -> SimpleNamespace:
+        return SimpleNamespace(gcs_address="10.0.0.7:6379")
+
+    @staticmethod
+    def nodes() -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 2.0}}]
+
+    @classmethod
+    def shutdown(cls) -> None:
+        cls.shut_down = True
+
+
+def test_a_connection_that_is_there_is_used_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", Connected)
+    os.environ["RAY_ADDRESS"] = "10.0.0.2:1"
+    assert cluster.find_address(None) == "10.0.0.7:6379"
+    for address in (None, "auto", "10.0.0.7:6379"):
+        with cluster.connect(address) as found:
+            assert (found.address, found.is_own, found.nodes) == ("10.0.0.7:6379", False, (Node(8.0, 2.0),))
+    assert not Connected.shut_down
+    with (
+        pytest.raises(UserError, match=r"connected to the Ray cluster at 10\.0\.0\.7:6379, got '10\.0\.0\.1:1'; call"),
+        cluster.connect("10.0.0.1:1"),
+    ):
         pass

@@ -1,0 +1,36 @@
+"""Commands that only read a run folder load neither ray nor torch, and so answer at once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.run_folders import experiment, result, write_run
+
+CODE = """
+import sys
+from rltune.cli.main import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {"ray", "torch", "optuna", "diffusers", "transformers", "peft", "accelerate", "matplotlib"}
+print("loaded:", sorted(heavy & sys.modules.keys()))
+"""
+
+
+@pytest.mark.parametrize("command", [("front",), ("status",), ("status", "--usage")], ids=" ".join)
+def test_neither_ray_nor_torch_is_loaded(tmp_path: Path, command: tuple[str, ...]) -> None:
+    rows = [result("000", 0.5, 0.0), result("001", 0.8, 0.1)]
+    folder = write_run(tmp_path / "mix", experiment(), results=rows)
+    folder.events_file.write_text(
+        '{"time": 0, "event": "driver_started", "trials_at_once": 1, "workers": 1}\n'
+        '{"time": 9, "event": "driver_ended"}\n'
+    )
+    name, *flags = command
+    call = [sys.executable, "-c", CODE, name, str(folder.path), *flags]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("loaded: []\n")
+    assert len(done.stdout.splitlines()) > 3
