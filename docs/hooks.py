@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 BROUGHT = (
     "experiments/**/*.yaml",
     "experiments/**/*.txt",
+    "experiments/*.py",
     "experiments/images/*",
     "experiments/README.md",
     "rltune/builtin/MODEL_CARD.md",

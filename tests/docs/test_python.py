@@ -1,23 +1,31 @@
 """The Python of the pages compiles; what a reader is told to run is run."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+import rltune
 from rltune.assets import BUILTIN_DIR
 from rltune.cli.rewards import check_reward
 from rltune.config.load import load_experiment
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, lora_parameters, lora_state
 from rltune.export.diffusers import write_lora
+from rltune.orchestration import campaign
 from rltune.orchestration.known import known_names
+from rltune.runs.layout import RunFolder
 from rltune.training.rewards import build_reward
-from tests.docs.pages import PAGES, README, Page, page_named
+from tests import run_folders
+from tests.docs.pages import PAGES, README, ROOT, Page, page_named
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -35,7 +43,7 @@ def test_the_pages_own_reward_is_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     page = page_named("own-reward")
-    (tmp_path / "my_rewards.py").write_text(block_with(page, "python", "# my_rewards.py"))
+    (tmp_path / "my_rewards.py").write_text(block_with(page, "python", "def redness"))
     (tmp_path / "red.yaml").write_text(block_with(page, "yaml", "# red.yaml"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -84,3 +92,65 @@ def test_the_model_cards_scene_is_as_shown() -> None:
     assert isinstance(image := names["image"], torch.Tensor)
     assert image.shape == (3, 64, 64)
     assert 0 <= image.min() < image.max() <= 1
+
+
+@pytest.fixture
+def mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+    """``runs/mix``, as a sweep leaves it."""
+    weights = {"rewards.aesthetic.weight": 0.25, "rewards.alignment.weight": 0.75}
+    monkeypatch.setattr(run_folders, "VALUES", {"model.lora.rank": 4, "optim.lr": 1e-3, **weights})
+    rewards = {name: {"weight": {"simplex": True}} for name in ("aesthetic", "alignment")}
+    asked = run_folders.experiment(rewards=rewards, objectives=["aesthetic"])
+    ended = [run_folders.result("000", 0.5), run_folders.result("001", 0.8)]
+    for row in ended:
+        row.metrics.update({"eval/aesthetic": row.metrics["eval/brightness"], "gain/aesthetic": 0.3})
+    folder = run_folders.write_run(tmp_path / "runs" / "mix", asked, ended, spread={"aesthetic": 0.1})
+    run_folders.write_rows(folder, "001", [{"step": 1, "train/reward": 0.1}])
+    return folder
+
+
+def test_the_page_about_python_runs(
+    mix: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every block after the other, but for the training itself."""
+    asked: list[Any] = []
+
+    def run_campaign(found: Any, *, display: Any, **_: Any) -> SimpleNamespace:
+        asked.append(found)
+        shown: AbstractContextManager[None] = display(mix, rltune.open_run(mix.path).experiment)
+        with shown:
+            pass
+        return SimpleNamespace(folder=mix)
+
+    monkeypatch.setattr(campaign, "run_campaign", run_campaign)
+    monkeypatch.setattr(campaign, "find_address", lambda address: None)
+    (mix.path.parent.parent / "experiments").symlink_to(ROOT / "experiments")
+    monkeypatch.chdir(mix.path.parent.parent)
+    names: dict[str, Any] = {}
+    for block in page_named("python").blocks("python"):
+        if "to_pandas" in block and importlib.util.find_spec("pandas") is None:
+            continue
+        exec(block, names)
+    assert names["experiment"].num_trials == asked[0].num_trials == 4
+    assert list(names["experiment"].shared.rewards) == ["aesthetic", "alignment", "compressibility"]
+    assert names["losses"] == [("001", 1, 0.1)]
+    printed = capsys.readouterr().out
+    assert "4 trials, " in printed
+    assert "False 10\n" in printed
+    assert "rewards.aesthetik | " in printed
+    assert "1 of 4 trials have ended, hypervolume " in printed
+    assert "001 ok 4 0.3\n" in printed
+    assert "knee: 001 hypervolume: " in printed
+
+
+def test_what_the_page_says_of_a_run_is_there(mix: RunFolder) -> None:
+    text = page_named("python").text
+    run = rltune.open_run(mix.path)
+    shown = {name for name in dir(run) if not name.startswith("_") and name != "to_pandas"}
+    assert {name for name in shown if f"`run.{name}`" not in text} == set()
+    for key in ("trial", "state", "reason", "duration_s", "is_feasible", "model.lora.rank", "eval/aesthetic"):
+        assert key in run.trials[1]
+    assert run.front is not None
+    assert {"members", "knee", "best", "hypervolume", "reference_point", "units"} <= run.front.keys()
+    calls = {name for name in rltune.__all__ if name[0].islower()}
+    assert {name for name in calls if f"`rltune.{name}(" not in text} == set()
