@@ -1,6 +1,7 @@
 """What README and documentation name is there."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from rltune.config.load import load_experiment
 from rltune.estimators.base import ESTIMATORS
 from rltune.rewards.base import REWARDS
 from rltune.rewards.scalarise import SCALARISATIONS
+from rltune.runs.layout import RunFolder
 from rltune.search.searcher import SAMPLERS
 from tests.docs.pages import PAGES, README, ROOT, Page, page_named
 from tests.test_layering import ALLOWED, CONFINED
@@ -82,3 +84,15 @@ def test_the_packages_are_those_of_the_architecture() -> None:
             room
         )
         assert not ALLOWED[room] & set(order[place:]), f"{room} stands above what it imports"
+
+
+def test_every_file_of_a_run_folder_is_told_of() -> None:
+    folder = RunFolder(Path("runs/mix"))
+    parts = [getattr(folder, name) for name, kind in vars(RunFolder).items() if isinstance(kind, property)]
+    paths = [path.relative_to(folder.path) for path in parts if isinstance(path, Path) and path != folder.path]
+    assert len(paths) > 8
+    of_trials = [getattr(folder, f"{name}_file")("001") for name in ("failure", "config", "trial_events")]
+    paths += [path.relative_to(folder.path) for path in (*of_trials, folder.checkpoints_dir("001"))]
+    text = page_named("run-folder").text
+    shown = [path for path in map(str, paths) if not path.startswith(".")]
+    assert [path for path in shown if not re.search(rf"`{path}[`/]", text)] == []

@@ -133,12 +133,12 @@ def test_the_page_about_python_runs(
         exec(block, names)
     assert names["experiment"].num_trials == asked[0].num_trials == 4
     assert list(names["experiment"].shared.rewards) == ["aesthetic", "alignment", "compressibility"]
-    assert names["losses"] == [("001", 1, 0.1)]
+    assert names["rewards"] == [(1, 0.1)]
     printed = capsys.readouterr().out
     assert "4 trials, " in printed
     assert "False 10\n" in printed
     assert "rewards.aesthetik | " in printed
-    assert "1 of 4 trials have ended, hypervolume " in printed
+    assert "1 of 4: " in printed
     assert "001 ok 4 0.3\n" in printed
     assert "knee: 001 hypervolume: " in printed
 
