@@ -50,7 +50,7 @@ class ModelConfig(StrictModel):
     revision: Text | None = None
     """Branch, tag or commit of a Hugging Face id; the default branch if left out."""
     lora: LoraConfig = LoraConfig()
-    """The adapter."""
+    """The adapter that is trained."""
 
 
 class PromptsConfig(StrictModel):
@@ -60,9 +60,9 @@ class PromptsConfig(StrictModel):
     """Prompts to train on: ``builtin``, ``builtin-heldout``, a list, or a file: text with one prompt a line (lines that
     start with ``#`` are left out), or a .csv, .tsv, .json, .jsonl or .parquet with a column prompt, caption or text."""
     eval: Prompts = "builtin-heldout"
-    """Prompts to evaluate on, same choice as ``train``; keep them apart."""
+    """Prompts to evaluate on, in the same forms as ``train``; keep the two apart."""
     images_per_prompt: Int = Field(1, ge=1)
-    """Images of a prompt that follow each other in training; policy gradients compare them with one another."""
+    """Images of each prompt in a training batch; policy gradients compare them with one another."""
 
 
 class SamplerConfig(StrictModel):
@@ -75,7 +75,8 @@ class SamplerConfig(StrictModel):
     eta: Float = Field(0.0, ge=0, le=1)
     """Noise put back at each step: 0 is deterministic DDIM, 1 is ancestral sampling. Policy gradients need some."""
     base_steps: Int = Field(0, ge=0, le=999)
-    """First steps that are left to the base model, adapters off, in training, evaluation and ``rltune sample``."""
+    """How many of the first steps the base model takes alone, without adapters, in training, evaluation and
+    ``rltune sample``."""
     height: Int | None = Field(None, ge=8, le=8192, multiple_of=8)
     """Image height in pixels; the model's own if left out."""
     width: Int | None = Field(None, ge=8, le=8192, multiple_of=8)
@@ -88,36 +89,40 @@ class EstimatorConfig(StrictModel):
     name: Text = "alignprop"
     """Name of the estimator."""
     k: Int | None = Field(None, ge=1, le=1000)
-    """Truncation depth K: how many of the T steps carry gradient. Compute grows linearly in K. Left out: the
+    """Truncation depth K: how many of the T steps carry gradient. The cost grows linearly in K. Left out, it is the
     estimator's own default."""
     draw: Literal["fixed", "uniform", "gaussian", "per_step"] | None = None
-    """AlignProp's K, drawn once a round for all its images: ``fixed`` is k, ``uniform`` (the default) is one of 1..k,
-    ``gaussian`` is normal(k, std) redrawn into 1..T, ``per_step`` draws every step by itself."""
+    """How AlignProp draws K, once a round for all its images: ``fixed`` takes k; ``uniform`` (the default) one of 1..k;
+    ``gaussian`` a normal number with mean k and deviation std, drawn again until it lies in 1..T; ``per_step`` decides
+    for every step by itself whether it carries gradient."""
     std: Float | None = Field(None, gt=0)
     """Standard deviation of K in steps; read only when ``draw`` is ``gaussian``."""
     checkpoint: Literal["auto", "always", "never", "serial"] = "auto"
-    """Activations of the steps that carry gradient: computed again in the backward pass (``always``: less memory,
-    slower), kept (``never``), kept as far as ``activation_gib`` goes (``auto``), or one step's at a time
-    (``serial``, for estimators whose inputs are detached). The gradient is the same."""
+    """What becomes of the activations of steps that carry gradient: ``always`` computes them again in the backward pass
+    (less memory, slower), ``never`` keeps them, ``auto`` keeps as many as ``activation_gib`` allows, and ``serial``
+    takes one step at a time, for estimators whose inputs are detached. The gradient is the same."""
     activation_gib: Literal["auto"] | Annotated[Float, Field(ge=0)] = "auto"
-    """Memory that ``checkpoint: auto`` may fill, a worker; ``auto`` is 60 % of what is free, shared by the workers of
+    """GiB that ``checkpoint: auto`` may fill in each worker; ``auto`` is 60 % of what is free, shared by the workers of
     a machine."""
     guidance_gradient: Literal["both", "text", "text_rescaled"] = "both"
-    """Branches of classifier-free guidance that carry gradient: both, as the formula says; or the prompt's alone, as it
-    is or divided by the guidance scale. The latter two are other estimators, and cheaper."""
+    """Which branches of classifier-free guidance carry gradient: ``both``, as the formula has it; ``text``, the
+    prompt's alone; ``text_rescaled``, the prompt's alone divided by the guidance scale. The latter two are other
+    estimators, and cheaper."""
     options: Options = Field({})
     """Further options of this estimator; ``rltune estimators`` lists them."""
 
 
 class RegularizeConfig(StrictModel):
-    """What keeps the model honest while it follows the reward; 0 is off."""
+    """What keeps the model near the base model, or on flat ground, while it follows the reward; 0 is off."""
 
     drift: Float = Field(0.0, ge=0)
     """Weight of the squared distance of the network's output from the base model's, over the steps that are trained."""
     flatness_weights: Float = Field(0.0, ge=0, le=1)
-    """RSA-FT: take the gradient this far uphill in the loss, in adapter weights. Doubles the cost."""
+    """RSA-FT: take the gradient after a step of this length uphill in the loss, in adapter weights. Doubles the
+    cost."""
     flatness_image: Float = Field(0.0, ge=0, le=10)
-    """RSA-FT: score images after a step of this L2 length against the reward. One more reward query an image."""
+    """RSA-FT: score each image after a step of this L2 length that lowers its reward. One more reward query an
+    image."""
 
 
 class TrustConfig(StrictModel):
@@ -125,10 +130,10 @@ class TrustConfig(StrictModel):
     from these. Policy gradients, which compare images by all rewards at once, weigh by the mean of the trusts."""
 
     reference: PathText | None = None
-    """What the reward was trained on, or like it: a folder of images, a safetensors file with a tensor ``features``
-    (N, D), or ``builtin``, scenes of the built-in world. Left out, trust plays no part."""
+    """Images like those that the reward was trained on: a folder of them, a safetensors file with a tensor ``features``
+    of shape (N, D), or ``builtin``, scenes of the built-in world. Left out, every image counts the same."""
     slope: Float = Field(0.7, ge=0)
-    """How fast trust falls off with the distance, of which 1 is an image like the references."""
+    """How fast trust falls with the distance; an image like the references has distance 1."""
     offset: Float = 1.4
     """Logarithm of the weight at distance 0."""
     ceiling: Float = Field(2.21, ge=1)
@@ -139,9 +144,10 @@ class RelativeConfig(StrictModel):
     """The reward for the prompt with one kind of words before it, minus that with another."""
 
     positive: Text | None = None
-    """Control words of what to move towards, as in ``Realistic photo``; left out, as is ``negative``, it is off."""
+    """Words of what to move towards, such as ``Realistic photo``. Leave out both these and ``negative`` to switch it
+    off."""
     negative: Text | None = None
-    """Control words of what to move away from."""
+    """Words of what to move away from."""
     k: Float = Field(0.0, ge=0)
     """Extra weight of the positive term."""
 
@@ -155,8 +161,8 @@ class RewardConfig(StrictModel):
     weight: Float = Field(1.0, ge=0)
     """Weight in the sum, after each reward is standardised on the base model; 0 only watches it."""
     loss: Literal["linear", "hinge", "target"] = "linear"
-    """``linear`` raises the score r without end; ``hinge`` only up to ``target``, relu(target - r): a cap; ``target``
-    brings it to ``target``, |target - r|."""
+    """``linear`` raises the score r without end. ``hinge`` raises it up to ``target`` and no further: relu(target - r).
+    ``target`` brings it to ``target``: |target - r|."""
     target: Float | None = None
     """Where ``hinge`` and ``target`` aim, in the unit that the reward is reported in."""
     negate: Bool = False
@@ -166,7 +172,7 @@ class RewardConfig(StrictModel):
     trust: TrustConfig = TrustConfig()
     """Let images count more, in this reward's part of the loss, where it knows what it sees."""
     standardise: Bool = True
-    """Weigh it in standard deviations of the base model; if not, in its own unit."""
+    """Weigh the reward in standard deviations of the base model; if false, in its own unit."""
     micro_batch: Int | None = Field(None, ge=1)
     """Images it scores at a time; left out, as many as memory holds."""
     options: Annotated[Options, AfterValidator(_at_home)] = Field({})
@@ -177,9 +183,9 @@ class MixtureConfig(StrictModel):
     """How several rewards become one number."""
 
     method: Literal["sum", "chebyshev", "win_rate", "non_dominated", "gradient_balance"] = "sum"
-    """``sum``: weighted. ``chebyshev``: what lags behind most. ``win_rate``: how often it would beat the base model.
-    ``non_dominated``: the sum, over the images of a batch that none beats. ``gradient_balance``: the sum, weights being
-    shares of the image gradient."""
+    """What is raised. ``sum``: the weighted sum. ``chebyshev``: the reward that lags behind most. ``win_rate``: how
+    often an image beats the base model's. ``non_dominated``: the sum, over those images of a batch that no other
+    beats in every reward. ``gradient_balance``: the sum, with weights as shares of the image gradient."""
     ideal: Float = 3.0
     """What every reward should come to under ``chebyshev``, in standard deviations of the base model."""
     rho: Float = Field(0.05, ge=0)
@@ -190,19 +196,20 @@ class OptimConfig(StrictModel):
     """AdamW on the adapter."""
 
     lr: Float = Field(1e-3, ge=0, le=1)
-    """Learning rate; 0 is a control that must change nothing."""
+    """Learning rate; 0 trains nothing, as a control."""
     steps: Int = Field(100, ge=1)
-    """Rounds of training: ``batch`` new images each. One is one optimiser step, several for policy gradients with
-    ``epochs``."""
+    """Rounds of training, each with ``batch`` new images. A round is one optimiser step, or several for policy
+    gradients with ``epochs``."""
     queries: Int | None = Field(None, ge=1)
-    """Reward queries after which training ends, if ``steps`` has not ended it before: an equal budget for estimators
-    that query more than once an image."""
+    """Number of reward queries after which training ends, if ``steps`` has not ended it before. It gives estimators
+    that query more than once an image the same budget as others."""
     batch: Int = Field(8, ge=1)
     """Images per optimiser step, over all workers."""
     micro_batch: Int | None = Field(None, ge=1)
-    """Images that a worker holds at a time; gradients add up over the rest. Left out: a worker's whole share."""
+    """Images that a worker holds in memory at a time; gradients add up over the batch. Left out, a worker's whole
+    share."""
     max_grad_norm: Float = Field(1.0, gt=0)
-    """The gradient is scaled down to this norm when it is longer."""
+    """A gradient with a greater norm is scaled down to this one."""
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Adam's decay rates of the first and second moment."""
     weight_decay: Float = Field(1e-4, ge=0)
@@ -210,27 +217,27 @@ class OptimConfig(StrictModel):
     eps: Float = Field(1e-8, gt=0)
     """Added to the denominator of Adam's update."""
     ema: Beta = 0.0
-    """Decay a round of a moving average of the adapters, which is what is evaluated and exported; 0 is off."""
+    """Decay per round of a moving average of the adapters, which is then evaluated and exported; 0 is off."""
 
 
 class EvaluateConfig(StrictModel):
     """What is measured on held-out prompts."""
 
     every: Int = Field(20, ge=1)
-    """Optimiser steps between evaluations."""
+    """Rounds of training between evaluations."""
     prompts: Int = Field(16, ge=1)
-    """How many of the evaluation prompts are used, the first; repeats are left out."""
+    """How many of the evaluation prompts are used, from the first on; repeats are left out."""
     images_per_prompt: Int = Field(2, ge=1)
     """Images per prompt, always from the same seeds."""
     judges: tuple[Text, ...] = ("diversity", "drift")
-    """Measured but never trained on; a reward that is not in ``rewards`` may be one."""
+    """What is measured but never trained on: ``diversity``, ``drift``, or any reward that is not in ``rewards``."""
     confirm: Literal["auto"] | Annotated[Int, Field(ge=0)] = "auto"
-    """Fresh prompts, behind the ``prompts`` of ``prompts.eval``, that members of the front, or a checkpoint that was
-    selected, are measured on again at the end, with other noise; ``auto`` is as many as ``prompts``, 0 is off. Where
-    fewer than half as many as ``prompts`` are left, those of the search are drawn again."""
+    """How many fresh prompts the members of the front, or a selected checkpoint, are measured on again at the end, with
+    other noise. They are those of ``prompts.eval`` behind the first ``prompts``. ``auto`` is as many as ``prompts``; 0
+    is off. If fewer than half as many are left, those of the search are drawn again."""
     select: Text = "last"
-    """Which of a trial's checkpoints counts and is exported: ``last``, or the best by an objective, reward or judge,
-    named, among those evaluated that keep every constraint; the last where none does."""
+    """Which of a trial's checkpoints counts and is exported: ``last``, or the best by the objective, reward or judge
+    that is named here, among those that keep every constraint; the last if none does."""
 
 
 class ConstraintConfig(StrictModel):

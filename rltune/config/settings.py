@@ -47,9 +47,9 @@ class Settings(StrictModel):
     mixture: MixtureConfig = MixtureConfig()
     """How the rewards become one number."""
     optim: OptimConfig = OptimConfig()
-    """The optimiser."""
+    """The optimiser, AdamW, and how long it runs."""
     regularize: RegularizeConfig = RegularizeConfig()
-    """What keeps the model honest while it follows the reward."""
+    """What keeps the model near the base model, or on flat ground, while it follows the reward; 0 is off."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """What is measured on held-out prompts."""
     objectives: tuple[Text, ...] = ()
