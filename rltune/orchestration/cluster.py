@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,12 @@ from rltune.errors import RunError, UserError
 from rltune.orchestration.nodes import Node, read_nodes
 from rltune.orchestration.places import find_place, ray_s_temporary_folder, serves_python, token_folder
 
-QUIET = {
+NEEDED = {
+    # with its newer output Tune leaves out the callback that tells us how a trial ended
     "RAY_AIR_NEW_OUTPUT": "0",
+}
+"""Set over what the user has set."""
+QUIET = {
     "RAY_DEDUP_LOGS": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
@@ -84,8 +88,13 @@ def prepare(address: str | None) -> str | None:
         wanted["RAY_AUTH_MODE"] = "token"  # without it a client with a token hangs for 20 s and fails in riddles
     if found is None and not _has_token() and token_folder() is None:
         wanted["RAY_AUTH_TOKEN"] = uuid.uuid4().hex + uuid.uuid4().hex  # Ray would write one into HOME, or not start
-    os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
+    _set_unless_set(wanted)
     return found
+
+
+def _set_unless_set(wanted: Mapping[str, str]) -> None:
+    os.environ.update(NEEDED)
+    os.environ.update({name: value for name, value in wanted.items() if name not in os.environ})
 
 
 @contextmanager
@@ -109,6 +118,7 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
                 f"address: this process is connected to the Ray cluster at {connected}, got {address!r}; call "
                 "ray.shutdown() first, or leave it out"
             )
+        _set_unless_set(QUIET | BEHAVIOUR)  # Tune reads its own when a sweep begins
         with _quiet():
             yield _describe(connected, is_own=False)
         return

@@ -35,10 +35,11 @@ def test_loopback_is_asked_for_on_this_machine_alone(address: str | None, is_loo
     assert (os.environ.get("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER") == "0") == is_loopback
 
 
-def test_what_the_user_has_set_stays() -> None:
-    os.environ["RAY_DEDUP_LOGS"] = "0"
+def test_what_the_user_has_set_stays_but_where_results_would_be_lost() -> None:
+    os.environ |= {"RAY_DEDUP_LOGS": "0", "RAY_AIR_NEW_OUTPUT": "1"}
     cluster.prepare(None)
     assert os.environ["RAY_DEDUP_LOGS"] == "0"
+    assert os.environ["RAY_AIR_NEW_OUTPUT"] == "0"
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"])
@@ -86,6 +87,7 @@ def test_a_connection_that_is_there_is_used_and_left(monkeypatch: pytest.MonkeyP
     assert cluster.find_address(None) == "10.0.0.7:6379"
     for address in (None, "auto", "10.0.0.7:6379"):
         with cluster.connect(address) as found:
+            assert os.environ["RAY_AIR_NEW_OUTPUT"] == "0"
             assert (found.address, found.is_own, found.nodes) == ("10.0.0.7:6379", False, (Node(8.0, 2.0),))
     assert not Connected.shut_down
     with (
