@@ -67,6 +67,40 @@ def test_a_library_is_bounded_above_where_its_private_names_are_used() -> None:
     assert bounded == {"ray", "optuna"}
 
 
+def private_names(tree: ast.Module, own: set[str]) -> set[str]:
+    """Names that begin with an underscore and that nothing in the package defines: modules, members, arguments."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+        elif isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.Call):
+            names |= {keyword.arg or "" for keyword in node.keywords}
+    return {name for name in names if name.startswith("_") and not name.startswith("__")} - own
+
+
+def defined_names(tree: ast.Module) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            names.add(node.attr)
+    return names
+
+
+def test_private_names_of_a_library_are_used_in_one_file_of_its_own() -> None:
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "rltune").rglob("*.py")}
+    own = {path.parent.name for path in trees}.union(*map(defined_names, trees.values()))
+    used = {path.name: names for path, tree in trees.items() if (names := private_names(tree, own))}
+    assert set(used) == {"ray_private.py", "optuna_private.py"}, used
+
+
 def test_the_citation_is_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert set(citation) >= {"cff-version", "message", "title", "authors"}  # what the format, 1.2.0, asks for
