@@ -1,103 +1,89 @@
-"""A Stable Diffusion pipeline of the true classes and file layout, small and random, and experiments on it."""
+"""How tests are shared out among processes, and the small pipeline that many of them use.
 
+Imports nothing heavy: the process that shares the tests out reads this file too.
+"""
+
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it: tests run side by side, a core each
+
+import hypothesis
 import pytest
-import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from rltune.config.experiment import RunConfig
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadFileScheduling
 
-TRAIN_PROMPTS = ["a cat", "a dog", "two red birds", "a blue fish", "one fox"]
-EVAL_PROMPTS = ["a snail", "an octopus", "a lobster"]
+    from rltune.config.experiment import RunConfig
 
+# what the wall clock says of a test that runs beside others is no fault of it
+hypothesis.settings.register_profile("rltune", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("rltune")
 
-def byte_tokenizer(length: int = 16) -> CLIPTokenizer:
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,'-"
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=length)
+MAX_WORKERS = 4
+"""Of pytest: each loads torch and Ray anew, some ten seconds of CPU, and grows to 2 GB."""
 
 
-def tiny_unet(prediction_type_channels: int = 4) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=prediction_type_channels,
-        out_channels=prediction_type_channels,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run the suite or a folder on every core, and what is named by its file in this process."""
+    names_files = all(".py" in str(argument) for argument in config.args)
+    return 0 if names_files else min(MAX_WORKERS, len(os.sched_getaffinity(0)))
 
 
-def make_pipeline(folder: Path, scheduler: Any) -> Path:
-    torch.manual_seed(0)
-    tokenizer = byte_tokenizer()
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=16,
-        bos_token_id=len(tokenizer) - 2,
-        eos_token_id=len(tokenizer) - 1,
-        pad_token_id=len(tokenizer) - 1,
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 16),
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text_config),
-        tokenizer=tokenizer,
-        unet=tiny_unet(),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return folder
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadFileScheduling":
+    """A file stays in one process, so that what its fixtures load is loaded once; two clusters never run at once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "ray" if "/test_ray_" in file else file
+
+    return ByFile(config, log)
 
 
-SD15_SCHEDULE: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-}
-"""scheduler_config.json of stable-diffusion-v1-5."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where tests run side by side, start with the files that take longest."""
+    ranks: dict[Path, int] = {}
+    for item in items:
+        rank = 0 if item.get_closest_marker("ray") else 1 if item.get_closest_marker("slow") else 2
+        ranks[item.path] = min(rank, ranks.get(item.path, rank))
+        if rank == 0 and not item.path.name.startswith("test_ray_"):
+            raise pytest.UsageError(f"{item.nodeid}: starts a Ray cluster; its file must be named test_ray_*.py")
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: ranks[item.path])
 
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder as SD 1.5's: PNDM scheduler, epsilon prediction."""
+    from diffusers import PNDMScheduler
+
+    from tests.tiny import SD15_SCHEDULE, make_pipeline
+
     return make_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline", PNDMScheduler(**SD15_SCHEDULE))
 
 
 @pytest.fixture(scope="session")
 def tiny_v_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline folder as the built-in model's: DDIM, v-prediction."""
+    from diffusers import DDIMScheduler
+
+    from tests.tiny import SD15_SCHEDULE, make_pipeline
+
     scheduler = DDIMScheduler(**{**SD15_SCHEDULE, "clip_sample": False, "prediction_type": "v_prediction"})
     return make_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline", scheduler)
 
 
 @pytest.fixture(scope="session")
-def make_config(tiny_pipeline: Path) -> Callable[..., RunConfig]:
+def make_config(tiny_pipeline: Path) -> "Callable[..., RunConfig]":
     """Build a run on the tiny pipeline with weight-free rewards; keyword sections are merged over it."""
+    from rltune.config.experiment import RunConfig
+    from tests.tiny import EVAL_PROMPTS, TRAIN_PROMPTS
 
     def build(**sections: Any) -> RunConfig:
         raw: dict[str, Any] = {

@@ -24,7 +24,7 @@ from rltune.diffusion.sampler import Sampler
 from rltune.diffusion.table import ChainTable, read_ddim_table
 from rltune.estimators.base import Batch, Estimator, EstimatorState, Regularisers, Round, Setting, Stateful, Tally
 from rltune.rewards.mixture import MixtureScore
-from tests.conftest import SD15_SCHEDULE, tiny_unet
+from tests.tiny import SD15_SCHEDULE, tiny_unet
 
 PROMPTS = ("a cat", "two red birds", "a dog", "one fox")
 CPU = torch.device("cpu")

@@ -50,7 +50,7 @@ from rltune.diffusion.sampler import Chain, Sampler, guided_denoiser
 from rltune.diffusion.table import ChainTable
 from rltune.training.prompts import read_prompts
 from rltune.training.quiet import quiet_libraries
-from tests.conftest import SD15_SCHEDULE, make_pipeline
+from tests.tiny import SD15_SCHEDULE, make_pipeline
 
 TRL_STEP = Path(__file__).with_name("trl_step.py")
 RANK = 4

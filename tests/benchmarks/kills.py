@@ -31,8 +31,8 @@ from rltune.runs.rows import read_metrics
 from rltune.training.loop import train_run
 from rltune.training.quiet import quiet_libraries
 from rltune.training.reporter import FolderReporter
-from tests.conftest import SD15_SCHEDULE, make_pipeline
 from tests.orchestration.processes import MAIN, descendants
+from tests.tiny import SD15_SCHEDULE, make_pipeline
 
 EVERY = 10
 """Steps between evaluations, and so between checkpoints."""

@@ -13,7 +13,7 @@ from rltune.diffusion.chain import GradientPlan, run_chain
 from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.diffusion.memory import stored_bytes
 from rltune.diffusion.table import ChainTable, read_ddim_table
-from tests.conftest import SD15_SCHEDULE, tiny_unet
+from tests.tiny import SD15_SCHEDULE, tiny_unet
 
 T = 5
 GUIDANCE = 3.0

@@ -16,7 +16,7 @@ from rltune.diffusion.lora import (
     lora_state,
     unfit_targets,
 )
-from tests.conftest import tiny_unet
+from tests.tiny import tiny_unet
 
 INPUTS = (torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor(3))
 TEXT = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1))

@@ -21,7 +21,7 @@ from rltune.errors import UserError
 from rltune.training.grids import draw_rows
 from rltune.training.model_cache import load_base_model
 from rltune.training.streams import Stream, noise
-from tests.conftest import tiny_unet
+from tests.tiny import tiny_unet
 
 CPU = torch.device("cpu")
 PROMPTS = ["a snail", "an octopus"]

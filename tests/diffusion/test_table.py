@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler
 
 from rltune.diffusion.table import read_ddim_table
-from tests.conftest import SD15_SCHEDULE
+from tests.tiny import SD15_SCHEDULE
 from tests.toys import double_scheduler, make_table
 
 

@@ -19,7 +19,7 @@ from rltune.cli.export import export_pick
 from rltune.cli.sample import sample_grid
 from rltune.config.load import Experiment
 from rltune.errors import UserError
-from rltune.export.trials import export_trials
+from rltune.export.picks import export_trial
 from rltune.orchestration.claiming import Claim, claim_run
 from rltune.orchestration.job import attempt
 from rltune.orchestration.job_spec import JobSpec
@@ -34,8 +34,8 @@ from rltune.runs.record import (
 )
 from rltune.runs.results import TrialResult, append_result
 from rltune.training.reporter import FolderReporter
-from tests.conftest import EVAL_PROMPTS, TRAIN_PROMPTS
 from tests.run_folders import experiment
+from tests.tiny import EVAL_PROMPTS, TRAIN_PROMPTS
 
 SECRET = "hush-5f2b9c1d"
 TRACKERS = [name for name in ("tensorboard", "wandb", "mlflow") if find_spec(name)]
@@ -141,7 +141,7 @@ def left(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         append_result(folder.results_file, TrialResult(BASE_TRIAL, "ok", {}, {}, metrics=base.reports[-1]))
         append_result(folder.results_file, result)
         append_result(folder.results_file, TrialResult("002", "failed", {}, {}, reason=f"it said {SECRET}"))
-        export_trials([result], folder, asked, on_export=lambda exported: None)
+        export_trial(result, folder, asked)
         yield Left(folder, asked, result, log.getvalue())
 
 
