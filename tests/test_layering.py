@@ -117,3 +117,19 @@ def test_the_record_of_a_run_is_read_without_ray_torch_or_optuna() -> None:
     heavy = "{'torch', 'ray', 'optuna', 'diffusers', 'transformers', 'peft', 'matplotlib', 'PIL'}"
     code = f"import sys, {', '.join(modules)}; print(sorted({heavy} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+LONG = {"rltune.builtin.workshop.train": "one loop, read from top to bottom; a third of it says what its arguments are"}
+"""Function that may have more than 60 lines -> why."""
+
+
+def test_files_and_functions_can_be_read_at_one_go() -> None:
+    long_files = {
+        str(path.relative_to(PACKAGE)): n for path in MODULES if (n := len(path.read_text().splitlines())) > 350
+    }
+    assert not long_files
+    for path in MODULES:
+        module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= 60:
+                assert f"{module}.{node.name}" in LONG

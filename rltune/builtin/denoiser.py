@@ -58,16 +58,11 @@ def train_denoiser(
     empty_L = encode(tokenizer, [""])[0]
     cycles = tuple(shop.scaled(steps, at_least=2) for steps in CYCLES)
     num_steps = sum(cycles)
-    optimizer = torch.optim.AdamW(
-        [
-            {"name": "unet", "params": list(live.unet.parameters())},
-            {"name": "text", "params": list(live.text_encoder.parameters())},
-        ],
-        lr=PEAK_LR,
-        betas=(0.9, 0.99),
-        weight_decay=1e-2,
-        fused=True,
-    )
+    groups = [
+        {"name": "unet", "params": list(live.unet.parameters())},
+        {"name": "text", "params": list(live.text_encoder.parameters())},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         return draw_loss(live, scheduler, latents_NCHW, token_ids_NKL, empty_L, generator, shop.device)

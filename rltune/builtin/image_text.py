@@ -70,7 +70,6 @@ def train_image_text(
     optimizer = torch.optim.AdamW(
         [{"name": "all", "params": parameters}], lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05
     )
-
     word_classes = [encode(tokenizer, list(words))[:, 1] for words in WORD_CLASSES]
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:

@@ -81,7 +81,22 @@ def train_run(
     run.sampler.embeddings.add(run.drawn_prompts)  # in one stay of the text encoder on the device
     _note(run, trial_dir, "loaded")
     base = _reference(run, base_dir / (key or base_key(config)), is_base_coming)
-    network = run.model.network
+    training = _prepare(run, base, trial_dir, reporter)
+    progress = _resume(training, resume_from)
+    if not run.workers.is_main:
+        return _loop(training, progress, None)
+    for text in odd_targets(training.mixture) if progress.step == 0 else ():
+        note_event(trial_dir, text)
+    metrics_file = MetricsFile(trial_dir / "metrics.jsonl", resume_step=progress.step)
+    with closing(TrackedMetrics(metrics_file, config, trial_dir, resume_step=progress.step)) as rows:
+        is_trained = _loop(training, progress, rows)
+    _note(run, trial_dir, "trained")
+    return is_trained
+
+
+def _prepare(run: Run, base: BaseReference, trial_dir: Path, reporter: Reporter) -> Training:
+    """Return everything that training moves, as it is before the first step: adapters, optimiser, mixture."""
+    config, network = run.config, run.model.network
     lora = config.model.lora
     adapter_seed = torch_seed(config.seed, Stream.ADAPTER)
     try:
@@ -107,19 +122,7 @@ def train_run(
     average = MovingAverage(parameters, optim.ema)
     selection = Selection(config, base.scores.summary)
     state = _state(run)
-    training = Training(
-        run, base, mixture, tuple(parameters), optimizer, average, state, selection, trial_dir, reporter
-    )
-    progress = _resume(training, resume_from)
-    if not run.workers.is_main:
-        return _loop(training, progress, None)
-    for text in odd_targets(mixture) if progress.step == 0 else ():
-        note_event(trial_dir, text)
-    metrics_file = MetricsFile(trial_dir / "metrics.jsonl", resume_step=progress.step)
-    with closing(TrackedMetrics(metrics_file, config, trial_dir, resume_step=progress.step)) as rows:
-        is_trained = _loop(training, progress, rows)
-    _note(run, trial_dir, "trained")
-    return is_trained
+    return Training(run, base, mixture, tuple(parameters), optimizer, average, state, selection, trial_dir, reporter)
 
 
 def _resume(training: Training, resume_from: Path | None) -> Progress:
