@@ -1,30 +1,40 @@
 """``rltune export``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rltune.cli.terminal import console
 
 if TYPE_CHECKING:
-    from rltune.export.picks import Exported
+    from rltune.export.trials import Exported
 
 
-def export_pick(run: Path, pick: str) -> None:
-    """Export the LoRA that ``pick`` names and say where it is and how to load it."""
-    from rltune.export.picks import export_trials, pick_trial
+def export_pick(run: Path, pick: str, formats: Sequence[str] = ()) -> None:
+    """Export the LoRA that ``pick`` names, for diffusers if no format is named; say where it is and how to load it.
+
+    Raises:
+        UserError: There is no such run, pick or format.
+        RunError: The LoRA could not be written, or is not the trained adapter when it is loaded again.
+    """
+    from rltune.export.base import DEFAULT_FORMATS
+    from rltune.export.picks import pick_trial
+    from rltune.export.trials import export_trials
     from rltune.runs.record import read_run, standing_where_started
     from rltune.training.quiet import quiet_libraries
 
     quiet_libraries()
     folder, experiment = read_run(run)
     with standing_where_started(folder):
-        export_trials([pick_trial(pick, folder, experiment)], folder, experiment, on_export=_show)
+        picks = [pick_trial(pick, folder, experiment)]
+        export_trials(picks, folder, experiment, on_export=_show, formats=formats or DEFAULT_FORMATS)
 
 
 def _show(exported: "Exported") -> None:
+    *before, load = exported.how_to_load.splitlines()
+    lines = [*before, f"{load}   # at weight 1.0"]
     console.print(
-        f"trial {exported.trial} -> {exported.folder}\n"
-        f"{exported.proof}\n\n"
-        f"  pipeline.load_lora_weights({str(exported.folder)!r})   # at weight 1.0",
+        f"trial {exported.trial}, {exported.format} -> {exported.folder}\n"
+        f"{exported.proof}\n\n" + "\n".join(f"  {line}" for line in lines),
         soft_wrap=True,
     )

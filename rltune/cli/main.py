@@ -135,11 +135,14 @@ def front(run: RunArgument) -> None:
 def export(
     run: RunArgument,
     pick: Annotated[str, typer.Option(help="knee, best:OBJECTIVE, or a trial.")] = "knee",
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="Whose files: diffusers if left out, or peft. Repeatable.")
+    ] = None,
 ) -> None:
-    """Write a trial's LoRA for diffusers, load it again and compare before saying so."""
+    """Write a trial's LoRA as files that other tools load, load them again and compare before saying so."""
     from rltune.cli.export import export_pick
 
-    export_pick(run, pick)
+    export_pick(run, pick, formats or [])
 
 
 @app.command()

@@ -15,39 +15,10 @@ from typing import Any
 from rltune.errors import RunError, UserError
 from rltune.orchestration.nodes import Node, read_nodes
 from rltune.orchestration.places import find_place, ray_s_temporary_folder, serves_python, token_folder
+from rltune.orchestration.ray_private import BEHAVIOUR, LOCAL, NEEDED, QUIET, address_file, init_options
 
-NEEDED = {
-    # with its newer output Tune leaves out the callback that tells us how a trial ended
-    "RAY_AIR_NEW_OUTPUT": "0",
-}
-"""Set over what the user has set."""
-QUIET = {
-    "RAY_DEDUP_LOGS": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TUNE_MAX_PENDING_TRIALS_PG": "8",
-}
-"""rltune draws its own table and writes its own files."""
-BEHAVIOUR = {
-    # a report waits for the controller's next poll: 0.2 s instead of 2 s
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # a trial that reports an objective late must not abort the sweep
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    # Tune would first wait for its trials, ten seconds and more, while they train on
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    # Tune's own snapshots are not read back: the run folder is the state
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-}
-LOCAL = {
-    # binds every process of a cluster on one machine to 127.0.0.1; without it Ray 2.60 listens on all interfaces
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    # a trial is some eight processes, most of them idle: on few cores Ray would start them in turn, and warn
-    "RAY_worker_maximum_startup_concurrency": str(max(16, os.cpu_count() or 1)),
-    "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
-}
+LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
+"""Where torch's process groups meet on one machine."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +54,7 @@ def prepare(address: str | None) -> str | None:
     found = find_address(address)
     wanted = QUIET | BEHAVIOUR
     if found is None or found.startswith(("127.", "localhost:")):
-        wanted |= LOCAL  # Ray rewrites a loopback address to the machine's own unless the client too is told
+        wanted |= LOCAL | LOOPBACK  # Ray rewrites a loopback address to the machine's own unless the client too is told
     if found is not None and _has_token():
         wanted["RAY_AUTH_MODE"] = "token"  # without it a client with a token hangs for 20 s and fails in riddles
     if found is None and not _has_token() and token_folder() is None:
@@ -179,7 +150,8 @@ def _initialise(found: str | None, num_cpus: int | None) -> Any:
         if not serves_python():  # neither here nor in Ray's processes, which inherit it
             os.environ["TMPDIR"] = str(place.folder)
         where = None if place.is_ray_s_own else str(place.folder / "ray")
-        return ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, _temp_dir=where, **quiet)
+        options = init_options(where) | quiet
+        return ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **options)
     except SystemExit as end:  # Ray's own handler of SIGTERM, until ours stands in its place
         raise KeyboardInterrupt from end
     except Exception as error:  # ray raises whatever its layers raise
@@ -225,7 +197,7 @@ def _term_as_interrupt() -> Any:
 def _running_here() -> str | None:
     """Return the address that ``ray start --head`` left on this machine, if something still listens there."""
     try:
-        address = (ray_s_temporary_folder() / "ray" / "ray_current_cluster").read_text().strip()
+        address = address_file(ray_s_temporary_folder()).read_text().strip()
     except OSError:
         return None
     return address if _answers(address, timeout_s=0.5) else None

@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 from ray.train import TrainingFailedError, UserCallback, WorkerGroupError
 
 from rltune.errors import RunError, StorageError
+from rltune.orchestration.ray_private import cause_of
 from rltune.orchestration.recovery import memory_kills
 from rltune.runs.store import write_atomically
 
@@ -70,7 +71,7 @@ class FaultWatch(UserCallback):  # type: ignore[misc]  # ray has no types
 
 def is_death(error: BaseException) -> bool:
     """Whether a worker died, of which Ray Train says that its health check failed."""
-    return isinstance(getattr(error, "health_check_failure", error), RayActorError)
+    return isinstance(cause_of(error), RayActorError)
 
 
 def record_fault(failure_file: Path, error: TrainingFailedError) -> None:

@@ -16,6 +16,7 @@ from rltune.errors import OutOfMemory, RltuneError, RunError, StorageError, writ
 from rltune.orchestration.faults import MAX_LOSSES, MAX_STARTUPS, FaultWatch
 from rltune.orchestration.job_spec import STORAGE_ERROR, JobSpec
 from rltune.orchestration.loopback import FileTorchConfig
+from rltune.orchestration.ray_private import is_node_going
 from rltune.orchestration.recovery import plan_retry, read_retry, resume_point, tidy_storage
 from rltune.runs.events import append_event
 from rltune.runs.layout import BASE_TRIAL
@@ -56,21 +57,7 @@ class RayReporter:
 
     def is_stopping(self) -> bool:
         """Return whether the sweep is being stopped or a node of this trial is to go."""
-        return self._stop_file.exists() or _is_node_going()
-
-
-def _is_node_going() -> bool:
-    """Return whether Ray has told this worker that a node of its job is to be taken away.
-
-    ``ray.train.get_preemption_info`` says the same, and waits for all workers each time: every step would cost a round
-    trip. The loop makes all agree anyway.
-    """
-    try:
-        from ray.train.v2._internal.execution.context import get_train_context
-
-        return get_train_context().preemption_context.preemption_info is not None
-    except (ImportError, AttributeError, RuntimeError):  # not public: another version of Ray may have it elsewhere
-        return False
+        return self._stop_file.exists() or is_node_going()
 
 
 def plan_after_kill(spec: JobSpec, reason: str) -> None:

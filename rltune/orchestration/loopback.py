@@ -13,12 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train.torch.config import (
-    TorchConfig,
-    _set_torch_distributed_env_vars,
-    _setup_torch_process_group,
-    _TorchBackend,
-)
+from ray.train.torch.config import TorchConfig
+
+from rltune.orchestration.ray_private import join_process_group, set_torch_environment, torch_backend
 
 
 def meeting_file(run_dir: Path) -> Path:
@@ -49,17 +46,17 @@ class FileTorchConfig(TorchConfig):  # type: ignore[misc]  # ray has no types
         return _FileTorchBackend
 
 
-class _FileTorchBackend(_TorchBackend):  # type: ignore[misc]  # ray has no types
+class _FileTorchBackend(torch_backend()):  # type: ignore[misc]  # ray has no types
     """Ray's own steps, with a file in the place of the TCP store; a restarted group gets a new file."""
 
     def on_start(self, worker_group: Any, backend_config: FileTorchConfig) -> None:
         meeting = meeting_file(Path(backend_config.run_dir))
-        worker_group.execute(_set_torch_distributed_env_vars)
+        worker_group.execute(set_torch_environment)
         ray.get(
             [
                 worker_group.execute_single_async(
                     rank,
-                    _setup_torch_process_group,
+                    join_process_group,
                     backend=backend_config.backend,
                     world_rank=rank,
                     world_size=len(worker_group),

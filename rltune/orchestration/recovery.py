@@ -4,19 +4,17 @@ import json
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from rltune.config.clashes import find_clashes
 from rltune.config.experiment import RunConfig
 from rltune.config.rules import Known
+from rltune.orchestration.ray_private import SNAPSHOT_FILE, named_in_snapshot
 from rltune.records import from_record, to_record
 from rltune.runs.events import note_event
 from rltune.runs.store import write_atomically
 from rltune.training.checkpoint import list_checkpoints, newest_whole, read_checkpoint_meta, why_not_whole
 
-SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"
-"""Ray Train's own list of the checkpoints it looks after."""
 RETRY_FILE = "retry.json"
 RETRY_EVAL_BATCH = 4
 """Images sampled at a time without gradient once memory ran out."""
@@ -52,7 +50,7 @@ def tidy_storage(train_dir: Path, *, num_to_keep: int) -> None:
     broken = {path.name for path in checkpoints if why_not_whole(path)}
     whole = [path for path in checkpoints if path.name not in broken]
     snapshot = train_dir / SNAPSHOT_FILE
-    named = _named(snapshot)
+    named = named_in_snapshot(snapshot)
     if named is None or not named <= {path.name for path in whole}:
         snapshot.unlink(missing_ok=True)
         named = set()
@@ -62,19 +60,6 @@ def tidy_storage(train_dir: Path, *, num_to_keep: int) -> None:
     for path in (*replaced, *whole[num_to_keep:]):
         if path.name not in named:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _named(snapshot: Path) -> set[str] | None:
-    """Return the checkpoints that Ray's snapshot names, or None where it cannot be read."""
-    if not snapshot.exists():
-        return set()
-    try:
-        content = json.loads(snapshot.read_text())
-        if content["ray_version"] != version("ray"):  # its fields may be others
-            return None
-        return {str(row["checkpoint_dir_name"]) for row in content["checkpoint_results"]}
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rltune.errors import StorageError, writing
 from rltune.orchestration.faults import last_line, record_fault
 from rltune.orchestration.job import make_trainer
 from rltune.orchestration.job_spec import STORAGE_ERROR, JobSpec
+from rltune.orchestration.ray_private import HEAD_NODE
 
 SPEC = "spec"
 """Key of the ``JobSpec`` in a Tune trial's config."""
@@ -23,7 +24,7 @@ SPEC = "spec"
 def train_trainable() -> Any:
     """Return what Tune runs for the ``train`` executor: a driver that waits for its Ray Train job."""
     # no CPU of its own, or drivers would take those their workers wait for; the head outlives spot nodes
-    return tune.with_resources(drive, {"CPU": 0, "node:__internal_head__": 0.001})
+    return tune.with_resources(drive, {"CPU": 0, HEAD_NODE: 0.001})
 
 
 def drive(config: dict[str, Any]) -> None:

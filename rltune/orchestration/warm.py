@@ -15,7 +15,6 @@ from typing import Any
 
 import ray
 from ray import tune
-from ray.train.torch.config import _setup_torch_process_group
 from ray.tune import PlacementGroupFactory
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -23,6 +22,7 @@ from rltune.orchestration.job import CHECKPOINTS_KEPT, backend_of, run_trial, wo
 from rltune.orchestration.job_spec import STORAGE_ERROR, JobSpec
 from rltune.orchestration.loopback import meeting_file
 from rltune.orchestration.nodes import ACCELERATOR_PREFIX, WorkerNeed
+from rltune.orchestration.ray_private import join_process_group
 from rltune.orchestration.tuning import SPEC
 from rltune.orchestration.workload import Workload
 from rltune.training.checkpoint import keep_newest
@@ -118,7 +118,7 @@ class WarmWorker:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "0",
         }
-        _setup_torch_process_group(
+        join_process_group(
             backend=backend,
             world_rank=self._rank,
             world_size=self._size,

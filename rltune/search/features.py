@@ -12,6 +12,7 @@ import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from rltune.search.gaussian import Array
+from rltune.search.optuna_private import contains
 
 
 class Features:
@@ -36,8 +37,7 @@ class Features:
     def has(self, params: Mapping[str, Any]) -> bool:
         """Whether parameters are those of this space, each where its distribution is."""
         return set(params) >= set(self._distributions) and all(
-            distribution._contains(distribution.to_internal_repr(params[name]))
-            for name, distribution in self._distributions.items()
+            contains(distribution, params[name]) for name, distribution in self._distributions.items()
         )
 
     def values(self, units: Array) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rltune.config.load import Experiment
 from rltune.runs.layout import TrialSpec
 from rltune.runs.objectives import Objectives
 from rltune.runs.results import TrialResult
+from rltune.search.optuna_private import generation_key
 from rltune.search.surrogate import SHARE, SurrogateSampler
 
 logger = logging.getLogger(__name__)
@@ -277,7 +278,7 @@ class Search:
         num_before = len(self.study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
         size = sampler.population_size
         assert size is not None, "make_sampler gives it"
-        return {sampler._get_generation_key(): num_before // size}
+        return {generation_key(sampler): num_before // size}
 
 
 def frozen_trial(

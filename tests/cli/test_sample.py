@@ -12,7 +12,9 @@ from rltune.cli.sample import lora_labels, sample_grid
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora import add_lora, lora_parameters, lora_state
 from rltune.errors import UserError
-from rltune.export.diffusers import WEIGHT_FILE, write_card, write_lora
+from rltune.export.base import Adapter
+from rltune.export.card import write_card
+from rltune.export.diffusers import WEIGHT_FILE, Diffusers
 from rltune.training import grids
 from rltune.training.evaluation import EVAL_SEED, ImageSet, draw_images, to_uint8
 from rltune.training.grids import LABEL_PX, MARGIN_PX, MIN_IMAGE_PX, draw_rows, labelled_grid
@@ -30,7 +32,7 @@ def export(config: RunConfig, folder: Path, *, seed: int) -> Path:
     generator = torch.Generator().manual_seed(seed)
     for parameter in lora_parameters(model.network):
         parameter.data = torch.randn(parameter.shape, generator=generator)
-    write_lora(model, lora_state(model.network), rank=2, alpha=2, targets="attention", folder=folder)
+    Diffusers().write(model, Adapter(lora_state(model.network), 2, 2, "attention"), folder)
     write_card(folder, {"base_model": config.model.base, "experiment": config.model_dump(mode="json")})
     return folder
 

@@ -19,7 +19,8 @@ from rltune.cli.rewards import check_reward
 from rltune.config.load import load_experiment
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, lora_parameters, lora_state
-from rltune.export.diffusers import write_lora
+from rltune.export.base import Adapter
+from rltune.export.diffusers import Diffusers
 from rltune.orchestration import campaign
 from rltune.orchestration.known import known_names
 from rltune.runs.layout import RunFolder
@@ -78,7 +79,7 @@ def test_the_readmes_lora_is_drawn_in_a_process_of_its_own_from_another_folder(t
             assert image.size == (64, 64)
             return image.convert("RGB").getextrema()
 
-    write_lora(model, state, rank=2, alpha=8, targets="attention", folder=tmp_path / folder)
+    Diffusers().write(model, Adapter(state, 2, 8, "attention"), tmp_path / folder)
     with_lora = drawn(code)
     assert all(low < high for low, high in with_lora)  # not one flat colour
     without = drawn("\n".join(line for line in code.splitlines() if "load_lora_weights" not in line))

@@ -12,7 +12,8 @@ from PIL import Image
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.loading import load_model
-from rltune.export.diffusers import write_lora
+from rltune.export.base import Adapter
+from rltune.export.diffusers import Diffusers
 from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import EVAL_SEED
 from rltune.training.loop import train_run
@@ -67,7 +68,7 @@ def test_plain_diffusers_gives_the_images_of_the_last_evaluation(
     assert checkpoint is not None
     model = load_model(base)
     state = load_adapter(checkpoint)
-    lora = write_lora(model, state, rank=2, alpha=8.0, targets="attention", folder=tmp_path / "export")
+    (lora,) = Diffusers().write(model, Adapter(state, 2, 8.0, "attention"), tmp_path / "export")
     shape = model.latent_shape(*model.size_px)
     latents = noise(EVAL_SEED, Stream.EVAL_LATENT, [(i,) for i in range(len(EVAL_PROMPTS))], shape)
     np.save(tmp_path / "latents.npy", latents.numpy())

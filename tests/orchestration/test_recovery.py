@@ -24,10 +24,10 @@ from rltune.errors import OutOfMemory, RunError, StorageError
 from rltune.estimators.alignprop import AlignProp
 from rltune.orchestration.job import CHECKPOINTS_KEPT, RayReporter, attempt
 from rltune.orchestration.job_spec import JobSpec
+from rltune.orchestration.ray_private import SNAPSHOT_FILE
 from rltune.orchestration.recovery import (
     RETRY_EVAL_BATCH,
     RETRY_FILE,
-    SNAPSHOT_FILE,
     Retry,
     memory_kills,
     plan_retry,

@@ -19,7 +19,7 @@ from rltune.cli.export import export_pick
 from rltune.cli.sample import sample_grid
 from rltune.config.load import Experiment
 from rltune.errors import UserError
-from rltune.export.picks import export_trial
+from rltune.export.trials import export_trials
 from rltune.orchestration.claiming import Claim, claim_run
 from rltune.orchestration.job import attempt
 from rltune.orchestration.job_spec import JobSpec
@@ -141,7 +141,7 @@ def left(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         append_result(folder.results_file, TrialResult(BASE_TRIAL, "ok", {}, {}, metrics=base.reports[-1]))
         append_result(folder.results_file, result)
         append_result(folder.results_file, TrialResult("002", "failed", {}, {}, reason=f"it said {SECRET}"))
-        export_trial(result, folder, asked)
+        export_trials([result], folder, asked, on_export=lambda exported: None)
         yield Left(folder, asked, result, log.getvalue())
 
 

@@ -1,0 +1,100 @@
+"""What an export format is: it writes a trained adapter as the files of a tool, and loads them as that tool does.
+
+A new format is one file in this room: a class that registers itself, and thereby joins ``rltune export --format`` and
+the conformance suite, ``tests/export/test_conformance.py``.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from rltune.diffusion.families.base import ModelFamily
+from rltune.diffusion.lora import fold_scale
+from rltune.errors import RunError
+from rltune.registry import Registry
+
+DEFAULT_FORMATS = ("diffusers",)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A trained LoRA. One that is broken, or does nothing at all, cannot be made.
+
+    Raises:
+        RunError: Its update is exactly zero, or not finite.
+    """
+
+    state: Mapping[str, Tensor]
+    """Its weights, peft's key names."""
+    rank: int
+    alpha: float
+    targets: str | Sequence[str]
+    """Layers that it was attached to, as in ``add_lora``."""
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.state.items():
+            if not tensor.isfinite().all():
+                raise RunError(f"the adapter's {name} is not finite; lower the learning rate")
+        if not any(tensor.any() for name, tensor in self.state.items() if ".lora_B." in name):
+            raise RunError("the adapter is exactly zero, so that the LoRA would be the base model; was it trained?")
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied by: alpha / rank."""
+        return self.alpha / self.rank
+
+    def folded(self) -> dict[str, Tensor]:
+        """Return the weights with the scale in them: an adapter of the same effect whose alpha is its rank.
+
+        Readers that ignore alpha, those that take it as the rank, and those that read it then agree.
+        """
+        folded = fold_scale(dict(self.state), scale=self.scale)
+        return {name: tensor.contiguous() for name, tensor in folded.items()}
+
+
+class ExportFormat(Protocol):
+    """How a LoRA is laid down for one tool. A frozen dataclass without settings, registered under the format's name.
+
+    Several formats share a folder, so each has file names of its own. What it writes counts as exported only once it
+    has been loaded into a fresh base model and compared with the trained adapter (``rltune/export/proof.py``).
+    """
+
+    reader: str
+    """The tool that loads it, as messages name it: ``diffusers``."""
+
+    def write(self, model: ModelFamily, adapter: Adapter, folder: Path) -> tuple[Path, ...]:
+        """Write the adapter so that at strength 1 it has the trained effect, and return every file.
+
+        Args:
+            model: The base model in float32 with the adapter attached; left as it is.
+            adapter: The same adapter.
+            folder: Receives the files; made if it is not there.
+        """
+        ...
+
+    def load(self, model: ModelFamily, folder: Path) -> Iterable[tuple[str, Tensor]]:
+        """Load what ``write`` left in a folder as a user of the tool would, and return what that adds to the network.
+
+        Args:
+            model: A fresh base model in any number format, without adapters. It draws with the LoRA afterwards.
+            folder: Where the files are; files of other formats may lie beside them.
+
+        Returns:
+            Every layer's name and what is added to its weight, in the weight's shape. Made one by one while it is
+            gone through: together they may be as large as the network.
+
+        Raises:
+            UserError: A file is missing or damaged, or the tool does not take all of it, or finds less than it needs.
+        """
+        ...
+
+    def how_to_load(self, model: ModelFamily, folder: Path) -> str:
+        """Return the lines of Python that load it into a diffusers pipeline of the name ``pipeline``."""
+        ...
+
+
+EXPORT_FORMATS: Registry[ExportFormat] = Registry("export format", "rltune.export")
+"""Built without options."""

@@ -1,0 +1,237 @@
+"""Trials of a run as LoRA files: written, loaded again, compared, and only then put in their place."""
+
+import gc
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rltune.config.experiment import RunConfig
+from rltune.config.load import Experiment
+from rltune.diffusion.families.base import ModelFamily
+from rltune.diffusion.loading import load_model
+from rltune.diffusion.lora import add_lora, load_lora_state
+from rltune.errors import RltuneError, RunError
+from rltune.export.base import DEFAULT_FORMATS, EXPORT_FORMATS, Adapter, ExportFormat
+from rltune.export.card import card_of, formats_told, write_card
+from rltune.export.proof import Trained, check_reload, rounding_of
+from rltune.runs.layout import RunFolder
+from rltune.runs.record import read_record, settled, with_own_prompts
+from rltune.runs.results import TrialResult
+from rltune.training.checkpoint import load_adapter
+from rltune.training.evaluation import draw_images, save_grid, to_uint8
+from rltune.training.model_cache import load_base_model
+from rltune.training.setup import eval_image_set, make_sampler
+
+NUM_CHECKED_IMAGES = 4
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Number formats that LoRAs are used in; an accelerator's default here is bfloat16."""
+FAULTS = (RltuneError, RuntimeError, ValueError, OSError)
+"""What keeps one LoRA from being exported, and not the others."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A LoRA on disk, in one format."""
+
+    trial: str
+    folder: Path
+    difference: float
+    """Greatest difference of an image after reloading, RGB in [0, 1], float32."""
+    effect: float
+    """Greatest difference of an image from the base model's, the same."""
+    rounding: Mapping[str, float]
+    """Greatest difference of an image in another number format from float32's, by number format."""
+    format: str = "diffusers"
+    how_to_load: str = ""
+    """Lines of Python that load it into ``pipeline``."""
+
+    @property
+    def proof(self) -> str:
+        """What was compared, in words."""
+        formats = ", ".join(f"{name} changes them by {value:.1g}" for name, value in self.rounding.items())
+        return f"reloaded and compared in float32: images agree to {self.difference:.1g}; {formats}"
+
+
+def export_trials(
+    picks: Sequence[TrialResult],
+    folder: RunFolder,
+    experiment: Experiment,
+    *,
+    on_export: Callable[[Exported], None],
+    formats: Sequence[str] = DEFAULT_FORMATS,
+) -> None:
+    """Export every pick in every format; one that fails does not keep the others from being written.
+
+    Raises:
+        UserError: A format is unknown; nothing was written.
+        RunError: Some failed; the message names each with its reason.
+    """
+    forms = {name: EXPORT_FORMATS.build(name, {}) for name in formats}
+    num_failed, faults = 0, []
+    for result in picks:
+        failed = _export_trial(result, folder, experiment, forms, on_export)
+        num_failed += len(failed)
+        if len(failed) == len(forms) and len(reasons := set(failed.values())) == 1:
+            faults.append(f"trial {result.trial}: {reasons.pop()}")
+        else:
+            faults += [f"trial {result.trial} for {name}: {reason}" for name, reason in failed.items()]
+    num = len(picks) * len(forms)
+    if num_failed == num == 1:
+        raise RunError(faults[0])
+    if faults:
+        raise RunError(f"{num_failed} of {num} exports failed\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+def _export_trial(
+    result: TrialResult,
+    folder: RunFolder,
+    experiment: Experiment,
+    forms: Mapping[str, ExportFormat],
+    on_export: Callable[[Exported], None],
+) -> dict[str, str]:
+    """Export a trial in some formats, tell of each that went well, and return why the others failed, by format."""
+    failed: dict[str, str] = {}
+    try:
+        draft, model = _draw(result, folder, experiment)
+    except FAULTS as error:
+        return dict.fromkeys(forms, str(error))
+    written = {}
+    shutil.rmtree(draft.unproved, ignore_errors=True)  # of an attempt that failed
+    for name, form in forms.items():
+        with _noting(failed, name):
+            written[name] = form.write(model, draft.trained.adapter, draft.unproved / name)
+    del model  # two large models need not fit beside each other
+    for name, files in written.items():
+        gc.collect()
+        with _noting(failed, name):
+            on_export(_prove(draft, name, forms[name], files))
+    return failed
+
+
+@contextmanager
+def _noting(failed: dict[str, str], name: str) -> Iterator[None]:
+    """End the block at a fault, and note why."""
+    try:
+        yield
+    except FAULTS as error:
+        failed[name] = str(error)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A trial whose LoRA is to be written, and what it has to be equal to."""
+
+    result: TrialResult
+    folder: RunFolder
+    asked: RunConfig
+    config: RunConfig
+    """The same with what was settled when the run began."""
+    device: torch.device
+    trained: Trained
+    prompts: tuple[str, ...]
+    """Of the images."""
+
+    @property
+    def unproved(self) -> Path:
+        """Where files are until they have passed."""
+        return self.folder.exports_dir / f"{self.result.trial}.unproved"
+
+
+def _draw(result: TrialResult, folder: RunFolder, experiment: Experiment) -> tuple[_Draft, ModelFamily]:
+    """Draw the first held-out prompts without and with a trial's adapter, and return the model that has it, too.
+
+    In float32, whatever the run's precision: there a difference that a reload makes is the file's.
+
+    Raises:
+        RunError: The checkpoint is gone, or its adapter is zero or not finite.
+    """
+    record = read_record(folder)
+    asked = experiment.concrete(result.values)
+    config = with_own_prompts(settled(asked, record), folder, record)
+    checkpoint = folder.path / result.checkpoint
+    if not checkpoint.is_dir():
+        raise RunError(f"its checkpoint {checkpoint} is gone; train it again")
+    lora = config.model.lora
+    adapter = Adapter(load_adapter(checkpoint), rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    exact = _in_float32(config)
+    model = load_base_model(exact, device)
+    images = eval_image_set(config, model)
+    numbers = range(min(NUM_CHECKED_IMAGES, len(images)))
+
+    def draw(drawn: ModelFamily) -> Tensor:
+        # convolutions in TF32, an accelerator's default, would round more than the comparison allows
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return draw_images(make_sampler(exact, drawn), images, numbers, device)
+
+    base_B3HW = draw(model)
+    add_lora(model.network, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=0)
+    load_lora_state(model.network, dict(adapter.state))
+    trained = Trained(adapter, draw, base_B3HW, images_B3HW=draw(model))
+    prompts = tuple(images.prompts[:NUM_CHECKED_IMAGES])
+    return _Draft(result, folder, asked, config, device, trained, prompts), model
+
+
+def _prove(draft: _Draft, name: str, form: ExportFormat, files: Sequence[Path]) -> Exported:
+    """Load what was written into a fresh pipeline, compare, and put it in its place with a card and samples.
+
+    Raises:
+        RunError: The reloaded LoRA is not the trained adapter.
+    """
+    config, source = draft.config, draft.unproved / name
+    target = draft.folder.exports_dir / draft.result.trial
+    fresh = load_base_model(_in_float32(config), draft.device)
+    how_to_load = form.how_to_load(fresh, target)
+    reload = check_reload(form, source, fresh, draft.trained)
+    del fresh
+    rounding = {}
+    for number_format, dtype in HALVES.items():
+        if number_format == "bfloat16" or draft.device.type != "cpu":  # where float16 takes thirty times as long
+            half = load_model(config.model.base, revision=config.model.revision, dtype=dtype, device=draft.device)
+            rounding[number_format] = rounding_of(form, source, half, draft.trained)
+    exported = Exported(
+        draft.result.trial, target, reload.difference, reload.effect, rounding, format=name, how_to_load=how_to_load
+    )
+    _write_card(draft, exported, [str(file.relative_to(source)) for file in files])
+    save_grid(to_uint8(draft.trained.images_B3HW), source / "samples.png", columns=len(draft.trained.images_B3HW))
+    for file in files:
+        file.chmod(0o644)  # safetensors writes 0600, which another user cannot read
+    _move_files(source, target)
+    return exported
+
+
+def _write_card(draft: _Draft, exported: Exported, files: Sequence[str]) -> None:
+    """Write the card into the folder of a format; it tells of the formats that lie in the export's place, too."""
+    figures = {"difference": exported.difference, "effect": exported.effect, **exported.rounding}
+    card = card_of(
+        draft.result,
+        draft.folder,
+        draft.asked,
+        revision=draft.config.model.revision,
+        prompts=draft.prompts,
+        formats={**formats_told(exported.folder), exported.format: {"files": list(files), "reloaded": figures}},
+    )
+    write_card(draft.unproved / exported.format, card)
+
+
+def _in_float32(config: RunConfig) -> RunConfig:
+    resources = config.resources.model_copy(update={"precision": "fp32", "prefix_precision": "same"})
+    return config.model_copy(update={"resources": resources})
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Move what a folder holds into another, which keeps what else is in it."""
+    target.mkdir(parents=True, exist_ok=True)
+    for item in source.iterdir():
+        if (there := target / item.name).is_dir():
+            shutil.rmtree(there)  # a folder is of one format, and as a whole
+        item.replace(target / item.name)
+    source.rmdir()
+    if not any(source.parent.iterdir()):
+        source.parent.rmdir()

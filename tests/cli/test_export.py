@@ -1,0 +1,49 @@
+"""``rltune export`` as a user meets it; that what it writes is right is the export room's to show."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rltune.export import trials
+from rltune.export.trials import Exported
+from rltune.runs.layout import BASE_TRIAL, RunFolder
+from rltune.runs.results import TrialResult
+from tests.cli.conftest import Call
+from tests.run_folders import experiment, result, write_run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return write_run(tmp_path / "mix", experiment(), [result(BASE_TRIAL, 0.5), result("001", 0.9, 0.1)])
+
+
+def test_every_format_that_is_named_is_written_and_told_of(
+    call: Call, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def export(picks: Sequence[TrialResult], folder: RunFolder, *_: Any, on_export: Any, formats: Any) -> None:
+        for pick in picks:
+            for name in formats:
+                how = {"diffusers": "pipeline.load('x')", "peft": "import peft\npeft.load('x')"}[name]
+                on_export(Exported(pick.trial, folder.exports_dir, 1e-6, 0.2, {"bfloat16": 0.03}, name, how))
+
+    monkeypatch.setattr(trials, "export_trials", export)
+    code, out, err = call("export", folder.path)
+    assert (code, err) == (0, "")
+    proof = "reloaded and compared in float32: images agree to 1e-06; bfloat16 changes them by 0.03"
+    diffusers = f"{proof}\n\n  pipeline.load('x')   # at weight 1.0\n"
+    peft = f"{proof}\n\n  import peft\n  peft.load('x')   # at weight 1.0\n"
+    assert out == f"trial 001, diffusers -> {folder.exports_dir}\n{diffusers}"
+    code, out, err = call("export", folder.path, "--format", "peft", "--format", "diffusers", "--pick", "001")
+    assert (code, err) == (0, "")
+    where = f"-> {folder.exports_dir}"
+    assert out == f"trial 001, peft {where}\n{peft}trial 001, diffusers {where}\n{diffusers}"
+
+
+def test_an_unknown_format_is_one_message_that_lists_the_known_ones(call: Call, folder: RunFolder) -> None:
+    code, out, err = call("export", folder.path, "--format", "diffuser")
+    assert (code, out) == (2, "")
+    known = "did you mean 'diffusers'? known: diffusers, peft"
+    assert err == f"error export format 'diffuser' is unknown; {known}\n"
+    assert not folder.exports_dir.exists()
