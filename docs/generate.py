@@ -15,6 +15,7 @@ import typer.main
 from rltune.cli.main import app
 from rltune.config.schema import belongs_to_whole_sweep, describe, is_leaf, known_keys, node_at
 from rltune.estimators.base import ESTIMATORS
+from rltune.registry import Registry
 from rltune.rewards.base import REWARDS
 
 DOCS = Path(__file__).parent
@@ -62,11 +63,11 @@ def reference() -> Iterator[str]:
     yield "\n## Options of estimators\n"
     yield "Write them as `estimator: {name: NAME, options: {OPTION: VALUE}}`.\n"
     for name in ESTIMATORS.names():
-        yield from _options(name, ESTIMATORS.get(name), without=IN_THE_SECTION)
+        yield from _options(name, ESTIMATORS, without=IN_THE_SECTION)
     yield "\n## Options of rewards\n"
     yield "Write them as `rewards: {NAME: {options: {OPTION: VALUE}}}`. Rewards without options are left out.\n"
     for name in REWARDS.names():
-        yield from _options(name, REWARDS.get(name))
+        yield from _options(name, REWARDS)
 
 
 def _node(path: tuple[str, ...]) -> Mapping[str, Any]:
@@ -115,9 +116,9 @@ def _default_value(default: Any) -> str:
     return "may be left out"
 
 
-def _options(name: str, builder: Callable[..., Any], *, without: Collection[str] = ()) -> Iterator[str]:
-    takes = [p for p in inspect.signature(builder).parameters.values() if p.name not in without]
-    texts = _described(inspect.getdoc(builder) or "")
+def _options(name: str, registry: Registry[Any], *, without: Collection[str] = ()) -> Iterator[str]:
+    takes = [option for option in registry.options(name) if option.name not in without]
+    texts = _described(inspect.getdoc(registry.get(name)) or "")
     if takes:
         yield f"\n### {name}\n"
     for option in takes:

@@ -73,13 +73,21 @@ class Registry(Generic[T]):
             raise UnknownNameError(f"{self.kind} {name!r} is unknown; {suggest(name, self.names())}")
         return self._builders[name]
 
+    def options(self, name: str) -> tuple[inspect.Parameter, ...]:
+        """Return what the builder of ``name`` takes by keyword.
+
+        Raises:
+            UnknownNameError: As ``get``.
+        """
+        return tuple(inspect.signature(self.get(name)).parameters.values())
+
     def check(self, name: str, options: Mapping[str, Any]) -> None:
         """Check that ``name`` is known and takes ``options`` by keyword; builds nothing.
 
         Raises:
             UserError: The name or an option is unknown; the message lists the known ones.
         """
-        takes = tuple(inspect.signature(self.get(name)).parameters)
+        takes = tuple(option.name for option in self.options(name))
         for option in options:
             if option not in takes:
                 advice = suggest(option, takes) if takes else "it takes none"

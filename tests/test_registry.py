@@ -1,14 +1,17 @@
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from rltune.errors import UnknownNameError, UserError
 from rltune.registry import Registry, suggest
-from rltune.rewards.base import REWARDS, Card, RewardRegistry, has_gradient
+from rltune.rewards.base import REWARDS, Card, Ready, RewardRegistry, has_gradient
 
 
 @dataclass
@@ -132,8 +135,8 @@ def test_entry_points_of_other_groups_are_left(install: Install, fresh: RewardRe
         ("def broken(:", "SyntaxError: "),
         ("raise SystemExit('no licence')", "SystemExit: no licence"),
         (
-            "from tests.test_registry import current\n@current().register('x')\ndef build(): ...\n",
-            "ValueError: reward 'x': its builder must be annotated with the class that it returns",
+            "from tests.test_registry import current\n@current().register('x')\ndef build(images): ...\n",
+            "ValueError: reward 'x': must take images and prompts, or neither, and options with a default each",
         ),
     ],
 )
@@ -186,3 +189,80 @@ def test_a_built_in_takes_its_name_back_from_a_module_that_was_imported_first(
     with pytest.raises(ValueError, match="registered twice"):
         registry.register("brightness")(Theirs)
     assert has_gradient("brightness")
+
+
+# ---- what a reward may be
+
+
+def mean(images: Tensor, prompts: Sequence[str], *, factor: float = 1.0) -> Tensor:
+    return factor * images.mean(dim=(1, 2, 3))
+
+
+class Mean:
+    """The mean again, with an option that it is built with."""
+
+    def __init__(self, factor: float = 1.0, is_differentiable: bool = True) -> None:
+        self.factor, self.is_differentiable = factor, is_differentiable
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return mean(images, prompts, factor=self.factor)
+
+
+def build_mean(*, factor: float = 1.0) -> Mean:
+    return Mean(factor)
+
+
+@pytest.mark.parametrize("kind", [mean, Mean, build_mean])
+def test_a_reward_is_a_function_a_class_or_what_a_function_builds(fresh: RewardRegistry, kind: Any) -> None:
+    fresh.register("mine", Card(value_range=(0.0, 1.0), metric_unit="%"))(kind)
+    assert "factor" in [option.name for option in fresh.options("mine")]
+    reward = fresh.build("mine", {"factor": 2.0})
+    images = torch.full((2, 3, 4, 4), 0.25)
+    assert reward(images, ["a", "b"]).tolist() == reward.metric(images, ["a", "b"]).tolist() == [0.5, 0.5]
+    assert (reward.value_range, reward.metric_unit) == ((0.0, 1.0), "%")
+    assert (reward.is_differentiable, reward.sees_group, reward.features, reward.score_of) == (True, False, None, None)
+    assert reward.to(torch.device("cpu")) is reward
+    with pytest.raises(UserError, match=r"reward 'mine': option 'images' is unknown; .*known: factor"):
+        fresh.build("mine", {"images": 1})
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda images: images,
+        lambda images, prompts, factor: images,
+        lambda *, factor: factor,
+        type("Sized", (), {"__init__": lambda self, width, height: None}),
+    ],
+)
+def test_what_takes_something_else_is_refused(fresh: RewardRegistry, kind: Any) -> None:
+    with pytest.raises(ValueError, match="reward 'mine': must take images and prompts, or neither, and options with"):
+        fresh.register("mine")(kind)
+    assert "mine" not in fresh.names()
+
+
+def test_what_is_built_may_not_say_otherwise_than_its_card(fresh: RewardRegistry) -> None:
+    fresh.register("mine")(Mean)
+    with pytest.raises(ValueError, match="'mine': it has is_differentiable = False, and its card says otherwise"):
+        fresh.build("mine", {"is_differentiable": False})
+
+
+def test_what_a_class_states_goes_before_the_card(fresh: RewardRegistry) -> None:
+    class Grouped(Mean):
+        sees_group = True
+        value_range = property(lambda self: (0.0, self.factor))
+
+    fresh.register("mine", Card(value_range=(0.0, 9.0)))(Grouped)
+    assert fresh.card("mine") == Card(value_range=(0.0, 9.0), sees_group=True)
+    assert fresh.build("mine", {"factor": 3.0}).value_range == (0.0, 3.0)
+
+
+def test_an_object_that_moves_may_be_another_afterwards() -> None:
+    class Moving(Mean):
+        def to(self, device: torch.device) -> "Moving":
+            return Moving(self.factor + 1)
+
+    reward = Ready(Moving(), Card())
+    images = torch.full((1, 3, 2, 2), 0.5)
+    assert reward.to(torch.device("cpu")) is reward
+    assert reward(images, ["a"]).tolist() == [1.0]

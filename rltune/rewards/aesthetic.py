@@ -5,7 +5,6 @@ B: images in the batch. D: width of the embedding. H, W: image rows and columns.
 
 import json
 import logging
-import math
 import pickle
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from rltune.assets import BUILTIN_AESTHETIC_HEAD
 from rltune.errors import RunError, UserError
 from rltune.rewards.alignment import OPENAI_CLIP_L
-from rltune.rewards.base import REWARDS, Card, check_batch, weights_file
+from rltune.rewards.base import REWARDS, Card, weights_file
 from rltune.rewards.clip import ClipTower
 from rltune.rewards.clip_loading import load_clip
 from rltune.rewards.frozen import freeze
@@ -42,10 +41,6 @@ class Aesthetic:
         UserError: The head was fitted on a CLIP model of another width.
     """
 
-    is_differentiable = True
-    value_range = (-math.inf, math.inf)
-    metric_unit = ""
-
     def __init__(self, tower: ClipTower, head: nn.Module, *, offset: float = 0.0, scale: float = 1.0) -> None:
         self._tower = tower
         self._head = freeze(head)
@@ -61,24 +56,17 @@ class Aesthetic:
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1] -> ``(B,)`` float32, differentiable. Ignores what the prompts say."""
-        check_batch(images_B3HW, prompts)
         score_B1: Tensor = self._head(self._tower.image_features(images_B3HW))
         return self._offset + self._scale * score_B1[:, 0]
 
     def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the unit image embedding ``(B, D)`` that the head reads."""
-        check_batch(images_B3HW, prompts)
         return self._tower.image_features(images_B3HW)
 
-    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the score itself."""
-        return self(images_B3HW, prompts)
-
-    def to(self, device: torch.device) -> "Aesthetic":
-        """Move model and head to ``device`` and return the reward."""
+    def to(self, device: torch.device) -> None:
+        """Move model and head to ``device``."""
         self._tower.to(device)
         self._head.to(device)
-        return self
 
 
 LAION_HEAD = WeightsFile(

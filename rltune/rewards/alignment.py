@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rltune.rewards.base import REWARDS, Card, check_batch
+from rltune.rewards.base import REWARDS, Card
 from rltune.rewards.clip import ClipTower
 from rltune.rewards.clip_loading import load_clip
 from rltune.rewards.weights import WeightsFile
@@ -25,39 +25,23 @@ class Alignment:
         factor: Of the cosine: 1, or what the published score multiplies it with.
     """
 
-    is_differentiable = True
-    metric_unit = ""
-
     def __init__(self, tower: ClipTower, *, factor: float = 1.0) -> None:
         self._tower = tower
         self._factor = factor
-
-    @property
-    def value_range(self) -> tuple[float, float]:
-        """Minus and plus ``factor``."""
-        return (-self._factor, self._factor)
+        self.value_range = (-factor, factor)
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1] -> ``(B,)`` float32, differentiable in the images."""
-        check_batch(images_B3HW, prompts)
-        if not prompts:
-            return images_B3HW.new_zeros(0, dtype=torch.float32)
         cosine_B = (self._tower.image_features(images_B3HW) * self._tower.text_features(prompts)).sum(dim=1)
         return self._factor * cosine_B
 
     def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the unit image embedding ``(B, D)``."""
-        check_batch(images_B3HW, prompts)
         return self._tower.image_features(images_B3HW)
 
-    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the score itself."""
-        return self(images_B3HW, prompts)
-
-    def to(self, device: torch.device) -> "Alignment":
-        """Move the model to ``device`` and return the reward."""
+    def to(self, device: torch.device) -> None:
+        """Move the model to ``device``."""
         self._tower.to(device)
-        return self
 
 
 OPENAI_CLIP_L = WeightsFile(

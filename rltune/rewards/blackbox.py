@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, ClassVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -25,7 +25,7 @@ from urllib3.util import Retry
 
 from rltune.errors import RunError, UserError
 from rltune.redaction import Redacting, holds_secret, redact, remember
-from rltune.rewards.base import REWARDS, Card, check_batch
+from rltune.rewards.base import REWARDS, Card
 from rltune.rewards.imports import load_object
 from rltune.rewards.pictures import to_pictures
 
@@ -51,10 +51,6 @@ class FunctionReward:
         path: What messages call the function.
     """
 
-    is_differentiable: ClassVar[bool] = False
-    value_range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
-    metric_unit: ClassVar[str] = ""
-
     def __init__(self, function: Callable[..., Any], *, path: str) -> None:
         self._function = function
         self._path = path
@@ -65,9 +61,6 @@ class FunctionReward:
         Raises:
             RunError: The function fails, or returns anything else than one number an image.
         """
-        check_batch(images_B3HW, prompts)
-        if not prompts:
-            return _to_scores([], images_B3HW)
         try:
             with torch.no_grad():  # what it returns comes from rounded pictures, and has no gradient to give
                 answer = self._function(to_pictures(images_B3HW), list(prompts))
@@ -78,16 +71,8 @@ class FunctionReward:
         except ValueError as error:
             raise RunError(f"reward 'callable': {self._path} must return one number an image, got {error}") from error
 
-    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the score itself, asked for again."""
-        return self(images_B3HW, prompts)
 
-    def to(self, device: torch.device) -> "FunctionReward":
-        """Return self; the function has a device of its own, if any."""
-        return self
-
-
-@REWARDS.register("callable", Card(scale="the function's"))
+@REWARDS.register("callable", Card(scale="the function's", is_differentiable=False))
 def build_callable(*, function: str | None = None) -> FunctionReward:
     """What a Python function of your own says of pictures and prompts, without gradient.
 
@@ -105,7 +90,7 @@ def build_callable(*, function: str | None = None) -> FunctionReward:
     return FunctionReward(load_object("callable", function), path=function)
 
 
-@REWARDS.register("http", Card(scale="the server's"))
+@REWARDS.register("http", Card(scale="the server's", is_differentiable=False))
 @dataclass(frozen=True)
 class HttpReward:
     """What a server of your own says of pictures and prompts, without gradient.
@@ -150,9 +135,6 @@ class HttpReward:
     batch: int = 16
     format: str = "png"
     headers_from: Mapping[str, str] = field(default_factory=dict)
-    is_differentiable: ClassVar[bool] = False
-    value_range: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
-    metric_unit: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         example = "the address of a server that scores images, as in 'http://127.0.0.1:8000/score'"
@@ -204,7 +186,6 @@ class HttpReward:
         Raises:
             RunError: The server cannot be reached, refuses, or answers anything else than one number an image.
         """
-        check_batch(images_B3HW, prompts)
         retry = Retry(
             total=self.retries,
             allowed_methods={"POST"},
@@ -250,14 +231,6 @@ class HttpReward:
 
     def _fault(self, what: str, remedy: str) -> RunError:
         return RunError(f"reward 'http': {self.url or self.url_from}: got {what}; {remedy}")
-
-    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the score itself, asked for again."""
-        return self(images_B3HW, prompts)
-
-    def to(self, device: torch.device) -> "HttpReward":
-        """Return self; the server has a device of its own, if any."""
-        return self
 
 
 def read_numbers(answer: Any, num_images: int) -> list[float]:

@@ -12,13 +12,11 @@ wants to repeat DRaFT has the distance as an option.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from rltune.errors import UserError
-from rltune.rewards.base import REWARDS, Card, check_batch
+from rltune.rewards.base import REWARDS, Card
 from rltune.rewards.jpeg import check_options, estimate_bits, estimate_of_kilobytes, file_sizes, round_trip_distance
 
 METRIC_QUALITY = 95
@@ -34,24 +32,15 @@ class JpegSize:
     quality: int
     chroma: str
     signal: str
-    is_differentiable: ClassVar[bool] = True
-    metric_unit: ClassVar[str] = "kB"
-
-    @property
-    def value_range(self) -> tuple[float, float]:
-        """All numbers of the sign."""
-        return (0.0, math.inf) if self.sign > 0 else (-math.inf, 0.0)
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1] -> ``(B,)`` float32, in bits per pixel or as a squared distance; differentiable."""
-        check_batch(images_B3HW, prompts)
         if self.signal == "distance":
             return self.sign * round_trip_distance(images_B3HW, quality=self.quality)
         return self.sign * estimate_bits(images_B3HW, quality=self.quality, chroma=self.chroma)
 
     def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the kilobytes of each image as a JPEG of quality 95, times the sign: ``(B,)`` float32, no gradient."""
-        check_batch(images_B3HW, prompts)
         return self.sign * file_sizes(images_B3HW, quality=METRIC_QUALITY, chroma=self.chroma)
 
     def score_of(self, metric: float, *, num_pixels: int) -> float:
@@ -67,12 +56,15 @@ class JpegSize:
             )
         return self.sign * estimate_of_kilobytes(self.sign * metric, num_pixels=num_pixels, chroma=self.chroma)
 
-    def to(self, device: torch.device) -> "JpegSize":
-        """Return self; there is nothing to move."""
-        return self
 
-
-@REWARDS.register("compressibility", Card(scale="estimated bits per pixel, below 0; reported and aimed at in kB"))
+@REWARDS.register(
+    "compressibility",
+    Card(
+        scale="estimated bits per pixel, below 0; reported and aimed at in kB",
+        value_range=(-math.inf, 0.0),
+        metric_unit="kB",
+    ),
+)
 def build_compressibility(*, quality: int = METRIC_QUALITY, chroma: str = "4:2:0", signal: str = "bits") -> JpegSize:
     """Minus the estimated JPEG bits per pixel; the metric is minus the kilobytes (of 1000) of the real JPEG file.
 
@@ -88,7 +80,14 @@ def build_compressibility(*, quality: int = METRIC_QUALITY, chroma: str = "4:2:0
     return _jpeg_size("compressibility", -1, quality, chroma, signal)
 
 
-@REWARDS.register("incompressibility", Card(scale="estimated bits per pixel, above 0; reported and aimed at in kB"))
+@REWARDS.register(
+    "incompressibility",
+    Card(
+        scale="estimated bits per pixel, above 0; reported and aimed at in kB",
+        value_range=(0.0, math.inf),
+        metric_unit="kB",
+    ),
+)
 def build_incompressibility(*, quality: int = METRIC_QUALITY, chroma: str = "4:2:0", signal: str = "bits") -> JpegSize:
     """The estimated JPEG bits per pixel; the metric is the kilobytes (of 1000) of the real JPEG file.
 
@@ -114,7 +113,10 @@ def _jpeg_size(reward: str, sign: int, quality: int, chroma: str, signal: str) -
     return JpegSize(sign=sign, quality=quality, chroma=chroma, signal=signal)
 
 
-@REWARDS.register("jpeg_bytes", Card(scale="kilobytes, below 0"))
+@REWARDS.register(
+    "jpeg_bytes",
+    Card(scale="kilobytes, below 0", value_range=(-math.inf, 0.0), metric_unit="kB", is_differentiable=False),
+)
 @dataclass(frozen=True)
 class JpegBytes:
     """Minus the kilobytes (of 1000) of the real JPEG file, without gradient.
@@ -129,22 +131,10 @@ class JpegBytes:
 
     quality: int = METRIC_QUALITY
     chroma: str = "4:2:0"
-    is_differentiable: ClassVar[bool] = False
-    value_range: ClassVar[tuple[float, float]] = (-math.inf, 0.0)
-    metric_unit: ClassVar[str] = "kB"
 
     def __post_init__(self) -> None:
         check_options("jpeg_bytes", self.quality, self.chroma)
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1], clipped and rounded to 8 bits -> ``(B,)`` float32 in kilobytes, no gradient."""
-        check_batch(images_B3HW, prompts)
         return -file_sizes(images_B3HW, quality=self.quality, chroma=self.chroma)
-
-    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the score itself."""
-        return self(images_B3HW, prompts)
-
-    def to(self, device: torch.device) -> "JpegBytes":
-        """Return self; there is nothing to move."""
-        return self

@@ -18,7 +18,7 @@ from torch.nn.functional import logsigmoid
 from torchvision.ops import box_iou, nms
 
 from rltune.errors import UserError
-from rltune.rewards.base import REWARDS, Card, check_batch
+from rltune.rewards.base import REWARDS, Card
 from rltune.rewards.owlv2 import OWLV2, OWLV2_FILES, load_owlv2
 from rltune.rewards.scale import score_of_chance
 
@@ -54,9 +54,6 @@ class _DetectorReward:
         UserError: ``threshold`` or ``temperature`` is out of range.
     """
 
-    is_differentiable = True
-    value_range = (-math.inf, 0.0)
-
     def __init__(self, name: str, detector: Detector, *, threshold: float, temperature: float) -> None:
         check_numbers(name, threshold=threshold, temperature=temperature)
         self._detector = detector
@@ -67,10 +64,9 @@ class _DetectorReward:
         """How far above the threshold, in units of the temperature."""
         return (logits - math.log(self._threshold / (1 - self._threshold))) / self._temperature
 
-    def to(self, device: torch.device) -> "_DetectorReward":
-        """Move the detector to ``device`` and return the reward."""
+    def to(self, device: torch.device) -> None:
+        """Move the detector to ``device``."""
         self._detector.to(device)
-        return self
 
 
 class ObjectCount(_DetectorReward):
@@ -86,8 +82,6 @@ class ObjectCount(_DetectorReward):
         UserError: An option is out of range.
     """
 
-    metric_unit = "objects"
-
     def __init__(
         self, detector: Detector, *, target: int, threshold: float = THRESHOLD, temperature: float = TEMPERATURE
     ) -> None:
@@ -100,18 +94,12 @@ class ObjectCount(_DetectorReward):
 
         Ignores what the prompts say.
         """
-        check_batch(images_B3HW, prompts)
-        if images_B3HW.shape[0] == 0:
-            return images_B3HW.new_zeros(0, dtype=torch.float32)
         logits_BN1, boxes_BN4 = self._detector.detect(images_B3HW)
         pairs = zip(self._excess(logits_BN1[..., 0]), boxes_BN4, strict=True)
         return -(torch.stack([soft_count(z_N, boxes_N4) for z_N, boxes_N4 in pairs]) - self._target).abs()
 
     def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return minus the error of the number detected: boxes above the threshold, one an object; no gradient."""
-        check_batch(images_B3HW, prompts)
-        if images_B3HW.shape[0] == 0:
-            return images_B3HW.new_zeros(0, dtype=torch.float32)
         logits_BN1, boxes_BN4 = self._detector.detect(images_B3HW)
         errors = []
         for z_N, boxes_N4 in zip(self._excess(logits_BN1[..., 0]), boxes_BN4, strict=True):
@@ -134,8 +122,6 @@ class ObjectPresence(_DetectorReward):
         UserError: An option is out of range.
     """
 
-    metric_unit = ""
-
     def __init__(
         self,
         detector: Detector,
@@ -155,9 +141,6 @@ class ObjectPresence(_DetectorReward):
         Its gradient lasts however far the goal is, and until it is met by 100 temperatures, beyond float32. Ignores
         what the prompts say.
         """
-        check_batch(images_B3HW, prompts)
-        if images_B3HW.shape[0] == 0:
-            return images_B3HW.new_zeros(0, dtype=torch.float32)
         log_odds_BQ = log_odds(self._excess(self._detector.logits(images_B3HW)))
         return logsigmoid(-log_odds_BQ if self._remove else log_odds_BQ).mean(dim=1)
 
@@ -230,8 +213,10 @@ def is_phrase(of: Any) -> bool:
     return isinstance(of, str) and bool(of.split())
 
 
-CARD_COUNT = Card("minus the error of the number, 0 at best", weights=OWLV2_FILES)
-CARD_PRESENCE = Card("log of a chance, 0 at best", weights=OWLV2_FILES)
+CARD_COUNT = Card(
+    "minus the error of the number, 0 at best", weights=OWLV2_FILES, value_range=(-math.inf, 0.0), metric_unit="objects"
+)
+CARD_PRESENCE = Card("log of a chance, 0 at best", weights=OWLV2_FILES, value_range=(-math.inf, 0.0))
 
 
 @REWARDS.register("object_count", CARD_COUNT)

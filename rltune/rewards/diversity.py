@@ -7,13 +7,13 @@ B: images in the batch. D: numbers that describe an image. P: pairs of images. H
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rltune.rewards.base import REWARDS, Card, check_batch
+from rltune.rewards.base import REWARDS, Card
 from rltune.rewards.frozen import checkpoint_blocks, freeze, is_large
 from rltune.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalise, resize_to
 from rltune.rewards.pretrained import find_folder, load_network
@@ -30,31 +30,16 @@ PIXEL_EPS = 1e-4
 """A fortieth of one of 255 levels: the distance of two equal images, where the square root would have no slope."""
 
 
-@REWARDS.register("diversity_pixels", Card("0 to 1; 0 where images are alike or alone"))
-class PixelDiversity:
+@REWARDS.register(
+    "diversity_pixels", Card("0 to 1; 0 where images are alike or alone", value_range=(0.0, 1.0), sees_group=True)
+)
+def diversity_pixels(images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
     """How far the images of a prompt are apart, in their pixels.
 
     The distance is the root mean squared difference of RGB in [0, 1], as the judge ``diversity`` has it, of the square
     plus 1e-8: the gradient of two equal images is 0 instead of undefined, and their distance 1e-4 instead of 0.
     """
-
-    is_differentiable: ClassVar[bool] = True
-    sees_group: ClassVar[bool] = True
-    value_range: ClassVar[tuple[float, float]] = (0.0, 1.0)
-    metric_unit: ClassVar[str] = ""
-
-    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score RGB in [0, 1] -> ``(B,)`` float32, differentiable: mean distance to the other images of the prompt."""
-        check_batch(images_B3HW, prompts)
-        return mean_distance(images_B3HW.float().flatten(1), prompts, pixel_distance)
-
-    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the score itself."""
-        return self(images_B3HW, prompts)
-
-    def to(self, device: torch.device) -> "PixelDiversity":
-        """Return self; there is nothing to move."""
-        return self
+    return mean_distance(images_B3HW.flatten(1), prompts, pixel_distance)
 
 
 class DinoDiversity:
@@ -63,11 +48,6 @@ class DinoDiversity:
     Args:
         network: ``transformers.Dinov2Model``.
     """
-
-    is_differentiable = True
-    sees_group = True
-    value_range = (0.0, 2.0)
-    metric_unit = ""
 
     def __init__(self, network: Any) -> None:
         self._network: Any = freeze(network)  # Any: transformers is untyped to us
@@ -78,25 +58,22 @@ class DinoDiversity:
         """Score RGB in [0, 1] -> ``(B,)`` float32, differentiable: mean distance to the other images of the prompt."""
         return mean_distance(self.features(images_B3HW, prompts), prompts, cosine_distance)
 
-    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the score itself."""
-        return self(images_B3HW, prompts)
-
     def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the class token after the last normalisation, ``(B, D)`` float32, differentiable."""
-        check_batch(images_B3HW, prompts)
         if images_B3HW.shape[0] == 0:
             return images_B3HW.new_zeros(0, self._network.config.hidden_size, dtype=torch.float32)
         features_BD: Tensor = self._network(pixel_values=dino_preprocess(images_B3HW)).pooler_output
         return features_BD
 
-    def to(self, device: torch.device) -> "DinoDiversity":
-        """Move the network to ``device`` and return the reward."""
+    def to(self, device: torch.device) -> None:
+        """Move the network to ``device``."""
         self._network.to(device)
-        return self
 
 
-@REWARDS.register("diversity_dino", Card("0 to 2; 0 where images are alike or alone", weights=DINO_FILES))
+@REWARDS.register(
+    "diversity_dino",
+    Card("0 to 2; 0 where images are alike or alone", weights=DINO_FILES, value_range=(0.0, 2.0), sees_group=True),
+)
 def build_diversity_dino(*, model: str = DINO) -> DinoDiversity:
     """How far the images of a prompt are apart, in what DINOv2 sees.
 

@@ -12,7 +12,7 @@ from rltune.assets import BUILTIN_JUDGE
 from rltune.builtin.grammar import Content, parse
 from rltune.builtin.judge import Judge, Verdict, compare, load_judge
 from rltune.errors import UserError
-from rltune.rewards.base import REWARDS, Card, check_batch, weights_file
+from rltune.rewards.base import REWARDS, Card, weights_file
 from rltune.rewards.objects import to_network
 
 
@@ -23,10 +23,6 @@ class Faithful:
         judge: The network that reads the picture.
         is_strict: Score 1 only where everything is right, each group with its own colour, number and shape; else 0.
     """
-
-    is_differentiable = False
-    value_range = (0.0, 1.0)
-    metric_unit = ""
 
     def __init__(self, judge: Judge, *, is_strict: bool = False) -> None:
         self._judge = judge
@@ -40,9 +36,6 @@ class Faithful:
             UserError: A prompt is not one of the built-in world, or names two kinds of objects of one colour, which the
                 judge cannot tell apart.
         """
-        check_batch(images_B3HW, prompts)
-        if not prompts:
-            return images_B3HW.new_zeros(0, dtype=torch.float32)
         contents = [self._content(prompt) for prompt in prompts]
         verdicts = map(compare, self._judge.read(to_network(images_B3HW).clamp(-1, 1)), contents)
         return torch.tensor([self._score(verdict) for verdict in verdicts], device=images_B3HW.device)
@@ -63,17 +56,12 @@ class Faithful:
             return float(verdict.exact)
         return (verdict.ground + verdict.colors + verdict.count + verdict.shape) / 4
 
-    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the score itself."""
-        return self(images_B3HW, prompts)
-
-    def to(self, device: torch.device) -> "Faithful":
-        """Move the judge to ``device`` and return the reward."""
+    def to(self, device: torch.device) -> None:
+        """Move the judge to ``device``."""
         self._judge.to(device)
-        return self
 
 
-@REWARDS.register("faithful", Card("0 to 1", is_shipped=True))
+@REWARDS.register("faithful", Card("0 to 1", is_shipped=True, value_range=(0.0, 1.0), is_differentiable=False))
 def build_faithful(*, weights: str | None = None) -> Faithful:
     """Share of the prompt's ground, colours, count and shapes that an independent judge reads.
 
@@ -86,7 +74,7 @@ def build_faithful(*, weights: str | None = None) -> Faithful:
     return Faithful(load_judge(weights_file("faithful", weights, BUILTIN_JUDGE)))
 
 
-@REWARDS.register("faithful_exact", Card("0 or 1", is_shipped=True))
+@REWARDS.register("faithful_exact", Card("0 or 1", is_shipped=True, value_range=(0.0, 1.0), is_differentiable=False))
 def build_faithful_exact(*, weights: str | None = None) -> Faithful:
     """1 where that judge reads exactly what the prompt asks for, else 0.
 

@@ -5,7 +5,6 @@ the network sees.
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from transformers import BertTokenizer
 
 from rltune.errors import UserError
-from rltune.rewards.base import REWARDS, Card, check_batch
+from rltune.rewards.base import REWARDS, Card
 from rltune.rewards.blip import NUM_TOKENS, ScoreNetwork, load_network, read_text_sizes
 from rltune.rewards.preprocess import normalise, resize_to
 from rltune.rewards.weights import WeightsFile, locate
@@ -114,10 +113,6 @@ class ImageReward:
         tokenizer: Prompts to what it reads.
     """
 
-    is_differentiable = True
-    value_range = (-math.inf, math.inf)
-    metric_unit = ""
-
     def __init__(self, network: ScoreNetwork, tokenizer: PromptTokenizer) -> None:
         self._network = network
         self._tokenizer = tokenizer
@@ -127,13 +122,8 @@ class ImageReward:
         raw_B1: Tensor = self._network.head(self.features(images_B3HW, prompts))
         return (raw_B1[:, 0] - MEAN) / STD
 
-    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the score itself."""
-        return self(images_B3HW, prompts)
-
     def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return what the head reads, the first token's features ``(B, D)`` float32, differentiable in the images."""
-        check_batch(images_B3HW, prompts)
         if images_B3HW.shape[0] == 0:
             return images_B3HW.new_zeros(0, self._network.num_features, dtype=torch.float32)
         ids_BL, mask_BL = self._tokenizer(prompts, images_B3HW.device)
@@ -150,10 +140,9 @@ class ImageReward:
         size_px = self._network.size_px
         return normalise(resize_to(images_B3HW, (size_px, size_px)))
 
-    def to(self, device: torch.device) -> "ImageReward":
-        """Move the network to ``device`` and return the reward."""
+    def to(self, device: torch.device) -> None:
+        """Move the network to ``device``."""
         self._network.to(device)
-        return self
 
 
 @REWARDS.register(NAME, Card(scale="about -2 to 2", licence="Apache-2.0", weights=(WEIGHTS, VOCAB)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rltune.errors import NonFiniteError, RltuneError, RunError, is_out_of_memory
-from rltune.rewards.base import Reward, check_batch, sees_group
+from rltune.rewards.base import Reward, Score, check_batch
 from rltune.rewards.clip import embeddings_kept
 from rltune.rewards.scalarise import Chebyshev, Scalarisation, WeightedSum
 from rltune.rewards.trust import Trust
@@ -259,7 +259,7 @@ def in_groups(
     A prompt may have its turn twice. Whether both are in one batch depends on workers and micro-batches, on which a
     score must not; so a reward that compares images is given those of one turn at a time.
     """
-    if each is None or not sees_group(reward):
+    if each is None or not reward.sees_group:
         return read(name, reward, images_B3HW, prompts)
     parts = [slice(start, start + each) for start in range(0, len(prompts), each)]
     return torch.cat([read(name, reward, images_B3HW[part], prompts[part]) for part in parts])
@@ -283,9 +283,7 @@ def measure(name: str, reward: Reward, images_B3HW: Tensor, prompts: Sequence[st
         return _checked(f"metric of reward {name!r}", values_B, prompts)
 
 
-def _asked(
-    name: str, read: Callable[[Tensor, Sequence[str]], Tensor], images_B3HW: Tensor, prompts: Sequence[str]
-) -> Tensor:
+def _asked(name: str, read: Score, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
     """Return a reward's answer; whatever it fails with names it, but for memory, which other batches may not use up."""
     try:
         return read(images_B3HW, prompts)

@@ -15,7 +15,7 @@ from rltune.builtin.counter import Counter, load_counter, log_chances
 from rltune.builtin.grammar import parse
 from rltune.builtin.scenes import OBJECT_COLORS, SHAPES, SIZE_PX
 from rltune.errors import UserError
-from rltune.rewards.base import REWARDS, Card, check_batch, weights_file
+from rltune.rewards.base import REWARDS, Card, weights_file
 from rltune.rewards.scale import score_of_chance
 
 COLORS = tuple(OBJECT_COLORS)
@@ -35,18 +35,12 @@ def to_network(images_B3HW: Tensor) -> Tensor:
 class _ObjectReward:
     """What ``count`` and ``presence`` share: the counter, and which objects are meant."""
 
-    is_differentiable = True
-    value_range = (-math.inf, 0.0)
-
     def __init__(self, name: str, counter: Counter, of: str) -> None:
         self._name = name
         self._counter = counter
         self._named = None if of == FROM_PROMPT else _read_name(name, of)
 
-    def _log_chances(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        check_batch(images_B3HW, prompts)
-        if images_B3HW.shape[0] == 0:
-            return images_B3HW.new_zeros(0, len(COLORS), len(SHAPES), 1, dtype=torch.float32)
+    def _log_chances(self, images_B3HW: Tensor) -> Tensor:
         return log_chances(self._counter, to_network(images_B3HW))
 
     def _asked(self, prompts: Sequence[str], device: torch.device) -> Tensor:
@@ -64,10 +58,9 @@ class _ObjectReward:
                 asked[row, COLORS.index(group.color), SHAPES.index(group.shape)] += group.count
         return asked.to(device)
 
-    def to(self, device: torch.device) -> "_ObjectReward":
-        """Move the counter to ``device`` and return the reward."""
+    def to(self, device: torch.device) -> None:
+        """Move the counter to ``device``."""
         self._counter.to(device)
-        return self
 
 
 class Count(_ObjectReward):
@@ -85,8 +78,6 @@ class Count(_ObjectReward):
         UserError: ``of`` names no objects of the built-in world, or ``target`` does not go with it.
     """
 
-    metric_unit = "objects"
-
     def __init__(self, counter: Counter, *, of: str = FROM_PROMPT, target: int | None = None) -> None:
         super().__init__("count", counter, of)
         is_number = isinstance(target, int) and not isinstance(target, bool) and target >= 0
@@ -99,14 +90,10 @@ class Count(_ObjectReward):
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1] -> ``(B,)`` float32, <= 0, differentiable."""
-        count_BCS = self._log_chances(images_B3HW, prompts).exp().sum(dim=3)
+        count_BCS = self._log_chances(images_B3HW).exp().sum(dim=3)
         if self._named is None:
             return -(count_BCS - self._asked(prompts, count_BCS.device)).abs().sum(dim=(1, 2))
         return -((count_BCS * self._named.to(count_BCS)).sum(dim=(1, 2)) - self._target).abs()
-
-    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the score itself."""
-        return self(images_B3HW, prompts)
 
 
 class Presence(_ObjectReward):
@@ -123,8 +110,6 @@ class Presence(_ObjectReward):
         UserError: ``of`` names no objects of the built-in world, or ``remove`` does not go with it.
     """
 
-    metric_unit = ""
-
     def __init__(self, counter: Counter, *, of: str = FROM_PROMPT, remove: bool = False) -> None:
         super().__init__("presence", counter, of)
         if not isinstance(remove, bool) or (remove and self._named is None):
@@ -136,7 +121,7 @@ class Presence(_ObjectReward):
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1] -> ``(B,)`` float32, <= 0, differentiable; the mean over the kinds asked for."""
-        log_chance_BCSN = self._log_chances(images_B3HW, prompts)
+        log_chance_BCSN = self._log_chances(images_B3HW)
         if self._named is not None:
             is_other_CS1 = self._named.to(log_chance_BCSN.device)[:, :, None] == 0
             log_chance_BN = log_chance_BCSN.masked_fill(is_other_CS1, -math.inf).logsumexp(dim=(1, 2))
@@ -198,7 +183,9 @@ def _read_name(reward: str, of: str) -> Tensor:
     return chosen
 
 
-@REWARDS.register("count", Card("minus objects, 0 at best", is_shipped=True))
+@REWARDS.register(
+    "count", Card("minus objects, 0 at best", is_shipped=True, value_range=(-math.inf, 0.0), metric_unit="objects")
+)
 def build_count(*, of: str = FROM_PROMPT, target: int | None = None, weights: str | None = None) -> Count:
     """Minus the objects missing or too many, softly counted (built-in world).
 
@@ -214,7 +201,7 @@ def build_count(*, of: str = FROM_PROMPT, target: int | None = None, weights: st
     return Count(load_counter(weights_file("count", weights, BUILTIN_COUNTER)), of=of, target=target)
 
 
-@REWARDS.register("presence", Card("log of a chance, 0 at best", is_shipped=True))
+@REWARDS.register("presence", Card("log of a chance, 0 at best", is_shipped=True, value_range=(-math.inf, 0.0)))
 def build_presence(*, of: str = FROM_PROMPT, remove: bool = False, weights: str | None = None) -> Presence:
     """Log chance that each kind of object asked for is there, or none (built-in world); the metric is the chance.
 

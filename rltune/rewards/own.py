@@ -4,71 +4,30 @@ B: images in the batch. H, W: image rows and columns.
 """
 
 import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rltune.errors import RunError, UserError, is_out_of_memory
-from rltune.rewards.base import Reward, check_batch, sees_group
+from rltune.rewards.base import Card, Ready, Reward, Score, ScoreOf, check_batch, stated
 from rltune.rewards.imports import load_object
-from rltune.rewards.wrappers import features_of
 
 
 class OwnReward:
-    """A function ``(images_B3HW, prompts) -> (B,)`` of RGB in [0, 1] as a reward.
-
-    It counts as differentiable unless it says otherwise with an attribute ``is_differentiable = False``, and then is
-    called without gradient.
+    """A reward of the user's own, whose faults are told with its name.
 
     Args:
         name: What messages call it.
-        function: The function; ``options`` are given to it by keyword.
-        options: Of this experiment.
-    """
-
-    value_range = (-math.inf, math.inf)
-    metric_unit = ""
-
-    def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        self._name, self._function = name, partial(function, **options)
-        self.is_differentiable = has_own_gradient(function)
-        self.sees_group = sees_group(function)
-
-    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score RGB in [0, 1] -> ``(B,)`` float32.
-
-        Raises:
-            RunError: As ``scored``.
-        """
-        return scored(self._name, self._function, images_B3HW, prompts, is_differentiable=self.is_differentiable)
-
-    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the score itself."""
-        return self(images_B3HW, prompts)
-
-    def to(self, device: torch.device) -> "OwnReward":
-        """Return self; the function finds the images on the device that they are on."""
-        return self
-
-
-class ObjectReward:
-    """An instance of a user's class, which is a reward but for its faults: those are told as a function's are.
-
-    Args:
-        name: What messages call it.
-        reward: The instance.
+        reward: Made of the user's function, or of an instance of the user's class.
     """
 
     def __init__(self, name: str, reward: Reward) -> None:
         self._name, self._reward = name, reward
-        self.is_differentiable = has_own_gradient(reward)
-        self.sees_group = sees_group(reward)
-        self.value_range = reward.value_range
-        self.metric_unit = reward.metric_unit
+        self.is_differentiable, self.sees_group = reward.is_differentiable, reward.sees_group
+        self.value_range, self.metric_unit = reward.value_range, reward.metric_unit
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1] -> ``(B,)`` float32.
@@ -79,31 +38,30 @@ class ObjectReward:
         return scored(self._name, self._reward, images_B3HW, prompts, is_differentiable=self.is_differentiable)
 
     def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return what the instance reports; nothing learns from it.
+        """Return what is reported; nothing learns from it.
 
         Raises:
             RunError: As ``scored``.
         """
         return scored(self._name, self._reward.metric, images_B3HW, prompts, is_differentiable=False)
 
-    def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the instance's features, if it has any."""
-        return features_of(self._reward, images_B3HW, prompts)
+    @property
+    def features(self) -> Score | None:
+        """The user's own."""
+        return self._reward.features
 
-    def to(self, device: torch.device) -> "ObjectReward":
-        """Move the instance to ``device`` and return the wrapper."""
-        self._reward = self._reward.to(device) or self._reward  # a method that moves in place returns nothing
+    @property
+    def score_of(self) -> ScoreOf | None:
+        """The user's own."""
+        return self._reward.score_of
+
+    def to(self, device: torch.device) -> "OwnReward":
+        """Move what the user's class moves to ``device`` and return the reward."""
+        self._reward = self._reward.to(device)
         return self
 
 
-def scored(
-    name: str,
-    read: Callable[[Tensor, Sequence[str]], Any],
-    images_B3HW: Tensor,
-    prompts: Sequence[str],
-    *,
-    is_differentiable: bool,
-) -> Tensor:
+def scored(name: str, read: Score, images_B3HW: Tensor, prompts: Sequence[str], *, is_differentiable: bool) -> Tensor:
     """Return what a user's code says of images, ``(B,)`` float32 on their device.
 
     Raises:
@@ -129,9 +87,13 @@ def scored(
     return score_B.to(images_B3HW.device).float()
 
 
-def has_own_gradient(found: Any) -> bool:
-    """Return whether a user's function or class counts as differentiable: unless it says otherwise."""
-    return bool(getattr(found, "is_differentiable", True))
+def own_card(name: str, path: str) -> Card:
+    """Return what a user's function or class states of itself; calls and builds nothing.
+
+    Raises:
+        UserError: It cannot be imported.
+    """
+    return stated(load_own(name, path), Card())
 
 
 def load_own(name: str, path: str) -> Any:
@@ -170,16 +132,13 @@ def build_own(name: str, path: str, options: Mapping[str, Any]) -> Reward:
     """
     found = load_own(name, path)
     if not isinstance(found, type):
-        return OwnReward(name, found, options)
+        return OwnReward(name, Ready(partial(found, **options), stated(found, Card())))
     try:
         built = found(**options)
     except Exception as error:
         what = f"{path} cannot be built: {type(error).__name__}: {error}"
         raise UserError(f"reward {name!r}: {what}; its options are {dict(options)}") from error
-    missing = [part for part in REQUIRED if not hasattr(built, part)]
-    if missing:
-        raise UserError(f"reward {name!r}: {path} lacks {', '.join(missing)}; see rltune.rewards.base.Reward")
-    return ObjectReward(name, cast(Reward, built))
-
-
-REQUIRED = ("__call__", "metric", "to", "is_differentiable", "value_range", "metric_unit")
+    if not callable(built):
+        what = f"{path} must be called as a function of images and prompts is, and has no __call__"
+        raise UserError(f"reward {name!r}: {what}")
+    return OwnReward(name, Ready(built, Card()))

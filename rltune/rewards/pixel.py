@@ -4,98 +4,52 @@ B: images in the batch. H, W: image rows and columns.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from rltune.rewards.base import REWARDS, Card, check_batch
+from rltune.rewards.base import REWARDS, Card
 
 EPS = 1e-12
 """Added under a square root, whose gradient at 0 is infinite: a deviation of 0 scores 1e-6 and has gradient 0."""
 
 
-@dataclass(frozen=True)
-class PixelScore:
-    """A function of the pixels as a reward.
+@REWARDS.register("smoothness", Card(scale="-2 to 0", value_range=(-2.0, 0.0)))
+def smoothness(x_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Minus total variation, in [-2, 0]; 0 is a flat image. Needs no weights.
 
-    Args:
-        score: RGB in [0, 1], float32 -> ``(B,)``; it sees each image alone.
-        value_range: Its least and greatest value.
+    The mean step between neighbours, across plus down.
     """
-
-    score: Callable[[Tensor], Tensor]
-    value_range: tuple[float, float]
-    is_differentiable: ClassVar[bool] = True
-    metric_unit: ClassVar[str] = ""
-
-    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score RGB in [0, 1] -> ``(B,)`` float32, differentiable almost everywhere. Ignores what the prompts say."""
-        check_batch(images_B3HW, prompts)
-        return self.score(images_B3HW.float())
-
-    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the score itself."""
-        return self(images_B3HW, prompts)
-
-    def to(self, device: torch.device) -> "PixelScore":
-        """Return self; there is nothing to move."""
-        return self
-
-
-@REWARDS.register("smoothness", Card(scale="-2 to 0"))
-def build_smoothness() -> PixelScore:
-    """Minus total variation, in [-2, 0]; 0 is a flat image. Needs no weights."""
-    return PixelScore(smoothness, (-2.0, 0.0))
-
-
-def smoothness(x_B3HW: Tensor) -> Tensor:
-    """Return minus the mean step between neighbours, across plus down: ``(B,)``."""
     return -(x_B3HW.diff(dim=-1).abs().mean(dim=(1, 2, 3)) + x_B3HW.diff(dim=-2).abs().mean(dim=(1, 2, 3)))
 
 
-@REWARDS.register("brightness", Card(scale="0 to 1"))
-def build_brightness() -> PixelScore:
+@REWARDS.register("brightness", Card(scale="0 to 1", value_range=(0.0, 1.0)))
+def brightness(x_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
     """Mean of all channels, in [0, 1]; 1 is a white image. Its gradient is the same for every image."""
-    return PixelScore(brightness, (0.0, 1.0))
-
-
-def brightness(x_B3HW: Tensor) -> Tensor:
-    """Return the mean of all channels: ``(B,)``, linear in the images."""
     return x_B3HW.mean(dim=(1, 2, 3))
 
 
-@REWARDS.register("contrast", Card(scale="0 to 0.5"))
-def build_contrast() -> PixelScore:
-    """Deviation of luma within the image, in [0, 0.5]; 0.5 is half black, half white."""
-    return PixelScore(contrast, (0.0, 0.5))
+@REWARDS.register("contrast", Card(scale="0 to 0.5", value_range=(0.0, 0.5)))
+def contrast(x_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Deviation of luma within the image, in [0, 0.5]; 0.5 is half black, half white.
 
-
-def contrast(x_B3HW: Tensor) -> Tensor:
-    """Return the RMS contrast, ``sqrt(var(luma) + EPS)``: ``(B,)``, a flat image scores 1e-6 with gradient 0.
-
-    Luma is that of ITU-R Rec. 601, the variance that of the population of pixels. What lies in [0, 1] deviates by 0.5
-    at most (Popoviciu).
+    The RMS contrast, ``sqrt(var(luma) + EPS)``: a flat image scores 1e-6 with gradient 0. Luma is that of ITU-R Rec.
+    601, the variance that of the population of pixels. What lies in [0, 1] deviates by 0.5 at most (Popoviciu).
     """
     r_BHW, g_BHW, b_BHW = x_B3HW.unbind(dim=1)
     luma_BHW = 0.299 * r_BHW + 0.587 * g_BHW + 0.114 * b_BHW
     return (_variance(luma_BHW) + EPS).sqrt()
 
 
-@REWARDS.register("colourfulness", Card(scale="0 to 1.17"))
-def build_colourfulness() -> PixelScore:
-    """How colourful, by Hasler and Suesstrunk, in [0, 1.17]; 0 is a gray image."""
-    return PixelScore(colourfulness, (0.0, math.sqrt(1.25 * (1 + 0.3**2))))
+@REWARDS.register("colourfulness", Card(scale="0 to 1.17", value_range=(0.0, math.sqrt(1.25 * (1 + 0.3**2)))))
+def colourfulness(x_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+    """How colourful, by Hasler and Suesstrunk, in [0, 1.17]; 0 is a gray image.
 
-
-def colourfulness(x_B3HW: Tensor) -> Tensor:
-    """Return ``sqrt(var_rg + var_yb + EPS) + 0.3 sqrt(mean_rg^2 + mean_yb^2 + EPS)``: ``(B,)``.
-
-    Hasler and Suesstrunk, "Measuring colourfulness in natural images" (2003): opponent channels rg = R - G and
-    yb = (R + G) / 2 - B, variances of the population of pixels. Theirs is of levels up to 255, ours of [0, 1], so that
-    255 times ours is theirs. The EPS keeps the gradient finite on one flat colour and on gray, which scores 1.3e-6.
+    ``sqrt(var_rg + var_yb + EPS) + 0.3 sqrt(mean_rg^2 + mean_yb^2 + EPS)``, from "Measuring colourfulness in natural
+    images" (2003): opponent channels rg = R - G and yb = (R + G) / 2 - B, variances of the population of pixels. Theirs
+    is of levels up to 255, ours of [0, 1], so that 255 times ours is theirs. The EPS keeps the gradient finite on one
+    flat colour and on gray, which scores 1.3e-6.
 
     The range: rg^2 + yb^2 is convex, so greatest in a corner of the cube, 1.25 at red, green, cyan and magenta. Hence
     variances and squared means sum to 1.25 at most, and by Cauchy-Schwarz the score is at most sqrt(1.25 (1 + 0.3^2)),

@@ -1,27 +1,9 @@
 """From the unit that a reward is reported in to that of its score: the same for most, and who differs says how."""
 
 import math
-from typing import Protocol, runtime_checkable
 
 from rltune.errors import UserError
 from rltune.rewards.base import Reward
-
-
-@runtime_checkable
-class HasScale(Protocol):
-    """A reward whose metric is in another unit than its score."""
-
-    def score_of(self, metric: float, *, num_pixels: int) -> float:
-        """Return the score of images that are reported with ``metric``; rises with it.
-
-        Args:
-            metric: As ``Reward.metric`` counts.
-            num_pixels: Of an image.
-
-        Raises:
-            UserError: No image has it, or the score does not say what the metric is.
-        """
-        ...
 
 
 def score_of(reward: Reward, metric: float, *, num_pixels: int) -> float:
@@ -30,7 +12,7 @@ def score_of(reward: Reward, metric: float, *, num_pixels: int) -> float:
     Raises:
         UserError: No image has it, or the score does not say what the metric is.
     """
-    return reward.score_of(metric, num_pixels=num_pixels) if isinstance(reward, HasScale) else metric
+    return metric if reward.score_of is None else reward.score_of(metric, num_pixels=num_pixels)
 
 
 def score_of_chance(reward: str, metric: float) -> float:

@@ -4,16 +4,17 @@ B: images in the batch. D: features. H, W: image rows and columns.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from rltune.errors import UserError
-from rltune.rewards.base import HasFeatures, Reward, check_batch, sees_group
+from rltune.rewards.base import Reward, Score, ScoreOf, check_batch
 from rltune.rewards.clip import embeddings_kept
-from rltune.rewards.scale import HasScale, score_of
+from rltune.rewards.scale import score_of
 
 logger = logging.getLogger(__name__)
 
@@ -23,15 +24,10 @@ class Negate:
 
     def __init__(self, reward: Reward) -> None:
         self._reward = reward
-        self.is_differentiable = reward.is_differentiable
+        self.is_differentiable, self.sees_group = reward.is_differentiable, reward.sees_group
         self.metric_unit = reward.metric_unit
-        self.sees_group = sees_group(reward)
-
-    @property
-    def value_range(self) -> tuple[float, float]:
-        """The reward's own, turned round."""
-        low, high = self._reward.value_range
-        return (-high, -low)
+        low, high = reward.value_range
+        self.value_range = (-high, -low)
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1] -> ``(B,)`` float32, differentiable where the reward is."""
@@ -41,13 +37,18 @@ class Negate:
         """Return minus the reward's metric."""
         return -self._reward.metric(images_B3HW, prompts)
 
-    def score_of(self, metric: float, *, num_pixels: int) -> float:
-        """Return minus the score of minus the metric."""
-        return -score_of(self._reward, -metric, num_pixels=num_pixels)
+    @property
+    def features(self) -> Score | None:
+        """The reward's own."""
+        return self._reward.features
 
-    def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the reward's features, if it has any."""
-        return features_of(self._reward, images_B3HW, prompts)
+    @property
+    def score_of(self) -> ScoreOf | None:
+        """Minus the score of minus the metric."""
+        return None if self._reward.score_of is None else self._score_of
+
+    def _score_of(self, metric: float, *, num_pixels: int) -> float:
+        return -score_of(self._reward, -metric, num_pixels=num_pixels)
 
     def to(self, device: torch.device) -> "Negate":
         """Move the reward to ``device`` and return the wrapper."""
@@ -71,15 +72,10 @@ class Relative:
 
     def __init__(self, reward: Reward, *, positive: str, negative: str, k: float = 0.0) -> None:
         self._reward, self._positive, self._negative, self._k = reward, positive, negative, k
-        self.is_differentiable = reward.is_differentiable
+        self.is_differentiable, self.sees_group = reward.is_differentiable, reward.sees_group
         self.metric_unit = reward.metric_unit
-        self.sees_group = sees_group(reward)
-
-    @property
-    def value_range(self) -> tuple[float, float]:
-        """From the worst of one term and the best of the other."""
-        low, high = self._reward.value_range
-        return ((1 + self._k) * low - high, (1 + self._k) * high - low)
+        low, high = reward.value_range
+        self.value_range = ((1 + k) * low - high, (1 + k) * high - low)
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1] -> ``(B,)`` float32, differentiable where the reward is."""
@@ -89,28 +85,25 @@ class Relative:
         """Return the same difference of the reward's metric."""
         return self._difference(self._reward.metric, images_B3HW, prompts)
 
-    def score_of(self, metric: float, *, num_pixels: int) -> float:
-        """Return the metric, which the score is.
+    @property
+    def features(self) -> Score | None:
+        """The reward's own."""
+        return self._reward.features
 
-        Raises:
-            UserError: The reward is reported in another unit, in which a difference says nothing of the score's.
-        """
-        if isinstance(self._reward, HasScale):
-            raise UserError("a relative reward that is reported in another unit than it is scored in takes no target")
-        return metric
+    @property
+    def score_of(self) -> ScoreOf | None:
+        """Refuses where the reward is reported in another unit, in which a difference says nothing of the score's."""
+        return None if self._reward.score_of is None else self._score_of
 
-    def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the reward's features, if it has any."""
-        return features_of(self._reward, images_B3HW, prompts)
+    def _score_of(self, metric: float, *, num_pixels: int) -> float:
+        raise UserError("a relative reward that is reported in another unit than it is scored in takes no target")
 
     def to(self, device: torch.device) -> "Relative":
         """Move the reward to ``device`` and return the wrapper."""
         self._reward = self._reward.to(device)
         return self
 
-    def _difference(
-        self, read: Callable[[Tensor, Sequence[str]], Tensor], images_B3HW: Tensor, prompts: Sequence[str]
-    ) -> Tensor:
+    def _difference(self, read: Score, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         check_batch(images_B3HW, prompts)
         positive_B = read(images_B3HW, [f"{self._positive}. {prompt}" for prompt in prompts])
         negative_B = read(images_B3HW, [f"{self._negative}. {prompt}" for prompt in prompts])
@@ -132,13 +125,8 @@ class Frugal:
 
     def __init__(self, reward: Reward, *, name: str, micro_batch: int | None = None) -> None:
         self._reward, self._name, self._size = reward, name, micro_batch
-        self.is_differentiable = reward.is_differentiable
-        self.metric_unit = reward.metric_unit
-
-    @property
-    def value_range(self) -> tuple[float, float]:
-        """The reward's own."""
-        return self._reward.value_range
+        self.is_differentiable, self.sees_group = reward.is_differentiable, reward.sees_group
+        self.value_range, self.metric_unit = reward.value_range, reward.metric_unit
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1] -> ``(B,)`` float32, differentiable where the reward is."""
@@ -148,22 +136,22 @@ class Frugal:
         """Return the reward's metric."""
         return self._in_parts(self._reward.metric, images_B3HW, prompts)
 
-    def score_of(self, metric: float, *, num_pixels: int) -> float:
-        """Return what the reward does."""
-        return score_of(self._reward, metric, num_pixels=num_pixels)
+    @property
+    def features(self) -> Score | None:
+        """The reward's own, in parts."""
+        return None if self._reward.features is None else partial(self._in_parts, self._reward.features)
 
-    def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the reward's features, if it has any."""
-        return self._in_parts(lambda *batch: features_of(self._reward, *batch), images_B3HW, prompts)
+    @property
+    def score_of(self) -> ScoreOf | None:
+        """The reward's own."""
+        return self._reward.score_of
 
     def to(self, device: torch.device) -> "Frugal":
         """Move the reward to ``device`` and return the wrapper."""
         self._reward = self._reward.to(device)
         return self
 
-    def _in_parts(
-        self, read: Callable[[Tensor, Sequence[str]], Tensor], images_B3HW: Tensor, prompts: Sequence[str]
-    ) -> Tensor:
+    def _in_parts(self, read: Score, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         while True:
             size = min(self._size or len(prompts), len(prompts))
             try:
@@ -177,9 +165,7 @@ class Frugal:
             )
 
 
-def _parts(
-    read: Callable[[Tensor, Sequence[str]], Tensor], images_B3HW: Tensor, prompts: Sequence[str], size: int
-) -> Tensor:
+def _parts(read: Score, images_B3HW: Tensor, prompts: Sequence[str], size: int) -> Tensor:
     check_batch(images_B3HW, prompts)
     if len(prompts) <= size:
         return read(images_B3HW, prompts)
@@ -206,6 +192,6 @@ def features_of(reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> 
     Raises:
         UserError: It does not say.
     """
-    if not isinstance(reward, HasFeatures):
+    if reward.features is None:
         raise UserError("the reward has no features to measure trust by; leave `trust` out")
     return reward.features(images_B3HW, prompts)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rltune.diffusion.memory import stored_bytes
-from rltune.rewards.base import Reward, check_batch, sees_group
+from rltune.rewards.base import Reward, check_batch
 from rltune.rewards.frozen import held_bytes
 from rltune.rewards.mixture import measure, score
 
@@ -58,7 +58,7 @@ def prove(name: str, reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]
         score(name, reward, images_B3HW, prompts)
         forward_ms = 1000 * (_now(images_B3HW) - start)
         metrics_B = measure(name, reward, images_B3HW, prompts)
-        leak = 0.0 if sees_group(reward) else _change_alone(name, reward, images_B3HW, prompts, scores_B)
+        leak = 0.0 if reward.sees_group else _change_alone(name, reward, images_B3HW, prompts, scores_B)
     norms_B, backward_ms, activation_bytes = None, None, None
     if reward.is_differentiable:
         images_B3HW = images_B3HW.clone().requires_grad_()
@@ -66,7 +66,7 @@ def prove(name: str, reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]
         (slope_B3HW,) = torch.autograd.grad(score(name, reward, images_B3HW, prompts).sum(), images_B3HW)
         backward_ms = 1000 * (_now(images_B3HW) - start)
         norms_B = torch.linalg.vector_norm(slope_B3HW.flatten(1), dim=1)
-        if len(prompts) > 1 and not sees_group(reward):
+        if len(prompts) > 1 and not reward.sees_group:
             (first_B3HW,) = torch.autograd.grad(score(name, reward, images_B3HW, prompts)[0], images_B3HW)
             leak = max(leak, float(first_B3HW[1:].abs().max()))
         frozen = nn.ModuleList(networks_of(reward))

@@ -10,9 +10,9 @@ from rltune.config.experiment import RunConfig
 from rltune.config.sections import RewardConfig, TrustConfig
 from rltune.errors import UserError
 from rltune.redaction import holds_secret, is_secret_name
-from rltune.rewards.base import REWARDS, Reward, compares_group, sees_group
+from rltune.rewards.base import REWARDS, Reward, compares_group
 from rltune.rewards.mixture import RAW, Calibration, Mixture, Shape
-from rltune.rewards.own import build_own, check_own, has_own_gradient, load_own
+from rltune.rewards.own import build_own, check_own, own_card
 from rltune.rewards.references import reference_features
 from rltune.rewards.scalarise import SCALARISATIONS, Scalarisation
 from rltune.rewards.scale import score_of
@@ -55,7 +55,7 @@ def build_reward(name: str, section: RewardConfig) -> Reward:
         reward = Relative(reward, positive=words.positive, negative=words.negative, k=words.k)
     if section.negate:
         reward = Negate(reward)
-    if sees_group(reward):
+    if reward.sees_group:
         return reward
     return Frugal(reward, name=name, micro_batch=section.micro_batch)
 
@@ -78,7 +78,7 @@ def check_reward(name: str, section: RewardConfig, *, needs_gradient: bool) -> N
         REWARDS.check(kind, section.options)
         return
     check_own(name, kind, section.options)
-    if not has_own_gradient(load_own(name, kind)) and needs_gradient and section.weight > 0:
+    if not own_card(name, kind).is_differentiable and needs_gradient and section.weight > 0:
         raise UserError(
             f"rewards.{name}: {kind} says that it has no gradient, and the estimator backpropagates rewards; give it "
             "weight 0 to watch it only, or take an estimator that needs none: see 'rltune estimators'"
@@ -124,7 +124,7 @@ def compares_images(name: str, section: RewardConfig) -> bool:
         UserError: Its name is unknown, or it is the user's own and does not import.
     """
     kind = section.reward or name
-    return sees_group(load_own(name, kind)) if is_own(name, section) else compares_group(kind)
+    return bool(own_card(name, kind).sees_group) if is_own(name, section) else compares_group(kind)
 
 
 def build_mixture(

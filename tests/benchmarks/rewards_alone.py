@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from torch import Tensor
 
 from rltune.config.experiment import RunConfig
 from rltune.config.load import load_experiment
 from rltune.intervals import over_prompts_and_seeds
-from rltune.rewards.base import REWARDS, Reward
+from rltune.rewards.base import REWARDS
+from rltune.rewards.wrappers import Negate
 from rltune.training.loop import train_run
 from rltune.training.quiet import quiet_libraries
 from rltune.training.reference import load_base
@@ -49,27 +48,8 @@ Run = dict[str, dict[str, npt.NDArray[np.float64]]]
 """``eval`` and ``gain`` -> reward or judge -> a value a held-out prompt."""
 
 
-class Negated:
-    """Another reward with its sign flipped."""
-
-    def __init__(self, reward: Reward) -> None:
-        self._reward = reward
-        self.is_differentiable, self.metric_unit = reward.is_differentiable, reward.metric_unit
-        self.value_range = (-reward.value_range[1], -reward.value_range[0])
-
-    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        return -self._reward(images_B3HW, prompts)
-
-    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        return -self._reward.metric(images_B3HW, prompts)
-
-    def to(self, device: torch.device) -> "Negated":
-        self._reward.to(device)
-        return self
-
-
-def _negated(reward: str) -> Negated:
-    return Negated(REWARDS.build(reward, {}))
+def _negated(reward: str) -> Negate:
+    return Negate(REWARDS.build(reward, {}))
 
 
 def configure(reward: str, setting: str, seed: int) -> RunConfig:

@@ -23,6 +23,7 @@ from rltune.export.base import Adapter
 from rltune.export.diffusers import Diffusers
 from rltune.orchestration import campaign
 from rltune.orchestration.known import known_names
+from rltune.rewards.base import RewardRegistry
 from rltune.runs.layout import RunFolder
 from rltune.training.rewards import build_reward
 from tests import run_folders
@@ -55,6 +56,25 @@ def test_the_pages_own_reward_is_one(
     red = torch.zeros(1, 3, 4, 4)
     red[:, 0] = 1
     assert reward(red, [""]).tolist() == [2.0]
+
+
+def test_the_page_s_class_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taste.py").write_text(block_with(page_named("own-reward"), "python", "# taste.py"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    check_reward("taste:Taste", images=[], prompts=[], options=["channels=2"], device="cpu")
+    assert "0 to 1" in capsys.readouterr().out
+
+
+def test_the_page_s_package_registers_a_reward(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = RewardRegistry()
+    monkeypatch.setattr("rltune.rewards.base.REWARDS", registry)
+    exec(block_with(page_named("own-reward"), "python", "# my_package/sharpness.py"), {"__name__": "my_package"})
+    stripes = torch.zeros(1, 3, 4, 5)
+    stripes[..., ::2] = 1.0
+    assert registry.build("sharpness", {})(stripes, [""]).tolist() == [1.0]
 
 
 def test_the_lora_is_used_alike_in_the_readme_and_on_its_page() -> None:

@@ -11,8 +11,8 @@ from transformers import BitImageProcessor, Dinov2Model
 
 from rltune.builtin.render import render
 from rltune.builtin.scenes import make_scene
-from rltune.rewards.base import REWARDS, HasFeatures, sees_group
-from rltune.rewards.diversity import build_diversity_dino, dino_preprocess
+from rltune.rewards.base import REWARDS
+from rltune.rewards.diversity import dino_preprocess
 from rltune.training.evaluation import diversity
 
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -58,11 +58,11 @@ def test_white_and_black_are_one_apart() -> None:
 
 def test_features_are_the_librarys_and_dino_is_one_minus_their_cosine(dino_folder: Path) -> None:
     pictures = make_pictures(6, 96, 128)
-    reward = build_diversity_dino(model=str(dino_folder))
+    reward = REWARDS.build("diversity_dino", {"model": str(dino_folder)})
     network = Dinov2Model.from_pretrained(dino_folder).eval()
     with torch.no_grad():
         tokens = network(pixel_values=dino_preprocess(pictures)).last_hidden_state
-    assert isinstance(reward, HasFeatures)
+    assert reward.features is not None
     features = reward.features(pictures, PROMPTS)
     torch.testing.assert_close(features, tokens[:, 0], rtol=1e-5, atol=1e-5)  # the same operations
     x = tokens[:, 0].double().numpy()
@@ -109,7 +109,7 @@ def test_images_alone_of_their_prompt_score_zero_and_have_a_gradient_of_zero(nam
     options = {"model": str(dino_folder)} if name == "diversity_dino" else {}
     images = make_pictures(2).requires_grad_()
     reward = REWARDS.build(name, options)
-    assert sees_group(reward)
+    assert reward.sees_group
     score = reward(images, ["a", "b"])
     assert score.tolist() == [0, 0]
     (gradient,) = torch.autograd.grad(score.sum(), images)

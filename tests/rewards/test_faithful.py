@@ -34,7 +34,6 @@ def score(readings: Sequence[Reading], prompts: Sequence[str], *, is_strict: boo
     images = torch.rand(len(prompts), 3, 64, 64, generator=torch.Generator().manual_seed(0))
     values = reward(images, prompts)
     assert values.dtype == torch.float32
-    assert torch.equal(reward.metric(images, prompts), values)
     return values.tolist()  # type: ignore[no-any-return]
 
 
@@ -82,7 +81,6 @@ def test_the_judge_is_shown_pictures_of_its_own_size_and_range() -> None:
 
 def test_a_score_carries_no_gradient() -> None:
     reward = Faithful(Reader(Reading(RIGHT, "white")))  # type: ignore[arg-type]
-    assert not reward.is_differentiable
     assert not reward(torch.rand(1, 3, 64, 64, requires_grad=True), [PROMPT]).requires_grad
 
 
@@ -101,6 +99,8 @@ def test_the_shipped_judge_scores_renders_by_their_captions() -> None:
     scenes, _ = make_scenes(535_353, 64, is_heldout=True)
     images, captions = render(scenes), [scene.canonical_caption() for scene in scenes]
     share, strict = (REWARDS.build(name, {}) for name in ("faithful", "faithful_exact"))
+    assert not share.is_differentiable
+    assert not strict.is_differentiable
     # It read all 64 right when this was written; two mistakes may pass.
     assert strict(images, captions).sum() >= 62
     assert share(images, captions).mean() >= strict(images, captions).mean()

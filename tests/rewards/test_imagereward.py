@@ -22,9 +22,9 @@ from rltune.builtin.render import render
 from rltune.builtin.scenes import make_scene
 from rltune.errors import RunError, UserError
 from rltune.rewards import frozen
-from rltune.rewards.base import REWARDS, HasFeatures
+from rltune.rewards.base import REWARDS
 from rltune.rewards.blip import PUBLISHED_TEXT, ScoreNetwork, published_name
-from rltune.rewards.imagereward import WEIGHTS, ImageReward, PromptTokenizer
+from rltune.rewards.imagereward import WEIGHTS, ImageReward, PromptTokenizer, build_imagereward
 from rltune.rewards.weights import WeightsFile
 from tests.rewards import imagereward_layout as layout
 
@@ -128,9 +128,8 @@ def make_images(num: int = len(PROMPTS), dtype: torch.dtype = torch.float32) -> 
 
 
 def build(options: Options, **others: Any) -> ImageReward:
-    reward = REWARDS.build("imagereward", options | others)
-    assert isinstance(reward, ImageReward)
-    return reward
+    REWARDS.check("imagereward", options | others)
+    return build_imagereward(**(options | others))
 
 
 # Off by at most 6e-6 and 1e-14, for features up to 3: sums of 128 terms in another order, five layers deep.
@@ -159,7 +158,6 @@ def gradient(score: Callable[[Tensor, tuple[str, ...]], Tensor], images: Tensor)
 
 def test_prompt_and_image_both_move_the_score(imagereward_options: Options) -> None:
     reward, images = build(imagereward_options), make_images()
-    assert isinstance(reward, HasFeatures)
     by_prompt_BD = reward.features(images[:1].expand_as(images), PROMPTS)
     by_image_BD = reward.features(images, PROMPTS[:1] * len(images))
     assert by_prompt_BD.shape == (len(PROMPTS), 24)

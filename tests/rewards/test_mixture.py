@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rltune.errors import NonFiniteError, RunError, UserError
-from rltune.rewards.base import REWARDS
+from rltune.rewards.base import REWARDS, Card, Ready, Reward
 from rltune.rewards.mixture import Calibration, Mixture, Shape, calibrate, measure, score
 from rltune.rewards.scalarise import Chebyshev, WinRate
 from rltune.rewards.trust import fit_trust
@@ -20,13 +20,10 @@ IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 @dataclass
-class Fake:
-    """A reward that answers what a function of the images gives."""
+class Scored:
+    """A score that a function of the images gives, and a metric of ten times that."""
 
     function: Callable[[Tensor], Tensor]
-    is_differentiable: bool = True
-    value_range: tuple[float, float] = (-math.inf, math.inf)
-    metric_unit: str = ""
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.function(images_B3HW)
@@ -34,8 +31,9 @@ class Fake:
     def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         return 10 * self.function(images_B3HW)
 
-    def to(self, device: torch.device) -> "Fake":
-        return self
+
+def fake(function: Callable[[Tensor], Tensor], **known: Any) -> Reward:
+    return Ready(Scored(function), Card(**known))
 
 
 def mean_of(images_B3HW: Tensor) -> Tensor:
@@ -44,7 +42,7 @@ def mean_of(images_B3HW: Tensor) -> Tensor:
 
 def make_mixture(**changes: Any) -> Mixture:
     arguments: dict[str, Any] = {
-        "rewards": {"bright": REWARDS.build("brightness", {}), "square": Fake(lambda x: mean_of(x) ** 2)},
+        "rewards": {"bright": REWARDS.build("brightness", {}), "square": fake(lambda x: mean_of(x) ** 2)},
         "weights": {"bright": 3.0, "square": 1.0},
         "calibration": {"bright": Calibration(0.5, 0.1), "square": Calibration(0.2, 0.05)},
     }
@@ -209,7 +207,7 @@ def test_a_reward_of_weight_0_is_scored_without_gradient_or_not_at_all() -> None
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_names_reward_and_prompt(bad: float) -> None:
-    rewards = {"bright": REWARDS.build("brightness", {}), "square": Fake(lambda x: torch.tensor([1.0, bad]))}
+    rewards = {"bright": REWARDS.build("brightness", {}), "square": fake(lambda x: torch.tensor([1.0, bad]))}
     mixture = make_mixture(rewards=rewards)
     with pytest.raises(NonFiniteError, match=rf"^reward 'square': not finite, got {bad} for 'a dog';"):
         mixture(IMAGES, PROMPTS)
@@ -220,13 +218,13 @@ def test_a_score_that_is_not_finite_names_reward_and_prompt(bad: float) -> None:
 def test_many_scores_that_are_not_finite_are_counted() -> None:
     with pytest.raises(NonFiniteError, match="nan for 'p2' and 2 more"):
         score(
-            "bad", Fake(lambda x: x.mean(dim=(1, 2, 3)) * math.nan), torch.ones(5, 3, 2, 2), [f"p{i}" for i in range(5)]
+            "bad", fake(lambda x: x.mean(dim=(1, 2, 3)) * math.nan), torch.ones(5, 3, 2, 2), [f"p{i}" for i in range(5)]
         )
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 1), (3,)])
 def test_a_score_of_another_shape_names_the_reward(shape: tuple[int, ...]) -> None:
-    rewards = {"bright": REWARDS.build("brightness", {}), "square": Fake(lambda x: torch.ones(shape))}
+    rewards = {"bright": REWARDS.build("brightness", {}), "square": fake(lambda x: torch.ones(shape))}
     with pytest.raises(ValueError, match=r"reward 'square': must be of shape \(2,\), got"):
         make_mixture(rewards=rewards)(IMAGES, PROMPTS)
 
@@ -236,7 +234,7 @@ def test_rewards_run_in_float32_whatever_autocast_is_on() -> None:
         flat_BN = images_B3HW.flatten(1)
         return (flat_BN @ flat_BN.T).diagonal()
 
-    rewards = {"bright": REWARDS.build("brightness", {}), "square": Fake(matmul)}
+    rewards = {"bright": REWARDS.build("brightness", {}), "square": fake(matmul)}
     mixture = make_mixture(rewards=rewards)
     expected = mixture(IMAGES, PROMPTS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -244,7 +242,7 @@ def test_rewards_run_in_float32_whatever_autocast_is_on() -> None:
         actual = mixture(IMAGES, PROMPTS)
     assert torch.equal(actual.total_B, expected.total_B)
     assert actual.raw["square"].dtype == torch.float32
-    low = score("square", Fake(lambda x: x.mean(dim=(1, 2, 3))), IMAGES.bfloat16(), PROMPTS)
+    low = score("square", fake(lambda x: x.mean(dim=(1, 2, 3))), IMAGES.bfloat16(), PROMPTS)
     assert low.dtype == torch.float32
 
 
@@ -256,7 +254,7 @@ def test_metrics_are_the_rewards_own() -> None:
 
 
 def test_a_mixture_is_differentiable_where_its_weights_are() -> None:
-    rewards = {"bright": REWARDS.build("brightness", {}), "square": Fake(mean_of, is_differentiable=False)}
+    rewards = {"bright": REWARDS.build("brightness", {}), "square": fake(mean_of, is_differentiable=False)}
     assert not make_mixture(rewards=rewards).is_differentiable
     assert make_mixture(rewards=rewards, weights={"bright": 1.0, "square": 0.0}).is_differentiable
 
@@ -287,7 +285,7 @@ def test_a_calibration_needs_finite_values(values: list[float]) -> None:
 
 
 @dataclass
-class Seeing(Fake):
+class Seeing(Scored):
     def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         return images_B3HW.mean(dim=(2, 3))
 
@@ -295,7 +293,7 @@ class Seeing(Fake):
 def test_images_are_compared_without_trust_which_weighs_the_loss() -> None:
     """By the mean of the rewards' trusts, 1 for one that is not in question."""
     trust = fit_trust(torch.rand(50, 3, generator=torch.Generator().manual_seed(1)), slope=1.0, offset=1.5, ceiling=9.0)
-    rewards = {"bright": REWARDS.build("brightness", {}), "square": Seeing(lambda x: mean_of(x) ** 2)}
+    rewards = {"bright": REWARDS.build("brightness", {}), "square": Ready(Seeing(lambda x: mean_of(x) ** 2), Card())}
     weight = trust(IMAGES.mean(dim=(2, 3)))
     both = make_mixture(rewards=rewards, trusts={"square": trust})(IMAGES, PROMPTS)
     assert torch.equal(both.compared_B, make_mixture(rewards=rewards)(IMAGES, PROMPTS).total_B)
@@ -313,7 +311,7 @@ def test_images_are_compared_without_trust_which_weighs_the_loss() -> None:
 
 
 def test_trust_weighs_what_is_trained_on_and_leaves_what_is_reported() -> None:
-    rewards = {"bright": REWARDS.build("brightness", {}), "square": Seeing(lambda x: mean_of(x) ** 2)}
+    rewards = {"bright": REWARDS.build("brightness", {}), "square": Ready(Seeing(lambda x: mean_of(x) ** 2), Card())}
     trust = fit_trust(torch.rand(50, 3, generator=torch.Generator().manual_seed(1)), slope=1.0, offset=1.5, ceiling=9.0)
     plain = make_mixture(rewards=rewards)(IMAGES, PROMPTS)
     images = IMAGES.clone().requires_grad_()
@@ -357,14 +355,14 @@ def test_an_image_that_is_not_finite_is_named_before_any_reward_sees_it() -> Non
     images = torch.rand(5, 3, 4, 4)
     images[1, 0, 2, 2], images[3:, 0, 0, 0] = math.nan, math.inf
     prompts = [f"p{i}" for i in range(5)]
-    mixture = make_mixture(rewards={"bright": Fake(lambda x: x.new_zeros(5)), "square": Fake(lambda x: x.new_zeros(5))})
+    mixture = make_mixture(rewards={"bright": fake(lambda x: x.new_zeros(5)), "square": fake(lambda x: x.new_zeros(5))})
     with pytest.raises(NonFiniteError, match="images that are not finite, for 'p1', 'p3', 'p4'; lower"):
         mixture(images, prompts)
 
 
 def test_every_reward_is_given_the_same_tensor() -> None:
     seen: list[Tensor] = []
-    watch = Fake(lambda x: (seen.append(x), mean_of(x))[1])  # type: ignore[func-returns-value]
+    watch = fake(lambda x: (seen.append(x), mean_of(x))[1])  # type: ignore[func-returns-value]
     mixture = make_mixture(rewards={"bright": watch, "square": watch})
     mixture(IMAGES.bfloat16(), PROMPTS)
     assert seen[0] is seen[1]  # by which rewards on one tower share the embedding of an image

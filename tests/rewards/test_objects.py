@@ -73,7 +73,6 @@ def test_count_is_minus_the_distance_of_the_named_objects_to_the_target(of: str,
     reward = Count(sees(OBJECTS), of=of, target=target)
     # Float32 chances of up to four objects; the 432 kinds that are not there add up to 1e-24.
     assert reward(images(), ["whatever"]).tolist() == pytest.approx([-expected], abs=1e-6)
-    assert reward.metric(images(), ["whatever"]).tolist() == pytest.approx([-expected], abs=1e-6)
 
 
 def test_count_of_the_prompt_charges_what_is_missing_and_what_nobody_asked_for() -> None:

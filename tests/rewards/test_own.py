@@ -1,6 +1,7 @@
 """A user's own function or class as a reward: what it is given, and what is said of its faults."""
 
 import importlib
+import math
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from rltune.errors import RunError, UserError
 from rltune.rewards.mixture import features, measure, score
-from rltune.rewards.own import build_own, check_own
+from rltune.rewards.own import build_own, check_own, own_card
 from rltune.rewards.wrappers import Frugal
 
 PROMPTS = ("a cat", "two dogs", "a fox")
@@ -77,6 +78,14 @@ class Raising(Redness):
 class Bare:
     def __call__(self, images, prompts):
         return redness(images, prompts)
+
+class Uncallable:
+    def metric(self, images, prompts):
+        return redness(images, prompts)
+
+class Opaque(Bare):
+    is_differentiable = False
+    sees_group = True
 
 class Featureless(Redness):
     features = None
@@ -173,12 +182,30 @@ def test_a_class_is_built_with_its_options_and_is_itself_the_reward() -> None:
     [
         ("Redness", {"colour": 1}, r"own_scores:Redness cannot be built: TypeError: .*'colour'.* \{'colour': 1\}"),
         ("Redness", {"factor": -1.0}, r"own_scores:Redness cannot be built: RuntimeError: factor is negative"),
-        ("Bare", {}, "own_scores:Bare lacks metric, to, is_differentiable, value_range, metric_unit; see"),
+        ("Uncallable", {}, "own_scores:Uncallable must be called as a function of images and prompts is"),
     ],
 )
 def test_a_class_that_is_no_reward_is_refused(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=f"^reward 'mine': {message}"):
         build_own("mine", f"own_scores:{name}", options)
+
+
+def test_a_class_may_leave_out_all_but_its_call() -> None:
+    reward = build_own("mine", "own_scores:Bare", {}).to(torch.device("cpu"))
+    torch.testing.assert_close(score("mine", reward, IMAGES, PROMPTS), red())
+    torch.testing.assert_close(measure("mine", reward, IMAGES, PROMPTS), red())
+    assert (reward.value_range, reward.metric_unit) == ((-math.inf, math.inf), "")
+    assert (reward.is_differentiable, reward.sees_group) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("redness", (True, False)), ("lengths", (False, False)), ("Bare", (True, False)), ("Opaque", (False, True))],
+)
+def test_what_it_states_is_known_before_it_is_built_and_after(name: str, known: tuple[bool, bool]) -> None:
+    card, reward = own_card("mine", f"own_scores:{name}"), build_own("mine", f"own_scores:{name}", {})
+    assert (card.is_differentiable, card.sees_group) == known
+    assert (reward.is_differentiable, reward.sees_group) == known
 
 
 def test_a_metric_that_fails_names_the_reward() -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rltune.errors import UnknownNameError, UserError
-from rltune.rewards.base import REWARDS, Reward, sees_group
+from rltune.rewards.base import REWARDS, Reward
+from rltune.training.checking import networks_of
 
 PROMPTS = ("a red circle", "two blue stars and an orange ring", "a green cross on a white background")
 """Captions of the built-in world, since some rewards read no others."""
@@ -36,7 +37,7 @@ def make_images(num_images: int = 3, height: int = 48, width: int = 48, dtype: t
 
 def prompts_for(reward: Reward, num_images: int) -> tuple[str, ...]:
     """One prompt an image; the same one where images of a prompt are compared, for one alone has nothing to gain."""
-    return (PROMPTS[0],) * num_images if sees_group(reward) else PROMPTS[:num_images]
+    return (PROMPTS[0],) * num_images if reward.sees_group else PROMPTS[:num_images]
 
 
 def test_a_score_is_a_finite_float32_number_an_image_within_the_stated_range(reward: Reward) -> None:
@@ -98,7 +99,7 @@ def test_the_image_gradient_is_the_slope(name: str, reward_options: Options, mon
 
 
 def test_an_image_moves_no_other_score(reward: Reward) -> None:
-    if sees_group(reward):
+    if reward.sees_group:
         pytest.skip("says that it compares the images of a prompt")
     images = make_images()
     changed = torch.cat([images[:1] / 2, images[1:]])  # a contrast is blind to 1 - images
@@ -119,7 +120,7 @@ def test_an_image_moves_no_score_of_another_prompt(reward: Reward) -> None:
     assert torch.equal(before[1::2], after[1::2])
     if reward.is_differentiable:
         assert before[0] != after[0]
-        assert (before[2] != after[2]) == sees_group(reward)
+        assert (before[2] != after[2]) == reward.sees_group
         images.requires_grad_()
         (gradient,) = torch.autograd.grad(reward(images, GROUPED)[1::2].sum(), images)
         assert gradient[0::2].abs().max() == 0
@@ -134,7 +135,7 @@ def test_a_prompt_alone_scores_as_in_a_batch(reward: Reward) -> None:
 
 
 def test_a_batch_of_one_scores_as_in_a_batch(reward: Reward) -> None:
-    if sees_group(reward):
+    if reward.sees_group:
         pytest.skip("says that it compares the images of a prompt")
     images = make_images()
     alone = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
@@ -174,6 +175,18 @@ def test_a_reward_moves_and_keeps_its_score(reward: Reward) -> None:
     images, prompts = make_images(), prompts_for(reward, 3)
     before = reward(images, prompts)
     assert torch.equal(reward.to(torch.device("cpu"))(images, prompts), before)
+
+
+def test_a_reward_moves_all_the_weights_that_it_holds(reward: Reward, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: set[int] = set()
+
+    def to(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+        moved.update(map(id, module.modules()))
+        return module
+
+    monkeypatch.setattr(torch.nn.Module, "to", to)
+    assert reward.to(torch.device("meta")) is reward
+    assert [network for network in networks_of(reward) if id(network) not in moved] == []
 
 
 def test_an_unknown_option_lists_the_known_ones(name: str) -> None:

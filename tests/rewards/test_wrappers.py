@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rltune.errors import UserError
-from rltune.rewards.base import REWARDS
+from rltune.rewards.base import REWARDS, Card, Ready, Reward
 from rltune.rewards.wrappers import Frugal, Negate, Relative, features_of
 
 PROMPTS = ["a", "bb", "ccc", "dd", "e"]
@@ -17,7 +17,6 @@ PROMPTS = ["a", "bb", "ccc", "dd", "e"]
 class Toy:
     """The mean of the image times the length of its prompt; its metric is ten times that. Notes what it is given."""
 
-    is_differentiable = True
     value_range = (0.0, 10.0)
     metric_unit = "kB"
 
@@ -38,9 +37,12 @@ class Toy:
     def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         return images_B3HW.flatten(1)[:, :2]
 
-    def to(self, device: torch.device) -> "Toy":
+    def to(self, device: torch.device) -> None:
         self.device = device
-        return self
+
+
+def ready(toy: Toy) -> Reward:
+    return Ready(toy, Card())
 
 
 def make_images() -> Tensor:
@@ -55,18 +57,19 @@ def slope(reward: Any, images: Tensor) -> Tensor:
 
 def test_negate_turns_score_metric_range_and_slope_round() -> None:
     images, toy = make_images(), Toy()
-    turned = Negate(toy)
+    turned = Negate(ready(toy))
     assert torch.equal(turned(images, PROMPTS), -toy(images, PROMPTS))
     assert torch.equal(turned.metric(images, PROMPTS), -10 * toy(images, PROMPTS))
     assert torch.equal(slope(turned, images), -slope(toy, images))
     assert turned.value_range == (-10.0, 0.0)
     assert (turned.metric_unit, turned.is_differentiable, turned.sees_group) == ("kB", True, False)
+    assert turned.features is not None
     assert torch.equal(turned.features(images, PROMPTS), toy.features(images, PROMPTS))
 
 
 def test_relative_is_the_positive_words_score_minus_the_negative_ones() -> None:
     images, toy = make_images(), Toy()
-    relative = Relative(toy, positive="good", negative="terrible", k=0.5)
+    relative = Relative(ready(toy), positive="good", negative="terrible", k=0.5)
     level = images.square().mean(dim=(1, 2, 3))
     lengths = torch.tensor([1.0, 2, 3, 2, 1])
     # "good. a" has 6 letters more than "a", "terrible. a" 10
@@ -85,29 +88,30 @@ def test_nothing_is_left_of_a_reward_that_does_not_read_the_words() -> None:
 
 def test_parts_give_the_scores_and_slopes_of_the_whole() -> None:
     images, toy = make_images(), Toy()
-    parts = Frugal(toy, name="toy", micro_batch=2)
+    parts = Frugal(ready(toy), name="toy", micro_batch=2)
     assert torch.equal(parts(images, PROMPTS), Toy()(images, PROMPTS))
     assert toy.calls == [["a", "bb"], ["ccc", "dd"], ["e"]]
     torch.testing.assert_close(slope(parts, images), slope(Toy(), images), rtol=1e-6, atol=0)
     assert torch.equal(parts.metric(images, PROMPTS), Toy().metric(images, PROMPTS))
+    assert parts.features is not None
     assert torch.equal(parts.features(images, PROMPTS), toy.features(images, PROMPTS))
     assert parts(images[:0], []).shape == (0,)
 
 
 def test_a_part_is_computed_again_in_the_backward_pass() -> None:
     images, toy = make_images().requires_grad_(), Toy()
-    total = Frugal(toy, name="toy", micro_batch=3)(images, PROMPTS).sum()
+    total = Frugal(ready(toy), name="toy", micro_batch=3)(images, PROMPTS).sum()
     assert len(toy.calls) == 2
     total.backward()
     assert len(toy.calls) == 4
     with torch.no_grad():
-        Frugal(toy, name="toy", micro_batch=3)(images, PROMPTS)
+        Frugal(ready(toy), name="toy", micro_batch=3)(images, PROMPTS)
     assert len(toy.calls) == 6
 
 
 def test_memory_that_runs_out_halves_the_parts_once_and_for_all(caplog: pytest.LogCaptureFixture) -> None:
     images, toy = make_images(), Toy(most=2)
-    frugal = Frugal(toy, name="toy")
+    frugal = Frugal(ready(toy), name="toy")
     assert torch.equal(frugal(images, PROMPTS), Toy()(images, PROMPTS))
     assert [len(call) for call in toy.calls] == [5, 2, 2, 1]
     assert "'toy': out of memory with 5 images, going on with 2 at a time" in caplog.text
@@ -118,7 +122,7 @@ def test_memory_that_runs_out_halves_the_parts_once_and_for_all(caplog: pytest.L
 
 def test_one_image_that_does_not_fit_is_said() -> None:
     with pytest.raises(torch.OutOfMemoryError, match="full"):
-        Frugal(Toy(most=0), name="toy")(make_images(), PROMPTS)
+        Frugal(ready(Toy(most=0)), name="toy")(make_images(), PROMPTS)
 
 
 def test_the_whole_batch_goes_through_as_it_is_while_it_fits() -> None:
@@ -129,14 +133,14 @@ def test_the_whole_batch_goes_through_as_it_is_while_it_fits() -> None:
             seen.append(images_B3HW)
             return super().__call__(images_B3HW, prompts)
 
-    Frugal(Watch(), name="watch")(images, PROMPTS)
+    Frugal(ready(Watch()), name="watch")(images, PROMPTS)
     assert seen[0] is images  # the very tensor, by which rewards on one tower share its embedding
 
 
 WRAPPERS = (
-    Negate,
-    lambda toy: Relative(toy, positive="x", negative="y"),
-    lambda toy: Frugal(toy, name="toy"),
+    lambda toy: Negate(ready(toy)),
+    lambda toy: Relative(ready(toy), positive="x", negative="y"),
+    lambda toy: Frugal(ready(toy), name="toy"),
 )
 
 

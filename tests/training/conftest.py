@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from rltune.rewards.base import REWARDS
-from rltune.rewards.pixel import PixelScore, brightness
+from rltune.rewards.pixel import brightness
 
 
-class Brightness(PixelScore):
+class Brightness:
     """The mean of all channels, to be spoilt below."""
 
-    def __init__(self) -> None:
-        super().__init__(brightness, (0.0, 1.0))
+    value_range = (0.0, 1.0)
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return brightness(images_B3HW, prompts)
 
 
 class NanWhenTwo(Brightness):

@@ -17,7 +17,7 @@ from rltune.rewards.base import REWARDS
 from rltune.rewards.mixture import Calibration
 from rltune.rewards.scalarise import Chebyshev
 from rltune.runs.events import read_notices
-from rltune.training import loaded as loading
+from rltune.training import model_cache as loading
 from rltune.training import setup
 from rltune.training.evaluation import ImageSet, sample_and_score
 from rltune.training.reference import load_base
