@@ -189,13 +189,29 @@ class Unwritten(Weaker):
         raise OSError("the disk is full")
 
 
+class Nested(Weaker):
+    """The same file in a folder of the format's own, as a pipeline's would be, and each time another one beside it."""
+
+    count = 0
+
+    def write(self, model: Any, adapter: Adapter, folder: Path) -> tuple[Path, ...]:
+        files = Diffusers().write(model, adapter, folder / "pipeline" / "lora")
+        Nested.count += 1
+        note = folder / "pipeline" / f"{Nested.count}.txt"
+        note.touch()
+        return (*files, note)
+
+    def load(self, model: Any, folder: Path) -> Any:
+        return Diffusers().load(model, folder / "pipeline" / "lora")
+
+
 @pytest.fixture
 def formats(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
-    """Two that fail, and one that does not."""
+    """Two that fail, and two that do not."""
     EXPORT_FORMATS.names()
-    builders = {**EXPORT_FORMATS._builders, "weaker": Weaker, "unwritten": Unwritten}
+    builders = {**EXPORT_FORMATS._builders, "weaker": Weaker, "unwritten": Unwritten, "nested": Nested}
     monkeypatch.setattr(EXPORT_FORMATS, "_builders", builders)
-    return ("weaker", "unwritten", "peft")
+    return ("weaker", "unwritten", "nested", "peft")
 
 
 def test_a_file_that_fails_its_proof_does_not_stand_in_an_exports_place(
@@ -216,12 +232,28 @@ def test_a_format_that_fails_does_not_keep_the_others_from_being_written(
     written: list[str] = []
     with pytest.raises(RunError) as caught:
         export_trials([other], folder, experiment_, on_export=lambda e: written.append(e.format), formats=formats)
-    assert written == ["peft"]
+    assert written == ["nested", "peft"]
     first, *faults = str(caught.value).splitlines()
-    assert first == "2 of 3 exports failed"
+    assert first == "2 of 4 exports failed"
     assert [fault.split(": ")[0].strip() for fault in faults] == ["trial 010 for unwritten", "trial 010 for weaker"]
     assert "trial 010 for unwritten: the disk is full" in str(caught.value)
-    assert {path.name for path in (folder.exports_dir / "010").iterdir()} == PEFT_FILES
+    assert {path.name for path in (folder.exports_dir / "010").iterdir()} == PEFT_FILES | {"pipeline"}
+
+
+def test_a_format_may_have_a_folder_which_is_replaced_as_a_whole(
+    run: tuple[RunFolder, Experiment], formats: tuple[str, ...]
+) -> None:
+    folder, experiment_ = run
+    other = TrialResult(**{**vars(pick_trial("knee", folder, experiment_)), "trial": "011"})
+    for _ in range(2):
+        export_trials([other], folder, experiment_, on_export=lambda exported: None, formats=["nested"])
+    place, files = folder.exports_dir / "011", [f"pipeline/lora/{WEIGHT_FILE}", f"pipeline/{Nested.count}.txt"]
+    assert json.loads((place / "rltune.json").read_text())["formats"]["nested"]["files"] == files
+    assert {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()} == {
+        *files,
+        "rltune.json",
+        "samples.png",
+    }
 
 
 def test_an_unknown_format_is_said_before_anything_is_written(run: tuple[RunFolder, Experiment]) -> None:
