@@ -11,8 +11,8 @@ from rltune.config.load import Experiment, parse_experiment
 from rltune.config.yamlfile import write_yaml
 from rltune.orchestration.claiming import claim_run
 from rltune.rewards.mixture import Calibration
+from rltune.runs.base_scores import BaseScores
 from rltune.runs.layout import BASE_TRIAL, RunFolder, TrialSpec
-from rltune.runs.reference import BaseScores
 from rltune.runs.results import TrialResult, append_result
 from rltune.training.reference import BaseReference, save_base
 

@@ -17,12 +17,12 @@ from transformers import CLIPTokenizer
 from rltune.builtin.corpus import to_network
 from rltune.builtin.denoiser import Denoiser
 from rltune.builtin.drawing import sample, to_bytes
-from rltune.builtin.export import distinct_prompts
 from rltune.builtin.grammar import Content, parse
 from rltune.builtin.image_text import ImageText, embed_images, embed_texts
 from rltune.builtin.judge import Judge, Verdict, judge_images
 from rltune.builtin.render import render
 from rltune.builtin.scenes import make_scenes
+from rltune.builtin.shipping import distinct_prompts
 from rltune.builtin.tokenizer import encode
 from rltune.builtin.workshop import Workshop
 

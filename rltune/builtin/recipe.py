@@ -16,8 +16,8 @@ from transformers import CLIPTokenizer
 
 from rltune.builtin import autoencoder as ae
 from rltune.builtin import denoiser as dn
-from rltune.builtin import export
 from rltune.builtin import image_text as it
+from rltune.builtin import shipping as export
 from rltune.builtin.corpus import Corpus, load_corpus
 from rltune.builtin.counter import Counter, train_counter
 from rltune.builtin.drawing import sample

@@ -53,7 +53,7 @@ def show_scenes(output: Path, *, count: int, seed: int) -> None:
     Raises:
         UserError: ``output`` cannot be written.
     """
-    from rltune.cli.pictures import check_output
+    from rltune.cli.output_file import check_output
 
     check_output(output)
     from rltune.builtin.render import render

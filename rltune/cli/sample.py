@@ -30,7 +30,7 @@ def sample_grid(
         UserError: ``output`` cannot be written; a LoRA cannot be read, or was trained on another base model; no step is
             left to the LoRAs.
     """
-    from rltune.cli.pictures import check_output, save_picture
+    from rltune.cli.output_file import check_output, save_picture
     from rltune.config.experiment import RunConfig
     from rltune.diffusion.lora_files import find_lora_file
     from rltune.diffusion.outline import find_pipeline

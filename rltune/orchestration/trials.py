@@ -16,12 +16,12 @@ from rltune.orchestration.job_spec import STORAGE_ERROR, JobSpec
 from rltune.orchestration.outcome import Ending, failed, find_checkpoint, judge
 from rltune.orchestration.workload import Workload
 from rltune.records import to_record
+from rltune.runs.base_scores import BaseScores, load_scores
 from rltune.runs.confirmations import Measured, confirmed_front, measured, read_confirmations
 from rltune.runs.events import append_event
 from rltune.runs.fronts import front_as_csv, front_as_dict, search_front
 from rltune.runs.layout import BASE_TRIAL, TrialSpec
 from rltune.runs.objectives import Front, Objectives, find_front, nearest
-from rltune.runs.reference import BaseScores, load_scores
 from rltune.runs.results import TrialResult, append_result, read_results
 from rltune.runs.rows import read_metrics
 from rltune.runs.store import write_atomically

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from rltune.config.load import Experiment
+from rltune.runs.base_scores import BaseScores, load_scores
 from rltune.runs.confirmations import confirmed_front, read_confirmations
 from rltune.runs.layout import RunFolder
 from rltune.runs.objectives import Front, Objectives, find_front
 from rltune.runs.record import base_folder, read_record
-from rltune.runs.reference import BaseScores, load_scores
 from rltune.runs.results import TrialResult, read_results
 
 

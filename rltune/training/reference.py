@@ -19,7 +19,7 @@ from rltune.diffusion.sampler import Sampler
 from rltune.records import to_record
 from rltune.rewards.base import Reward
 from rltune.rewards.mixture import Calibration, calibrate, score
-from rltune.runs.reference import NUMBERS_FILE, BaseScores, as_numbers, read_numbers, scores_of
+from rltune.runs.base_scores import NUMBERS_FILE, BaseScores, as_numbers, read_numbers, scores_of
 from rltune.training.evaluation import ImageSet, Pixels, per_prompt, sample_and_score
 from rltune.training.units import measure_units
 from rltune.training.workers import Workers

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from rltune.builtin import measure, recipe
 from rltune.builtin.counter import load_counter
-from rltune.builtin.export import load_head
 from rltune.builtin.judge import load_judge
 from rltune.builtin.recipe import STAGES, train_builtin
+from rltune.builtin.shipping import load_head
 
 SCALE = 1e-4
 

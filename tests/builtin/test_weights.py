@@ -12,10 +12,10 @@ from diffusers import StableDiffusionPipeline
 
 from rltune.assets import BUILTIN_AESTHETIC_HEAD, BUILTIN_CLIP_DIR, BUILTIN_DIR, BUILTIN_PIPELINE_DIR, BUILTIN_PROMPTS
 from rltune.builtin.card import figure_tables
-from rltune.builtin.export import distinct_prompts, load_head
 from rltune.builtin.grammar import parse
 from rltune.builtin.render import render
 from rltune.builtin.scenes import make_scenes
+from rltune.builtin.shipping import distinct_prompts, load_head
 
 MAX_BYTES = 20 * 1000 * 1000
 FIGURES = BUILTIN_DIR / "weights" / "figures.json"

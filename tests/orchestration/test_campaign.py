@@ -16,8 +16,8 @@ from rltune.orchestration.campaign import Confirming, Found, NotConfirmed, Plann
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.nodes import Node
 from rltune.orchestration.sweep import Sweep
+from rltune.runs.base_scores import BaseScores
 from rltune.runs.layout import BASE_TRIAL, RunFolder
-from rltune.runs.reference import BaseScores
 from rltune.runs.results import TrialResult
 from tests.run_folders import SEARCHED, experiment, result
 

@@ -19,10 +19,10 @@ from rltune.orchestration.nodes import Node
 from rltune.orchestration.outcome import find_checkpoint
 from rltune.orchestration.trials import Abort, Trials
 from rltune.orchestration.workload import work_out
+from rltune.runs.base_scores import load_scores
 from rltune.runs.layout import BASE_TRIAL, RunFolder, TrialSpec
 from rltune.runs.objectives import Objectives
 from rltune.runs.record import base_folder, read_record
-from rltune.runs.reference import load_scores
 from rltune.runs.results import read_results
 from rltune.runs.store import read_json_lines
 from rltune.search.searcher import Search

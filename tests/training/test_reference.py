@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from rltune.rewards.mixture import Calibration
+from rltune.runs.base_scores import BaseScores
 from rltune.runs.metrics import Unit
-from rltune.runs.reference import BaseScores
 from rltune.training import loop
 from rltune.training import reference as base_module
 from rltune.training.evaluation import drift

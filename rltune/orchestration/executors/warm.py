@@ -15,6 +15,6 @@ class WarmExecutor:
 
     def trainable(self, workload: Workload) -> Any:
         """Return a slot: its own process, and a bundle of resources a worker."""
-        from rltune.orchestration.warm import warm_trainable
+        from rltune.orchestration.gang import warm_trainable
 
         return warm_trainable(workload)

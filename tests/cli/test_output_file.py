@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rltune.cli.pictures import check_output, save_picture
+from rltune.cli.output_file import check_output, save_picture
 from rltune.errors import UserError
 from rltune.training import grids
 from tests.cli.conftest import Call

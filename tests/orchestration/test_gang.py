@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rltune.config.experiment import RunConfig
+from rltune.orchestration.gang import WarmWorker
 from rltune.orchestration.job import CHECKPOINTS_KEPT
 from rltune.orchestration.job_spec import JobSpec
-from rltune.orchestration.warm import WarmWorker
 from rltune.runs.layout import BASE_TRIAL
 from rltune.runs.rows import read_metrics
 from rltune.training.checkpoint import load_adapter, read_checkpoint_meta
