@@ -5,14 +5,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
-def run(folder: Path, **modules: str) -> tuple[int, str]:
+def run(folder: Path, *more: str, **modules: str) -> tuple[int, str]:
     for name, body in modules.items():
         (folder / f"test_{name}.py").write_text(f"import pytest\n{body}\n")
     options = ["-p", "tests.skips", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(folder)]
-    command = [sys.executable, "-m", "pytest", "-q", *options, str(folder)]
+    command = [sys.executable, "-m", "pytest", "-q", *options, *more, str(folder)]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     return done.returncode, done.stdout
@@ -24,9 +26,11 @@ def test_a_skip_on_the_list_and_an_expected_failure_pass(tmp_path: Path) -> None
     assert code == 0, text
 
 
-def test_any_other_skip_fails_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [(), ("-p", "xdist", "-n", "2")], ids=["in one process", "side by side"])
+def test_any_other_skip_fails_the_run(tmp_path: Path, more: tuple[str, ...]) -> None:
     code, text = run(
         tmp_path,
+        *more,
         library="def test_a(): pytest.importorskip('no_such_library')",
         mark="@pytest.mark.skipif(True, reason='not today')\ndef test_a(): pass",
         module="pytest.skip('not here', allow_module_level=True)\ndef test_a(): pass",
