@@ -26,6 +26,7 @@ ALLOWED = {
     "estimators": BASE | {"diffusion", "rewards"},
     "training": BASE | {"config", "runs", "diffusion", "rewards", "estimators"},
     "search": BASE | {"config", "pareto", "runs", "training"},
+    "report": BASE | {"runs"},
     "export": BASE | {"config", "runs", "diffusion", "training"},
     "orchestration": BASE
     | {"config", "pareto", "runs", "diffusion", "rewards", "estimators", "training", "search", "export"},
