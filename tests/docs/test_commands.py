@@ -98,3 +98,8 @@ def test_commands_are_found_in_blocks_and_in_the_text() -> None:
     found = [words for words in commands_of(README) if Path(words[0]).name == "rltune"]
     assert [".venv/bin/rltune", "sweep", "experiments/mix.yaml"] in found
     assert ["rltune", "models", "fetch", "NAME"] in found
+
+
+def test_every_extra_is_told_of() -> None:
+    text = page_named("quick-start").text
+    assert [extra for extra in EXTRAS if f'`".[{extra}]"`' not in text] == []
