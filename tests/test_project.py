@@ -101,6 +101,28 @@ def test_private_names_of_a_library_are_used_in_one_file_of_its_own() -> None:
     assert set(used) == {"ray_private.py", "optuna_private.py"}, used
 
 
+def test_no_file_runs_code_when_it_is_read() -> None:
+    """What SECURITY.md says of pickles and of code that comes with a model."""
+    safe = {
+        "torch.load": ("weights_only", True),
+        "np.load": ("allow_pickle", False),
+        "numpy.load": ("allow_pickle", False),
+    }
+    faults, num_safe = [], 0
+    for path in (ROOT / "rltune").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name, given = ast.unparse(node.func), {option.arg: ast.unparse(option.value) for option in node.keywords}
+            option, value = safe.get(name, ("", None))
+            is_pickle = name.startswith(("pickle.load", "pickle.Unpickler", "yaml.load", "yaml.unsafe", "joblib.load"))
+            if is_pickle or "trust_remote_code" in given or (option and given.get(option) != str(value)):
+                faults.append(f"{path.relative_to(ROOT)}:{node.lineno}: {ast.unparse(node)}")
+            num_safe += bool(option)
+    assert not faults
+    assert num_safe > 0  # the rule still looks at something
+
+
 def test_the_citation_is_of_this_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert set(citation) >= {"cff-version", "message", "title", "authors"}  # what the format, 1.2.0, asks for
