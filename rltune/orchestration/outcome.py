@@ -52,8 +52,7 @@ def judge(
         base: What the base model measured; None while that is what has ended.
         find: From the metrics of its last report to the checkpoint that it is.
     """
-    spec, failure = ending.spec, ending.failure
-    stopped = "" if failure else ending.stopped
+    spec, failure, stopped = ending.spec, ending.failure, ending.stopped
     if not failure and not stopped and ending.last.get("is_final") != 1.0:
         return None
     checkpoint, metrics = "", kept_metrics(ending.last)

@@ -1,13 +1,11 @@
 """A run as plain data: what a notebook, a plot or a spreadsheet asks of it. Reads the run folder, touches nothing."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rltune.config.load import Experiment
 from rltune.errors import UserError
 from rltune.runs.fronts import front_as_dict, read_front
-from rltune.runs.layout import BASE_TRIAL
 from rltune.runs.record import read_run
 from rltune.runs.results import TrialResult, read_results
 from rltune.runs.rows import read_metrics
@@ -107,7 +105,6 @@ class Run:
 
 
 def _row(result: TrialResult) -> dict[str, Any]:
-    values: Mapping[str, Any] = {} if result.trial == BASE_TRIAL else result.values
     about = {
         "trial": result.trial,
         "state": result.state,
@@ -115,4 +112,4 @@ def _row(result: TrialResult) -> dict[str, Any]:
         "duration_s": result.duration_s,
         "is_feasible": result.is_feasible,
     }
-    return {**about, **values, **result.metrics}
+    return {**about, **result.values, **result.metrics}

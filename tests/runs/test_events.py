@@ -38,3 +38,8 @@ def test_a_place_that_cannot_be_written_stops_nobody(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     append_event(tmp_path / "file" / "events.jsonl", "suggested")
     append_event(tmp_path, "suggested")  # a folder
+
+
+def test_events_of_runs_of_before_have_their_names_of_now(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"time": 1.0, "event": "dealt"}\n')
+    assert [event.event for event in read_events(tmp_path / "events.jsonl")] == ["suggested"]
