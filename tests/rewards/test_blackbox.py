@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rltune.errors import RunError, UserError
 from rltune.rewards import blackbox
-from rltune.rewards.base import REWARDS, has_gradient
+from rltune.rewards.base import REWARDS, Card, Ready, has_gradient
 from rltune.rewards.blackbox import FunctionReward, HttpReward
 
 PROMPTS = ["a", "b", "c"]
@@ -36,7 +36,7 @@ def levels(image_3HW: Tensor) -> np.ndarray:
 
 
 def ask(function: Callable[..., Any], images_B3HW: Tensor, prompts: list[str] = PROMPTS) -> Tensor:
-    return FunctionReward(function, path="my:score")(images_B3HW, prompts)
+    return Ready(FunctionReward(function, path="my:score"), Card())(images_B3HW, prompts)
 
 
 # ---- callable

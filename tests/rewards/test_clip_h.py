@@ -101,13 +101,17 @@ def test_pickscore_is_transformers_logit_in_float64(
     torch.testing.assert_close(torch.autograd.grad(actual.sum(), images)[0], slope, rtol=1e-9, atol=1e-12)
 
 
+def tower_of(reward: Any) -> ClipTower:
+    return reward._score._tower  # type: ignore[no-any-return]
+
+
 def test_pickscores_preprocessing_is_its_processors_but_for_rounding(reward_options: Any) -> None:
     picture = (make_images(size=64)[0, :, :48] * 255).round().byte()
     picture = torch.nn.functional.avg_pool2d(picture.float(), 4).repeat_interleave(4, 1).repeat_interleave(4, 2).byte()
     processor = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     expected = processor(images=Image.fromarray(picture.permute(1, 2, 0).numpy()), return_tensors="pt")["pixel_values"]
     reward = REWARDS.build("pickscore", reward_options["pickscore"])
-    error = (reward._tower.preprocess(picture[None] / 255) - expected).abs() * 0.27 * 255  # type: ignore[attr-defined]
+    error = (tower_of(reward).preprocess(picture[None] / 255) - expected).abs() * 0.27 * 255
     assert error.max() < 1.5  # levels: 8-bit rounding, half a level and what bicubic weights make of it
 
 
@@ -131,7 +135,7 @@ def test_the_published_architecture_has_the_names_and_shapes_we_read() -> None:
 def test_two_versions_hold_once_what_they_have_in_common(reward_options: Any) -> None:
     alone = REWARDS.build("hpsv2_1", reward_options["hpsv2_1"])(make_images(), PROMPTS)
     old, new = (REWARDS.build(name, reward_options[name]) for name in ("hpsv2", "hpsv2_1"))
-    models = [reward._tower.model for reward in (old, new)]  # type: ignore[attr-defined]
+    models = [tower_of(reward).model for reward in (old, new)]
     blocks = (models[0].visual.transformer.resblocks, models[0].transformer.resblocks)
     common = sum(held_bytes([tower[0]]) for tower in blocks) + 49408 * 64 * 4
     saved = sum(held_bytes([model]) for model in models) - held_bytes(models)
@@ -160,8 +164,8 @@ def test_rewards_on_one_tower_embed_an_image_once(
 ) -> None:
     aesthetic = REWARDS.build("laion_aesthetic", {"clip": str(clip_l_folder), "head": str(laion_head_file)})
     score = REWARDS.build("clip_score", {"model": str(clip_l_folder)})
-    assert aesthetic._tower is score._tower  # type: ignore[attr-defined]
-    model, calls = score._tower.model, []  # type: ignore[attr-defined]
+    assert tower_of(aesthetic) is tower_of(score)
+    model, calls = tower_of(score).model, []
     encode = model.encode_image
     monkeypatch.setattr(model, "encode_image", lambda x, **rest: calls.append(1) or encode(x, **rest))
     images = make_images().requires_grad_()
@@ -201,7 +205,7 @@ def test_a_large_network_recomputes_its_blocks_and_has_the_same_gradient(
     monkeypatch.setattr(frozen, "LARGE", 1)
     reward = REWARDS.build("hpsv2", reward_options["hpsv2"])
     calls: list[int] = []
-    block = reward._tower.model.visual.transformer.resblocks[0]  # type: ignore[attr-defined]
+    block = tower_of(reward).model.visual.transformer.resblocks[0]
     block.ln_1.register_forward_hook(lambda *_: calls.append(1))
     value = reward(images, PROMPTS).sum()
     assert len(calls) == 1
