@@ -9,7 +9,9 @@ import importlib
 import inspect
 import logging
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +20,27 @@ from rltune.errors import UnknownNameError, UserError
 T = TypeVar("T")
 Builder = TypeVar("Builder", bound=Callable[..., Any])
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Within:
+    """Bounds of a number, both included, in its type: ``Annotated[float, Within(0, 1)]``."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Option:
+    """One thing that a builder takes by keyword."""
+
+    name: str
+    type: Any
+    """As the builder annotates it; ``Any`` where it does not, or in names that mean nothing here."""
+    default: Any = None
+    """None too where it is made anew at each call."""
+    text: str = ""
+    """What the builder's docstring says of it."""
 
 
 class Registry(Generic[T]):
@@ -73,13 +96,13 @@ class Registry(Generic[T]):
             raise UnknownNameError(f"{self.kind} {name!r} is unknown; {suggest(name, self.names())}")
         return self._builders[name]
 
-    def options(self, name: str) -> tuple[inspect.Parameter, ...]:
+    def options(self, name: str) -> tuple[Option, ...]:
         """Return what the builder of ``name`` takes by keyword.
 
         Raises:
             UnknownNameError: As ``get``.
         """
-        return tuple(inspect.signature(self.get(name)).parameters.values())
+        return options_of(self.get(name))
 
     def check(self, name: str, options: Mapping[str, Any]) -> None:
         """Check that ``name`` is known and takes ``options`` by keyword; builds nothing.
@@ -125,6 +148,33 @@ class Registry(Generic[T]):
 
     def _is_own(self, builder: Callable[..., T]) -> bool:
         return builder.__module__.startswith(f"{self._package}.")
+
+
+def options_of(builder: Callable[..., Any]) -> tuple[Option, ...]:
+    """Return what a class or a function takes, with the texts of ``Args:`` or ``Attributes:`` in its docstring."""
+    texts = _described(inspect.getdoc(builder) or "")
+    try:
+        takes = inspect.signature(builder, eval_str=True).parameters.values()
+    except NameError:  # annotated with names that only a type checker imports
+        takes = inspect.signature(builder).parameters.values()
+    return tuple(
+        Option(
+            name=option.name,
+            type=Any if isinstance(option.annotation, str) or option.annotation is option.empty else option.annotation,
+            default=option.default if isinstance(option.default, str | int | float | tuple | list) else None,
+            text=texts.get(option.name, ""),
+        )
+        for option in takes
+    )
+
+
+def _described(doc: str) -> dict[str, str]:
+    """Return name -> text of the ``Args:`` and ``Attributes:`` of a docstring, each text on one line."""
+    found: dict[str, str] = {}
+    for part in re.findall(r"^(?:Args|Attributes):\n((?:(?: {4}.*)?\n?)*)", doc, flags=re.MULTILINE):
+        for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", part, flags=re.MULTILINE):
+            found[name] = " ".join(text.split())
+    return found
 
 
 def suggest(name: str, known: tuple[str, ...]) -> str:

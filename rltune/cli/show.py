@@ -1,6 +1,5 @@
 """Commands that only read: ``status``, ``front``, ``estimators``."""
 
-import inspect
 import re
 import sys
 from pathlib import Path
@@ -61,10 +60,11 @@ def show_estimators() -> None:
         table.add_column(title)
     for name in ESTIMATORS.names():
         kind = ESTIMATORS.get(name)
-        options = inspect.signature(kind).parameters.values()
         needs = "have a gradient" if getattr(kind, "needs_gradient", True) else "be a number"
         paper = re.search(r"arXiv:([0-9.]+)", sys.modules[kind.__module__].__doc__ or "")
-        shown = ", ".join(f"{option.name}: {'-' if option.default is None else option.default}" for option in options)
+        shown = ", ".join(
+            f"{option.name}: {'-' if option.default is None else option.default}" for option in ESTIMATORS.options(name)
+        )
         table.add_row(name, paper[1] if paper else "", needs, first_line(kind.__doc__), shown)
     console.print(table)
     console.print(

@@ -1,13 +1,14 @@
 """AlignProp (arXiv:2310.03739): backpropagation through the last K steps, K drawn once a round."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
 from rltune.diffusion.chain import GradientPlan
 from rltune.estimators.backprop import follow
-from rltune.estimators.base import ESTIMATORS, Round, check_count, check_range
+from rltune.estimators.base import ESTIMATORS, Round, check_count, check_settings
+from rltune.registry import Within
 
 DRAWS = ("fixed", "uniform", "gaussian", "per_step")
 GAUSSIAN_MEAN = 8
@@ -32,9 +33,9 @@ class AlignProp:
         std: Standard deviation of the ``gaussian`` draw, in steps.
     """
 
-    k: int | None = None
+    k: Annotated[int, Within(1, 1000)] | None = None
     draw: Literal["fixed", "uniform", "gaussian", "per_step"] = "uniform"
-    std: float = 5.0
+    std: Annotated[float, Within(1e-6, 1000)] = 5.0
     needs_gradient: ClassVar[bool] = True
     has_serial_mode: ClassVar[bool] = False
 
@@ -50,7 +51,7 @@ class AlignProp:
         if self.k is None and self.draw == "fixed":
             raise ValueError("draw: fixed needs k, got none")
         check_count("k", self._k(num_steps), 1, num_steps)
-        check_range("std", self.std, 1e-6, 1000)
+        check_settings(self)
 
     def train(self, round: Round) -> None:
         """Backpropagate through the last K steps of every trajectory of the round."""

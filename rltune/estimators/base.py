@@ -6,7 +6,7 @@ B: images of one micro-batch. C, H, W: latent channels, rows, columns. D: width 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, get_args, get_origin, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from rltune.diffusion.chain import StepNoise
 from rltune.diffusion.sampler import Chain, Sampler
-from rltune.registry import Registry
+from rltune.registry import Registry, Within, options_of
 from rltune.rewards.mixture import Mixture, MixtureScore
 
 
@@ -140,7 +140,11 @@ class Round:
 
 
 class Estimator(Protocol):
-    """Turns a reward into gradient. A frozen dataclass of its own settings; every name in a paper's own terms."""
+    """Turns a reward into gradient. A frozen dataclass of its own settings; every name in a paper's own terms.
+
+    A setting's type, default and text under ``Attributes:`` are what an experiment file knows of it, and so are the
+    bounds of ``Annotated[float, Within(0, 1)]``, which ``check_settings`` checks.
+    """
 
     needs_gradient: bool
     """Whether the reward must be differentiable. If not, sampling must be stochastic: eta > 0."""
@@ -195,7 +199,23 @@ ESTIMATORS: Registry[Estimator] = Registry("estimator", "rltune.estimators")
 """Built from what an experiment's ``estimator`` section gives."""
 
 
-def check_count(name: str, value: int, low: int, high: int) -> None:
+def check_settings(estimator: object) -> None:
+    """Check every setting against the bounds that stand in its type, ``Annotated[float, Within(0, 1)]``.
+
+    Raises:
+        ValueError: One is out of its range.
+    """
+    for option in options_of(type(estimator)):
+        value = getattr(estimator, option.name)
+        for kind in (option.type, *get_args(option.type)):  # the type itself, or one of several
+            number, *notes = get_args(kind) if get_origin(kind) is Annotated else (None,)
+            for bounds in notes:
+                if isinstance(bounds, Within) and value is not None:
+                    check = check_count if number is int else check_range
+                    check(option.name, value, bounds.low, bounds.high)
+
+
+def check_count(name: str, value: int, low: float, high: float) -> None:
     """Check a setting that counts something.
 
     Raises:

@@ -4,14 +4,15 @@ B: images. C, H, W: latent channels, rows, columns.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rltune.estimators.base import ESTIMATORS, Round, Setting, check_count, check_range
+from rltune.estimators.base import ESTIMATORS, Round, Setting, check_settings
 from rltune.estimators.heads import StateHead
 from rltune.estimators.policy import Rollout, draw_steps, policy_pass, roll_out
+from rltune.registry import Within
 
 
 @ESTIMATORS.register("dag")
@@ -36,12 +37,12 @@ class DAG:
         flow_lr: Learning rate of the flow network.
     """
 
-    beta: float = 100.0
-    anneal: int = 0
-    output_weight: float = 1.0
-    epochs: int = 1
-    fraction: float = 1.0
-    flow_lr: float = 3e-4
+    beta: Annotated[float, Within(0, 1_000_000)] = 100.0
+    anneal: Annotated[int, Within(0, 1_000_000)] = 0
+    output_weight: Annotated[float, Within(0, 1_000_000)] = 1.0
+    epochs: Annotated[int, Within(1, 1000)] = 1
+    fraction: Annotated[float, Within(0, 1)] = 1.0
+    flow_lr: Annotated[float, Within(0, 1)] = 3e-4
     needs_gradient: ClassVar[bool] = False
     has_serial_mode: ClassVar[bool] = False
 
@@ -51,12 +52,7 @@ class DAG:
         Raises:
             ValueError: One is out of its range.
         """
-        check_range("beta", self.beta, 0, 1e6)
-        check_count("anneal", self.anneal, 0, 1_000_000)
-        check_range("output_weight", self.output_weight, 0, 1e6)
-        check_count("epochs", self.epochs, 1, 1000)
-        check_range("fraction", self.fraction, 0, 1)
-        check_range("flow_lr", self.flow_lr, 0, 1)
+        check_settings(self)
 
     def make_state(self, setting: Setting) -> StateHead:
         """Return a flow network that says 0 of everything."""

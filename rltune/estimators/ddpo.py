@@ -1,11 +1,11 @@
 """DDPO (arXiv:2305.13301): denoising as a decision process, trained by clipped importance sampling (DDPO-IS)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from rltune.estimators.base import ESTIMATORS, Round, Setting, check_count, check_range
+from rltune.estimators.base import ESTIMATORS, Round, Setting, check_count, check_settings
 from rltune.estimators.policy import (
     PromptStatistics,
     Rollout,
@@ -16,6 +16,7 @@ from rltune.estimators.policy import (
     roll_out,
     split,
 )
+from rltune.registry import Within
 
 
 @ESTIMATORS.register("ddpo")
@@ -35,26 +36,22 @@ class DDPO:
         min_count: Rewards of a prompt from which on it is compared with itself alone.
     """
 
-    clip: float = 1e-4
-    advantage_clip: float = 5.0
-    epochs: int = 1
-    fraction: float = 1.0
-    buffer: int = 32
-    min_count: int = 16
+    clip: Annotated[float, Within(1e-8, 1)] = 1e-4
+    advantage_clip: Annotated[float, Within(1e-3, 1_000_000)] = 5.0
+    epochs: Annotated[int, Within(1, 1000)] = 1
+    fraction: Annotated[float, Within(0, 1)] = 1.0
+    buffer: Annotated[int, Within(2, 1_000_000)] = 32
+    min_count: Annotated[int, Within(2, 1_000_000)] = 16
     needs_gradient: ClassVar[bool] = False
     has_serial_mode: ClassVar[bool] = False
 
     def check(self, num_steps: int) -> None:
-        """Check the ranges of all settings.
+        """Check the ranges of all settings, and that the buffer holds what is to be counted.
 
         Raises:
             ValueError: One is out of its range.
         """
-        check_range("clip", self.clip, 1e-8, 1)
-        check_range("advantage_clip", self.advantage_clip, 1e-3, 1e6)
-        check_count("epochs", self.epochs, 1, 1000)
-        check_range("fraction", self.fraction, 0, 1)
-        check_count("min_count", self.min_count, 2, 1_000_000)
+        check_settings(self)
         check_count("buffer", self.buffer, self.min_count, 1_000_000)
 
     def make_state(self, setting: Setting) -> PromptStatistics:

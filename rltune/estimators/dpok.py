@@ -1,13 +1,14 @@
 """DPOK (arXiv:2305.16381): policy gradient with a learned value baseline and a KL penalty to the base model."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
-from rltune.estimators.base import ESTIMATORS, Round, Setting, check_count, check_range
+from rltune.estimators.base import ESTIMATORS, Round, Setting, check_settings
 from rltune.estimators.heads import StateHead
 from rltune.estimators.policy import Rollout, draw_steps, policy_pass, roll_out
+from rltune.registry import Within
 
 
 @ESTIMATORS.register("dpok")
@@ -31,14 +32,14 @@ class DPOK:
         value_lr: Their learning rate.
     """
 
-    reward_weight: float = 100.0
-    kl_weight: float = 0.01
-    clip: float = 1e-4
-    epochs: int = 5
-    fraction: float = 1.0
-    value_steps: int = 5
-    value_batch: int = 256
-    value_lr: float = 1e-4
+    reward_weight: Annotated[float, Within(0, 1_000_000)] = 100.0
+    kl_weight: Annotated[float, Within(0, 1_000_000)] = 0.01
+    clip: Annotated[float, Within(1e-8, 1)] = 1e-4
+    epochs: Annotated[int, Within(1, 1000)] = 5
+    fraction: Annotated[float, Within(0, 1)] = 1.0
+    value_steps: Annotated[int, Within(0, 10_000)] = 5
+    value_batch: Annotated[int, Within(1, 1_000_000)] = 256
+    value_lr: Annotated[float, Within(0, 1)] = 1e-4
     needs_gradient: ClassVar[bool] = False
     has_serial_mode: ClassVar[bool] = False
 
@@ -48,14 +49,7 @@ class DPOK:
         Raises:
             ValueError: One is out of its range.
         """
-        check_range("reward_weight", self.reward_weight, 0, 1e6)
-        check_range("kl_weight", self.kl_weight, 0, 1e6)
-        check_range("clip", self.clip, 1e-8, 1)
-        check_count("epochs", self.epochs, 1, 1000)
-        check_range("fraction", self.fraction, 0, 1)
-        check_count("value_steps", self.value_steps, 0, 10_000)
-        check_count("value_batch", self.value_batch, 1, 1_000_000)
-        check_range("value_lr", self.value_lr, 0, 1)
+        check_settings(self)
 
     def make_state(self, setting: Setting) -> StateHead:
         """Return a value network that says 0 of everything."""

@@ -2,19 +2,24 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from rltune.diffusion.chain import GradientPlan
 from rltune.estimators.backprop import add_gradient, descend, follow
-from rltune.estimators.base import ESTIMATORS, Round, check_count
+from rltune.estimators.base import ESTIMATORS, Round, check_count, check_settings
+from rltune.registry import Within
 
 
 @ESTIMATORS.register("draft")
 @dataclass(frozen=True)
 class DRaFT:
-    """DRaFT-K: backpropagation through the last K steps, K fixed. The paper's default is K = 1."""
+    """DRaFT-K: backpropagation through the last K steps, K fixed.
 
-    k: int = 1
+    Attributes:
+        k: K, the last steps that carry gradient; the paper's default is 1.
+    """
+
+    k: Annotated[int, Within(1, 1000)] = 1
     needs_gradient: ClassVar[bool] = True
     has_serial_mode: ClassVar[bool] = False
 
@@ -43,7 +48,7 @@ class DRaFTLV:
         n: Copies; the paper uses 2.
     """
 
-    n: int = 2
+    n: Annotated[int, Within(0, 64)] = 2
     needs_gradient: ClassVar[bool] = True
     has_serial_mode: ClassVar[bool] = True
 
@@ -51,9 +56,9 @@ class DRaFTLV:
         """Check n.
 
         Raises:
-            ValueError: ``n`` is negative.
+            ValueError: ``n`` is negative, or large.
         """
-        check_count("n", self.n, 0, 64)
+        check_settings(self)
 
     def train(self, round: Round) -> None:
         """Backpropagate through the last step of every trajectory and of its copies."""

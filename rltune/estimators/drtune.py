@@ -1,13 +1,14 @@
 """DRTune (arXiv:2405.00760): K steps spread over the whole chain, each cut off from the latent it starts from."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from rltune.diffusion.chain import GradientPlan
 from rltune.estimators.backprop import follow
-from rltune.estimators.base import ESTIMATORS, Round, check_count, check_range
+from rltune.estimators.base import ESTIMATORS, Round, check_count, check_settings
+from rltune.registry import Within
 
 
 @ESTIMATORS.register("drtune")
@@ -21,8 +22,8 @@ class DRTune:
             it to the end and scores x_0.
     """
 
-    k: int = 3
-    early_stop: float = 0.4
+    k: Annotated[int, Within(1, 1000)] = 3
+    early_stop: Annotated[float, Within(0, 1)] = 0.4
     needs_gradient: ClassVar[bool] = True
     has_serial_mode: ClassVar[bool] = True
 
@@ -32,7 +33,7 @@ class DRTune:
         Raises:
             ValueError: ``k`` or ``early_stop`` is out of range.
         """
-        check_range("early_stop", self.early_stop, 0, 1)
+        check_settings(self)
         shortest = num_steps - max(1, round(self.early_stop * num_steps)) + 1
         check_count("k", self.k, 1, shortest)
 

@@ -1,13 +1,14 @@
 """ReFL (ImageReward, arXiv:2304.05977): the clean prediction of one random late step is scored."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 
 from rltune.diffusion.chain import GradientPlan
 from rltune.estimators.backprop import follow
-from rltune.estimators.base import ESTIMATORS, Round, check_range
+from rltune.estimators.base import ESTIMATORS, Round, check_settings
+from rltune.registry import Within
 
 
 @ESTIMATORS.register("refl")
@@ -22,7 +23,7 @@ class ReFL:
         window: Share of the steps, the latest, that the step is drawn from.
     """
 
-    window: float = 0.25
+    window: Annotated[float, Within(0, 1)] = 0.25
     needs_gradient: ClassVar[bool] = True
     has_serial_mode: ClassVar[bool] = True
 
@@ -32,7 +33,7 @@ class ReFL:
         Raises:
             ValueError: ``window`` is not in [0, 1].
         """
-        check_range("window", self.window, 0, 1)
+        check_settings(self)
 
     def train(self, round: Round) -> None:
         """Backpropagate through one network call a trajectory."""

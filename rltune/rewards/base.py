@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rltune.errors import UserError
-from rltune.registry import Registry
+from rltune.registry import Option, Registry
 from rltune.rewards.weights import WeightsFile
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
@@ -220,8 +220,7 @@ class RewardRegistry(Registry[Any]):
         decorate = super().register(name)
 
         def decorate_with_card(builder: Builder) -> Builder:
-            takes = tuple(inspect.signature(builder).parameters.values())
-            if any(_is_required(option) for option in takes[2 if _is_score(builder, takes) else 0 :]):
+            if any(_required(builder)[2 if _is_score(builder) else 0 :]):
                 raise ValueError(
                     f"reward {name!r}: must take images and prompts, or neither, and options with a default each"
                 )
@@ -239,10 +238,9 @@ class RewardRegistry(Registry[Any]):
         """
         return stated(self.get(name), self._cards.get(name, Card()))
 
-    def options(self, name: str) -> tuple[inspect.Parameter, ...]:
+    def options(self, name: str) -> tuple[Option, ...]:
         """Return what ``name`` takes by keyword: of a function that scores, all but images and prompts."""
-        takes = super().options(name)
-        return takes[2:] if _is_score(self.get(name), takes) else takes
+        return super().options(name)[2 if _is_score(self.get(name)) else 0 :]
 
     def build(self, name: str, options: Mapping[str, Any]) -> Reward:
         """Return the reward that ``name`` stands for, with ``options``.
@@ -253,8 +251,7 @@ class RewardRegistry(Registry[Any]):
         """
         self.check(name, options)
         builder, card = self.get(name), self.card(name)
-        is_score = _is_score(builder, super().options(name))
-        reward = Ready(partial(builder, **options) if is_score else builder(**options), card)
+        reward = Ready(partial(builder, **options) if _is_score(builder) else builder(**options), card)
         for fact in ("is_differentiable", "sees_group"):
             if getattr(reward, fact) != bool(getattr(card, fact)):
                 raise ValueError(
@@ -263,13 +260,14 @@ class RewardRegistry(Registry[Any]):
         return reward
 
 
-def _is_score(builder: Callable[..., Any], takes: Sequence[inspect.Parameter]) -> bool:
-    """Whether the reward itself is registered, and not what builds it."""
-    return len(takes) >= 2 and all(map(_is_required, takes[:2])) and not isinstance(builder, type)
+def _is_score(builder: Callable[..., Any]) -> bool:
+    """Whether this is the reward itself, and not what builds it."""
+    return not isinstance(builder, type) and _required(builder)[:2] == [True, True]
 
 
-def _is_required(option: inspect.Parameter) -> bool:
-    return option.default is option.empty
+def _required(builder: Callable[..., Any]) -> list[bool]:
+    """Whether each thing that it takes must be given."""
+    return [option.default is option.empty for option in inspect.signature(builder).parameters.values()]
 
 
 REWARDS = RewardRegistry()

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -133,7 +133,7 @@ class HttpReward:
     timeout_s: float = 60
     retries: int = 3
     batch: int = 16
-    format: str = "png"
+    format: Literal["png", "jpeg"] = "png"
     headers_from: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -12,15 +12,20 @@ wants to repeat DRaFT has the distance as an option.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 from torch import Tensor
 
 from rltune.errors import UserError
+from rltune.registry import Within
 from rltune.rewards.base import REWARDS, Card
 from rltune.rewards.jpeg import check_options, estimate_bits, estimate_of_kilobytes, file_sizes, round_trip_distance
 
 METRIC_QUALITY = 95
 SIGNALS = ("bits", "distance")
+Quality = Annotated[int, Within(1, 100)]
+Chroma = Literal["4:2:0", "4:4:4"]
+Signal = Literal["bits", "distance"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,9 @@ class JpegSize:
         metric_unit="kB",
     ),
 )
-def build_compressibility(*, quality: int = METRIC_QUALITY, chroma: str = "4:2:0", signal: str = "bits") -> JpegSize:
+def build_compressibility(
+    *, quality: Quality = METRIC_QUALITY, chroma: Chroma = "4:2:0", signal: Signal = "bits"
+) -> JpegSize:
     """Minus the estimated JPEG bits per pixel; the metric is minus the kilobytes (of 1000) of the real JPEG file.
 
     Args:
@@ -88,7 +95,9 @@ def build_compressibility(*, quality: int = METRIC_QUALITY, chroma: str = "4:2:0
         metric_unit="kB",
     ),
 )
-def build_incompressibility(*, quality: int = METRIC_QUALITY, chroma: str = "4:2:0", signal: str = "bits") -> JpegSize:
+def build_incompressibility(
+    *, quality: Quality = METRIC_QUALITY, chroma: Chroma = "4:2:0", signal: Signal = "bits"
+) -> JpegSize:
     """The estimated JPEG bits per pixel; the metric is the kilobytes (of 1000) of the real JPEG file.
 
     Args:
@@ -129,8 +138,8 @@ class JpegBytes:
         UserError: An option has another value.
     """
 
-    quality: int = METRIC_QUALITY
-    chroma: str = "4:2:0"
+    quality: Quality = METRIC_QUALITY
+    chroma: Chroma = "4:2:0"
 
     def __post_init__(self) -> None:
         check_options("jpeg_bytes", self.quality, self.chroma)
