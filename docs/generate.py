@@ -3,7 +3,6 @@
 What stands above the marker in those pages is written by hand; what stands below it comes from the code.
 """
 
-import inspect
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -13,7 +12,9 @@ from typing import Any
 import typer.main
 
 from rltune.cli.main import app
-from rltune.config.schema import belongs_to_whole_sweep, describe, is_leaf, known_keys, node_at
+from rltune.config.options import node_of, options_section
+from rltune.config.schema import belongs_to_whole_sweep, node_at
+from rltune.config.words import describe, is_leaf, known_keys
 from rltune.estimators.base import ESTIMATORS
 from rltune.registry import Registry
 from rltune.rewards.base import REWARDS
@@ -118,20 +119,12 @@ def _default_value(default: Any) -> str:
 
 def _options(name: str, registry: Registry[Any], *, without: Collection[str] = ()) -> Iterator[str]:
     takes = [option for option in registry.options(name) if option.name not in without]
-    texts = _described(inspect.getdoc(registry.get(name)) or "")
+    nodes = node_of(options_section(name, takes)).get("properties", {})
     if takes:
         yield f"\n### {name}\n"
     for option in takes:
-        yield f"- **`{option.name}`** ({_default_value(option.default)})  \n  {texts.get(option.name, '')}".rstrip()
-
-
-def _described(doc: str) -> dict[str, str]:
-    """Return name -> text of the ``Args:`` and ``Attributes:`` of a docstring."""
-    found: dict[str, str] = {}
-    for part in re.findall(r"^(?:Args|Attributes):\n((?:(?: {4}.*)?\n?)*)", doc, flags=re.MULTILINE):
-        for name, text in re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", part, flags=re.MULTILINE):
-            found[name] = _plain(text)
-    return found
+        what = f"{_plain(describe(nodes[option.name]))}; {_default_value(option.default)}"
+        yield f"- **`{option.name}`** ({what})  \n  {_plain(option.text)}".rstrip()
 
 
 def _plain(text: str) -> str:

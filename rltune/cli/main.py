@@ -235,8 +235,9 @@ def schema() -> None:
     import json
 
     from rltune.config.schema import json_schema
+    from rltune.orchestration.known import known_names
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    typer.echo(json.dumps(json_schema(known_names()), indent=2))
 
 
 @models.callback(invoke_without_command=True)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from rltune.config.options import option_clashes
 from rltune.config.rules import Clash, Known
 from rltune.config.sections import BUILTIN_PROMPTS
 from rltune.config.settings import Settings
@@ -13,7 +14,7 @@ def find_clashes(config: Settings, known: Known, *, must_find_files: bool) -> li
     """Return everything that does not go together in an experiment whose values are each right by themselves."""
     clashes = [*_clashes(config), *_unknown_names(config, known)]
     clashes += [*_estimator_clashes(config, known), *group_clashes(config, known), *_taken_names(config, known)]
-    clashes += _executor_clashes(config, known)
+    clashes += [*_executor_clashes(config, known), *option_clashes(config, known)]
     if must_find_files:
         clashes += _missing_files(config)
     return clashes

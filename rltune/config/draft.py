@@ -17,8 +17,9 @@ from rltune.config.distributions import (
     show,
 )
 from rltune.config.points import faults_of_points
-from rltune.config.schema import belongs_to_whole_sweep, is_leaf, node_at
+from rltune.config.schema import belongs_to_whole_sweep, node_at
 from rltune.config.validation import cut_out, list_or_value
+from rltune.config.words import is_leaf
 from rltune.config.yamlfile import Path, YamlError, read_yaml
 from rltune.errors import Fault
 
@@ -36,7 +37,7 @@ class Draft:
     """Path -> line in the file."""
     space: dict[Path, Distribution] = field(default_factory=dict)
     broken: list[Path] = field(default_factory=list)
-    """Where a mapping stands that is no distribution, or one that must not be there."""
+    """Where a mapping stands that is no distribution, or one that must not be there, or no number at all."""
     _faults: list[tuple[float, Fault]] = field(default_factory=list)
 
     def report(self, dotted: str, what: str, remedy: str, line: int | None = None) -> None:
@@ -99,6 +100,7 @@ class Draft:
                     self.collect(item, (*path, str(i)))
         elif node == {} and isinstance(value, float) and not math.isfinite(value):
             self.report(".".join(path), f"must be a finite number, got {show(value)}", "write a number")
+            self.broken.append(path)
 
     def _add(self, value: Mapping[str, Any], path: Path) -> None:
         dotted = ".".join(path)

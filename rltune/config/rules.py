@@ -1,6 +1,11 @@
 """What a rule that spans settings is: which settings it reads, and what it says of values that do not fit."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rltune.config.strict import StrictModel
+
+Section = type[StrictModel]
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,9 @@ class Known:
     """Those that can backpropagate one step at a time."""
     group_rewards: tuple[str, ...] = ()
     """Those that compare the images of a prompt with one another."""
+    estimator_options: Mapping[str, Section] = field(default_factory=dict)
+    """Name -> what its section ``options`` takes."""
+    reward_options: Mapping[str, Section] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class Together:
     """Settings that one rule reads. A space is tried over the product of those of each rule that are searched in it."""
 
     paths: tuple[str, ...]
-    """Dotted; ``*`` is a reward's name, the same throughout, and ``**`` that of every reward."""
+    """Dotted; ``*`` is a reward's name and ``?`` an option's, the same throughout, and ``**`` that of every reward."""
     divisors: tuple[str, ...] = ()
     """Of these every whole number of a range is tried; of others the ends and the second value, as bounds and multiples
     of a number hold in between if they hold there."""
@@ -66,6 +74,11 @@ RULES = (
     Together(("estimator.name", "regularize.flatness_weights", "regularize.flatness_image")),
     Together(("estimator.name", "mixture.method")),
     Together(("estimator.name", "estimator.checkpoint")),
+    Together(("estimator.name", "estimator.k")),
+    Together(("estimator.name", "estimator.draw")),
+    Together(("estimator.name", "estimator.std")),
+    Together(("estimator.name", "estimator.options.?")),
+    Together(("rewards.*.reward", "rewards.*.options.?")),
     Together(("estimator.name", "rewards.*.reward", "rewards.*.weight")),
     Together(
         (

@@ -1,15 +1,15 @@
-"""RunConfig's JSON schema: where it leads to, in words for messages, and with distributions for editors."""
+"""RunConfig's JSON schema: where its paths lead to, and with options and distributions for editors."""
 
 import copy
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from rltune.config.distributions import show
 from rltune.config.experiment import WHOLE_SWEEP, RunConfig
+from rltune.config.options import node_of
+from rltune.config.rules import Known, Section
+from rltune.config.words import Node
 from rltune.config.yamlfile import Path
-
-Node = Mapping[str, Any]
 
 
 @cache
@@ -47,58 +47,17 @@ def _resolved(node: Node) -> Node:
     return {**run_schema()["$defs"][node["$ref"].rsplit("/", 1)[1]], **{k: v for k, v in node.items() if k != "$ref"}}
 
 
-def is_leaf(node: Node) -> bool:
-    """Return whether one value, and not a section, stands here."""
-    return bool(node) and node.get("type") != "object"
-
-
-def known_keys(node: Node) -> tuple[str, ...]:
-    """Return the keys of a section."""
-    return tuple(node.get("properties", ()))
-
-
 def belongs_to_whole_sweep(path: Path) -> bool:
     """Return whether all trials share the value at ``path``, so that no distribution may stand there."""
     return any(".".join(path[: depth + 1]) in WHOLE_SWEEP for depth in range(len(path)))
 
 
-def describe(node: Node) -> str:
-    """Return what would be right at ``node``, for people: ``a whole number, at least 1``."""
-    if "x-expects" in node:
-        return str(node["x-expects"])
-    if "anyOf" in node:
-        return " or ".join(describe(branch) for branch in node["anyOf"] if branch.get("type") != "null")
-    if "const" in node or "enum" in node:
-        values = [show(value) for value in node.get("enum", [node.get("const")])]
-        return values[0] if len(values) == 1 else ", ".join(values[:-1]) + " or " + values[-1]
-    kind = node.get("type")
-    if kind == "array":
-        size = f"{len(node['prefixItems'])} items" if "prefixItems" in node else "items"
-        item = node["prefixItems"][0] if "prefixItems" in node else node["items"]
-        return f"a list of {size}, each {describe(item)}"
-    if kind == "object":
-        keys = known_keys(_resolved(node))
-        return f"a section with any of the keys {', '.join(keys)}" if keys else "a section of names and their settings"
-    noun = {"integer": "a whole number", "number": "a number", "boolean": "true or false"}.get(str(kind), "text")
-    multiple = f", a multiple of {node['multipleOf']}" if "multipleOf" in node else ""
-    return noun + _interval(node) + multiple
+def json_schema(known: Known | None = None) -> dict[str, Any]:
+    """Return the schema of an experiment file for editors: RunConfig's, where a value may also be a distribution.
 
-
-def _interval(node: Node) -> str:
-    if "minimum" in node and "maximum" in node:
-        return f" from {node['minimum']} to {node['maximum']}"
-    words = {
-        "minimum": "at least",
-        "exclusiveMinimum": "above",
-        "maximum": "at most",
-        "exclusiveMaximum": "below",
-    }
-    bounds = [f"{word} {node[key]}" for key, word in words.items() if key in node]
-    return ", " + " and ".join(bounds) if bounds else ""
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the schema of an experiment file for editors: RunConfig's, where a value may also be a distribution."""
+    Args:
+        known: What estimators and rewards take; else their options are free.
+    """
     schema = copy.deepcopy(dict(run_schema()))
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "rltune experiment"
@@ -123,7 +82,42 @@ def json_schema() -> dict[str, Any]:
     schema["$defs"]["IntRange"]["properties"]["step"] = {"type": "integer", "minimum": 1}
     schema["$defs"]["Simplex"] = _distribution("simplex", "Weights that sum to one over all rewards.", {"const": True})
     _admit(schema, schema, ())
+    if known is not None and (known.estimator_options or known.reward_options):
+        _type_options(schema, known)
     return schema
+
+
+def _type_options(schema: dict[str, Any], known: Known) -> None:
+    """Say which options there are where a name says whose they are: not where that is a distribution."""
+    sections = schema["$defs"]
+    estimator, reward = sections["EstimatorConfig"], sections["RewardConfig"]
+    default = estimator["properties"]["name"]["default"]
+    estimator["allOf"] = [
+        _where("name", name, _options(schema, f"estimator.{name}", section), is_default=name == default)
+        for name, section in known.estimator_options.items()
+    ]
+    options = {name: _options(schema, f"reward.{name}", section) for name, section in known.reward_options.items()}
+    reward["allOf"] = [_where("reward", name, then) for name, then in options.items()]
+    rewards = schema["properties"]["rewards"]
+    rewards["properties"] = {
+        name: {"allOf": [rewards["additionalProperties"], {"if": {"required": ["reward"]}, "else": then}]}
+        for name, then in options.items()
+    }
+
+
+def _where(key: str, name: str, then: dict[str, Any], *, is_default: bool = False) -> dict[str, Any]:
+    named: dict[str, Any] = {"properties": {key: {"const": name}}}
+    return {"if": named if is_default else named | {"required": [key]}, "then": then}
+
+
+def _options(schema: dict[str, Any], name: str, section: Section) -> dict[str, Any]:
+    """Add the options of ``name`` to the schema's definitions, and return what a section with such options fits."""
+    node = copy.deepcopy(dict(node_of(section)))
+    for key, child in node.get("properties", {}).items():
+        if child.get("type") != "object":
+            node["properties"][key] = _or_distribution(child, ())
+    schema["$defs"][name] = node
+    return {"properties": {"options": {"anyOf": [{"$ref": f"#/$defs/{name}"}, {"type": "null"}]}}}
 
 
 def _distribution(kind: str, text: str, value: dict[str, Any]) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from rltune.config.distributions import (
     LogFloatRange,
     Simplex,
     is_in,
-    show,
 )
 from rltune.config.experiment import Context, RunConfig
 from rltune.config.rules import RULES, Clash, Together
-from rltune.config.schema import belongs_to_whole_sweep, describe, is_leaf, known_keys, node_at
+from rltune.config.schema import belongs_to_whole_sweep, node_at
+from rltune.config.words import is_leaf, known_keys, what_is_wrong
 from rltune.config.yamlfile import Path
 from rltune.registry import suggest
 
@@ -104,14 +104,18 @@ def faults_of_space(data: Mapping[str, Any], space: Space, context: Context, ign
 
 
 def searched_together(rule: Together, space: Space) -> list[list[Path]]:
-    """Return the paths of ``space`` that a rule reads together: one list, or one for every reward."""
+    """Return the paths of ``space`` that a rule reads together: one list, or one for every reward and option."""
     searched = [path for path, distribution in space.items() if not isinstance(distribution, Simplex)]
-    names = {path[1]: None for path in searched if path[0] == "rewards"}
     patterns = [tuple(pattern.split(".")) for pattern in rule.paths]
-    binding = list(names) if any("*" in pattern for pattern in patterns) else [""]
+    names = {wild: dict[str, None]() for wild in ("*", "?")}
+    for path, pattern in itertools.product(searched, patterns):
+        if len(path) == len(pattern) and path[0] == pattern[0]:
+            for key, want in zip(path, pattern, strict=True):
+                names.get(want, {})[key] = None
     groups = []
-    for name in binding or [""]:
-        allowed = [tuple(name if part == "*" else part for part in pattern) for pattern in patterns]
+    for reward, option in itertools.product(names["*"] or [""], names["?"] or [""]):
+        given = {"*": reward, "?": option}
+        allowed = [tuple(given.get(part, part) for part in pattern) for pattern in patterns]
         groups.append([path for path in searched if any(_matches(path, pattern) for pattern in allowed)])
     return list({tuple(group): group for group in groups if len(group) > 1}.values())
 
@@ -246,18 +250,4 @@ def _fault_of(detail: ErrorDetails, path: Path, value: Any) -> Clash:
             remedy = f"give a distribution to the values inside: {', '.join(known_keys(section))}"
             return Clash(where, f"a whole section cannot be a distribution, got {path[-1]!r}", remedy)
         return Clash(where, f"unknown key, got {path[-1]!r}", suggest(path[-1], known_keys(section)))
-    node = node_at(path) or {}
-    return Clash(where, f"must be {describe(node)}, got {show(value)}", _remedy(node, value))
-
-
-def _remedy(node: Mapping[str, Any], value: Any) -> str:
-    branches = node.get("anyOf", (node,))
-    options = next((branch["enum"] for branch in branches if "enum" in branch), ())
-    if isinstance(value, str) and options:
-        return suggest(value, tuple(options))
-    if isinstance(value, float) and node.get("type") == "integer" and value.is_integer():
-        return f"write {int(value)}"
-    if isinstance(value, str) and node.get("type") in ("integer", "number") and value.strip().isdecimal():
-        return "remove the quotes"
-    default = node.get("default")
-    return "" if default is None or not is_leaf(node) else f"the default is {show(default)}"
+    return Clash(where, *what_is_wrong(node_at(path) or {}, value))

@@ -1,5 +1,6 @@
 """Every name that an experiment may use, from the registries."""
 
+from rltune.config.options import options_section
 from rltune.config.rules import Known
 from rltune.estimators.base import ESTIMATORS
 from rltune.orchestration.executors.base import EXECUTORS
@@ -21,5 +22,7 @@ def known_names() -> Known:
         group_rewards=tuple(name for name in REWARDS.names() if compares_group(name)),
         rewards_without_gradient=tuple(name for name in REWARDS.names() if not has_gradient(name)),
         policy_estimators=tuple(name for name, kind in estimators.items() if not getattr(kind, "needs_gradient", True)),
+        estimator_options={name: options_section(name, ESTIMATORS.options(name)) for name in estimators},
+        reward_options={name: options_section(name, REWARDS.options(name)) for name in REWARDS.names()},
         serial_estimators=tuple(name for name, kind in estimators.items() if getattr(kind, "has_serial_mode", False)),
     )

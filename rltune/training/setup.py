@@ -175,11 +175,6 @@ def make_estimator(config: RunConfig) -> Estimator:
     section = config.estimator
     given = {"k": section.k, "draw": section.draw, "std": section.std}
     options = {name: value for name, value in given.items() if value is not None}
-    for name in options.keys() & section.options.keys():
-        raise UserError(
-            f"estimator.options.{name}: is given beside estimator.{name} ({options[name]!r}), got "
-            f"{section.options[name]!r}; delete one"
-        )
     options |= section.options
     try:
         estimator = ESTIMATORS.build(section.name, options)

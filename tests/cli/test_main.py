@@ -130,8 +130,8 @@ SEARCHED = "rewards: {brightness: {}}\noptim: {lr: {float: [0.1, 0.2]}, batch: {
         ("train", SEARCHED, "x.yaml: optim.lr, optim.batch are distributions; fix each with --set, or run"),
         ("sweep", None, "x.yaml: no such file; check the path"),
         ("train", "rewards: {brightnes: {}}\n", "unknown reward, got 'brightnes'; did you mean 'brightness'?"),
-        ("train", "rewards: {brightness: {options: {gain: 2}}}\n", "option 'gain' is unknown; it takes none"),
-        ("train", FIXED + "estimator: {options: {kk: 2}}\n", "option 'kk' is unknown; did you mean 'k'?"),
+        ("train", "rewards: {brightness: {options: {gain: 2}}}\n", "has no such option, got 'gain'; it takes none"),
+        ("train", FIXED + "estimator: {options: {kk: 2}}\n", "has no such option, got 'kk'; did you mean 'k'?"),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_starts(
@@ -201,10 +201,10 @@ UNTRAINABLE = [
         FIXED + "estimator: {checkpoint: serial}\n",
         "which alignprop has not, got 'serial'; take auto or always, or one",
     ),
-    (FIXED + "estimator: {name: draft_lv, options: {n: two}}\n", "estimator: draft_lv: "),
+    (FIXED + "estimator: {name: draft_lv, options: {n: two}}\n", "n: must be a whole number from 0 to 64, got 'two'"),
     (
         FIXED + "estimator: {name: draft_lv, options: {n: 65}}\n",
-        "estimator: draft_lv: n must be in [0, 64], got 65",
+        "estimator.options.n: must be a whole number from 0 to 64, got 65; the default is 2",
     ),
     (FIXED + "estimator: {name: drtune, k: 20}\nsampler: {steps: 12}\n", "estimator.k: K must not exceed the 12"),
     (
@@ -216,8 +216,8 @@ UNTRAINABLE = [
         "estimator: drtune: k must be in [1, 7], got 8",
     ),
     (FIXED + "estimator: {draw: fixed}\n", "estimator: alignprop: draw: fixed needs k, got none"),
-    (FIXED + "estimator: {name: full, k: 3}\n", "estimator 'full': option 'k' is unknown; it takes none"),
-    (FIXED + "estimator: {name: draft, draw: uniform}\n", "estimator 'draft': option 'draw' is unknown"),
+    (FIXED + "estimator: {name: full, k: 3}\n", "estimator.k: full has no such setting, got 3; delete it, or"),
+    (FIXED + "estimator: {name: draft, draw: uniform}\n", "estimator.draw: draft has no such setting, got"),
 ]
 """What is refused, and what is said."""
 
@@ -260,9 +260,9 @@ def test_a_method_that_cannot_train_this_is_refused_before_anything_starts(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("estimator: {name: {choice: [alignprop, draft]}, draw: uniform}", "'draft': option 'draw' is unknown"),
+        ("estimator: {name: {choice: [alignprop, draft]}, draw: uniform}", "name.choice[1]: draft has no such setting"),
         ("estimator: {name: drtune, k: {int: [1, 12]}}\nsampler: {steps: 12}", "drtune: k must be in [1, 8], got 12"),
-        ("estimator: {name: draft_lv, options: {n: {choice: [2, 65]}}}", "draft_lv: n must be in [0, 64], got 65"),
+        ("estimator: {name: draft_lv, options: {n: {choice: [2, 65]}}}", "n.choice[1]: must be a whole number from 0"),
         (
             "estimator: {name: drtune, k: 8}\nsampler: {steps: 12, base_steps: {int: [0, 2]}}",
             "estimator: drtune: k must be in [1, 7], got 8",
@@ -364,8 +364,13 @@ def test_the_printed_schema_accepts_the_shipped_experiments(call: Call) -> None:
     assert EXPERIMENTS
     for path in EXPERIMENTS:
         jsonschema.validate(read_yaml(path.read_text())[0], schema, cls=jsonschema.Draft202012Validator)
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate({"optim": {"lr": "fast"}}, schema, cls=jsonschema.Draft202012Validator)
+    for wrong in (
+        {"optim": {"lr": "fast"}},
+        {"estimator": {"name": "ddpo", "options": {"clip": 2}}},
+        {"rewards": {"mine": {"reward": "compressibility", "options": {"chroma": "4:2:2"}}}},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, schema, cls=jsonschema.Draft202012Validator)
 
 
 def test_rewards_lists_each_with_what_it_says(call: Call) -> None:
@@ -393,7 +398,7 @@ def test_estimators_lists_each_with_its_needs_and_options(call: Call) -> None:
 LOGGING = """
 import logging, sys
 from rltune.cli.main import main
-sys.argv = ["rltune", "schema"]
+sys.argv = ["rltune", "front", "nowhere"]
 try:
     main()
 except SystemExit:
@@ -404,7 +409,8 @@ except SystemExit:
 def test_what_is_logged_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "hush-hush")
     finished = subprocess.run([sys.executable, "-c", LOGGING], capture_output=True, text=True, check=True, timeout=60)
-    assert finished.stderr == "WARNING anyone: with ***\n"
+    assert finished.stderr.startswith("error nowhere: ")
+    assert finished.stderr.endswith("\nWARNING anyone: with ***\n")
 
 
 def test_the_handlers_of_others_are_left_alone(call: Call) -> None:

@@ -7,7 +7,8 @@ import jsonschema
 import pytest
 
 from rltune.config.experiment import RunConfig
-from rltune.config.schema import belongs_to_whole_sweep, describe, is_leaf, json_schema, known_keys, node_at, run_schema
+from rltune.config.schema import belongs_to_whole_sweep, json_schema, node_at, run_schema
+from rltune.config.words import describe, is_leaf, known_keys
 from rltune.config.yamlfile import read_yaml
 
 EXPERIMENTS = sorted((Path(__file__).parents[2] / "experiments").rglob("*.yaml"))

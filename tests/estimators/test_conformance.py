@@ -2,15 +2,18 @@
 
 import copy
 import math
-from dataclasses import FrozenInstanceError, fields, replace
-from typing import Any
+from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from typing import Annotated, Any
 
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from rltune.estimators.base import ESTIMATORS, Estimator, Regularisers, Round, Stateful, Tally
+from rltune.config.options import node_of, options_section
+from rltune.config.words import is_leaf
+from rltune.estimators.base import ESTIMATORS, Estimator, Regularisers, Round, Stateful, Tally, check_settings
+from rltune.registry import Within
 from rltune.rewards.base import REWARDS
 from rltune.rewards.mixture import Calibration, Mixture, MixtureScore
 from tests.toys import (
@@ -270,6 +273,42 @@ class CountingTally(Tally):
     def add(self, score: MixtureScore) -> None:
         super().add(score)
         self.num_noted += len(score.total_B) if self.is_noting else 0
+
+
+@pytest.mark.parametrize("name", ESTIMATORS.names())
+def test_an_experiment_file_knows_every_option_with_its_text_and_bounds(name: str) -> None:
+    options = ESTIMATORS.options(name)
+    section = options_section(name, options)
+    nodes = node_of(section).get("properties", {})
+    assert [option.name for option in options if not option.text] == []
+    assert [
+        key for key, node in nodes.items() if not is_leaf(node) or ("anyOf" not in node and "type" not in node)
+    ] == []
+    assert ESTIMATORS.build(name, section().model_dump(by_alias=True)) == ESTIMATORS.build(name, {})  # its defaults fit
+    for key, node in nodes.items():
+        number = next((branch for branch in node.get("anyOf", (node,)) if "minimum" in branch), None)
+        assert (number is None) == (node.get("type") == "string")  # every number has bounds
+        if number is None:
+            continue
+        section.model_validate({key: number["minimum"]})
+        section.model_validate({key: number["maximum"]})
+        for value in (number["minimum"] - 1, number["maximum"] + 1):
+            with pytest.raises(ValueError, match=key):
+                section.model_validate({key: value})
+            with pytest.raises(ValueError, match=f"{key} must be in "):
+                ESTIMATORS.build(name, {key: value}).check(50)
+
+
+def test_a_setting_that_may_be_left_out_has_bounds_where_it_is_given() -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        depth: Annotated[int, Within(1, 5)] | None = None
+
+    check_settings(Settings())
+    check_settings(Settings(5))
+    for value, message in ((6, r"depth must be in \[1, 5\], got 6"), (2.0, "depth must be a whole number, got 2.0")):
+        with pytest.raises(ValueError, match=message):
+            check_settings(Settings(value))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ESTIMATORS.names())

@@ -41,10 +41,11 @@ def test_a_sound_experiment_is_planned_and_nothing_is_written(tmp_path: Path) ->
 
 
 def test_faults_of_options_prompts_and_nodes_come_together(tmp_path: Path) -> None:
-    text = GOOD.replace("[a, b]", "nowhere.txt").replace("{}", "{options: {gain: 2}}") + "resources: {workers: 8}\n"
+    options = "{reward: compressibility, options: {signal: distance, chroma: '4:4:4'}}"
+    text = GOOD.replace("[a, b]", "nowhere.txt").replace("{}", options) + "resources: {workers: 8}\n"
     faults = faults_of(tmp_path, text, [Node(4)])
     assert len(faults) == 3
-    assert "option 'gain' is unknown" in faults[0]
+    assert "chroma must be '4:2:0' with signal 'distance'" in faults[0]
     assert faults[1].startswith("prompts.train: prompts cannot be read (No such file or directory), got 'nowhere.txt'")
     assert "resources: a trial needs 8 workers with 1 CPU each, and the cluster has room for 4" in faults[2]
 

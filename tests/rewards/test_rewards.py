@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rltune.config.options import options_section
 from rltune.errors import UnknownNameError, UserError
 from rltune.rewards.base import REWARDS, Reward
 from rltune.training.checking import networks_of
@@ -187,6 +188,15 @@ def test_a_reward_moves_all_the_weights_that_it_holds(reward: Reward, monkeypatc
     monkeypatch.setattr(torch.nn.Module, "to", to)
     assert reward.to(torch.device("meta")) is reward
     assert [network for network in networks_of(reward) if id(network) not in moved] == []
+
+
+def test_an_experiment_file_knows_every_option_with_its_text(name: str, reward_options: Options) -> None:
+    options = REWARDS.options(name)
+    section = options_section(name, options)
+    assert [option.name for option in options if not option.text] == []
+    assert [option.name for option in options if option.type is Any] == []
+    section.model_validate({})
+    section.model_validate(reward_options.get(name, {}))
 
 
 def test_an_unknown_option_lists_the_known_ones(name: str) -> None:

@@ -313,9 +313,3 @@ def test_what_does_not_change_the_base_model_shares_its_measurements(
 )
 def test_what_changes_the_base_model_has_measurements_of_its_own(make_config: Make, sections: dict[str, Any]) -> None:
     assert base_key(make_config(**sections)) != base_key(make_config())
-
-
-def test_a_setting_that_is_given_twice_is_refused(make_config: Make) -> None:
-    config = make_config(estimator={"name": "drtune", "k": 3, "draw": None, "options": {"k": 2}})
-    with pytest.raises(UserError, match=r"estimator.options.k: is given beside estimator.k \(3\), got 2; delete one"):
-        make_estimator(config)
