@@ -1,5 +1,6 @@
 """The options of estimators and rewards as typed sections, made of what their builders take, and what breaks them."""
 
+import math
 import operator
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +30,10 @@ def options_section(owner: str, options: Sequence[Option]) -> Section:
     fields: dict[str, Any] = {}
     for i, option in enumerate(options):
         kind = _typed(option.type)
-        is_optional = option.default is not None or kind is Any or type(None) in get_args(kind)
-        default: Any = {"default": option.default} if is_optional else {"default_factory": dict}
+        is_told = option.default is not None or kind is Any or type(None) in get_args(kind)
+        if isinstance(option.default, float) and not math.isfinite(option.default):  # which JSON has not
+            is_told = False
+        default: Any = {"default": option.default} if is_told else {"default_factory": dict}
         # under another name, since an option may be called as a method of the model is
         fields[f"option_{i}"] = (kind, Field(**default, alias=option.name, description=option.text or None))
     return create_model(f"Options of {owner}", __base__=StrictModel, __doc__=f"Options of {owner}.", **fields)
@@ -45,7 +48,8 @@ def _typed(kind: Any) -> Any:
         return kind
     if origin is Annotated:
         inner, bounds = _typed(parts[0]), [part for part in parts[1:] if isinstance(part, Within)]
-        return Annotated[inner, Field(ge=bounds[0].low, le=bounds[0].high)] if bounds else inner
+        is_bounded = bounds and inner in (Int, Float)
+        return Annotated[inner, Field(ge=bounds[0].low, le=bounds[0].high)] if is_bounded else inner
     if origin in (Union, types.UnionType):
         kinds = [_typed(part) for part in parts]
         return Any if Any in kinds else reduce(operator.or_, kinds)

@@ -1,6 +1,7 @@
 """Options of estimators and rewards: typed as their builders are, in the faults of a file and in the JSON schema."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -218,6 +219,11 @@ def test_texts_defaults_and_words_come_from_the_builder() -> None:
     assert node_of(KNOWN.estimator_options["rested"])["properties"]["naps"]["description"] == "How many, all in all."
     assert describe(nodes["words"]) == "text or a list of items, each text"
     assert describe(nodes["aim"]) == "a whole number from 0 to 9"
+    unlimited = options_section("x", [Option("one", float, math.inf), Option("two", Annotated[str, Within(0, 1)], "a")])
+    assert node_of(unlimited)["properties"] == {
+        "one": {"title": "One", "type": "number"},
+        "two": {"default": "a", "title": "Two", "type": "string"},
+    }
     made_anew = node_of(options_section("x", [Option("one", Mapping[str, str])]))["properties"]["one"]
     assert "default" not in made_anew
 
