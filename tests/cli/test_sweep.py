@@ -361,8 +361,14 @@ def test_what_names_need_is_read_without_building_them() -> None:
     ("rewards", "message"),
     [
         ("{count: {options: {target: 3}}}", r"rewards\.count\.options: reward 'count': target must be"),
-        ("{a: {reward: compressibility, options: {quality: 0}}}", r"rewards\.a\.options: .* quality must be .* got 0"),
-        ("{compressibility: {options: {quality: {choice: [50, 101]}}}}", r"quality must be .* got 101"),
+        (
+            "{a: {reward: compressibility, options: {quality: 0}}}",
+            r"rewards\.a\.options\.quality: must be .* from 1 to 100, got 0",
+        ),
+        (
+            "{compressibility: {options: {quality: {choice: [50, 101]}}}}",
+            r"options\.quality\.choice\[1\]: must be .* got 101",
+        ),
         ("{brightness: {}, http: {weight: 0}}", r"rewards\.http\.options: reward 'http': url must be given"),
     ],
 )
