@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 from rltune.cli.terminal import console
 
 if TYPE_CHECKING:
+    from rltune.config.load import Experiment
     from rltune.export.trials import Exported
+    from rltune.runs.layout import RunFolder
+    from rltune.runs.results import TrialResult
 
 
 def export_pick(run: Path, pick: str, formats: Sequence[str] = ()) -> None:
@@ -17,17 +20,21 @@ def export_pick(run: Path, pick: str, formats: Sequence[str] = ()) -> None:
         UserError: There is no such run, pick or format.
         RunError: The LoRA could not be written, or is not the trained adapter when it is loaded again.
     """
-    from rltune.export.base import DEFAULT_FORMATS
     from rltune.export.picks import pick_trial
-    from rltune.export.trials import export_trials
     from rltune.runs.record import read_run, standing_where_started
+
+    folder, experiment = read_run(run)
+    with standing_where_started(folder):
+        _export(pick_trial(pick, folder, experiment), folder, experiment, formats)
+
+
+def _export(result: "TrialResult", folder: "RunFolder", experiment: "Experiment", formats: Sequence[str]) -> None:
+    from rltune.export.base import DEFAULT_FORMATS  # torch, which a wrong pick does without
+    from rltune.export.trials import export_trials
     from rltune.training.quiet import quiet_libraries
 
     quiet_libraries()
-    folder, experiment = read_run(run)
-    with standing_where_started(folder):
-        picks = [pick_trial(pick, folder, experiment)]
-        export_trials(picks, folder, experiment, on_export=_show, formats=formats or DEFAULT_FORMATS)
+    export_trials([result], folder, experiment, on_export=_show, formats=formats or DEFAULT_FORMATS)
 
 
 def _show(exported: "Exported") -> None:

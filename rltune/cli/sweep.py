@@ -14,7 +14,7 @@ from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment, load_experiment
 from rltune.config.settings import NAME_PATTERN, NAME_RULE
 from rltune.errors import UserError
-from rltune.export.picks import Exported
+from rltune.export.trials import Exported
 from rltune.orchestration.campaign import (
     Confirming,
     Event,

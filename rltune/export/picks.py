@@ -5,13 +5,10 @@ from shlex import quote
 
 from rltune.config.load import Experiment
 from rltune.errors import UserError
-from rltune.export.trials import Exported, export_trials
 from rltune.runs.fronts import read_front
 from rltune.runs.layout import BASE_TRIAL, RunFolder, by_number
 from rltune.runs.objectives import Front
 from rltune.runs.results import TrialResult, read_results
-
-__all__ = ["Exported", "best_picks", "export_trials", "pick_trial"]
 
 
 def pick_trial(pick: str, folder: RunFolder, experiment: Experiment) -> TrialResult:

@@ -46,8 +46,8 @@ class Exported:
     """Greatest difference of an image from the base model's, the same."""
     rounding: Mapping[str, float]
     """Greatest difference of an image in another number format from float32's, by number format."""
-    format: str = "diffusers"
-    how_to_load: str = ""
+    format: str
+    how_to_load: str
     """Lines of Python that load it into ``pipeline``."""
 
     @property

@@ -11,7 +11,8 @@ from shlex import quote
 
 from rltune.config.load import Experiment
 from rltune.errors import RunError, UserError, writing
-from rltune.export.picks import Exported, best_picks, export_trials
+from rltune.export.picks import best_picks
+from rltune.export.trials import Exported, export_trials
 from rltune.orchestration.cluster import Cluster, connect, find_address
 from rltune.orchestration.plan import Plan, plan, this_machine
 from rltune.orchestration.workload import work_out

@@ -1,5 +1,7 @@
 """``rltune export`` as a user meets it; that what it writes is right is the export room's to show."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,24 @@ def test_every_format_that_is_named_is_written_and_told_of(
     assert (code, err) == (0, "")
     where = f"-> {folder.exports_dir}"
     assert out == f"trial 001, peft {where}\n{peft}trial 001, diffusers {where}\n{diffusers}"
+
+
+WRONG_PICK = """
+import sys
+from rltune.cli.main import main
+sys.argv = ["rltune", "export", sys.argv[1], "--pick", "007"]
+try:
+    main()
+except SystemExit as end:
+    print("exit", end.code, sorted({"torch", "ray", "diffusers", "peft", "optuna"} & set(sys.modules)))
+"""
+
+
+def test_a_pick_that_is_not_there_is_said_at_once(folder: RunFolder) -> None:
+    command = [sys.executable, "-c", WRONG_PICK, str(folder.path)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert finished.stderr.startswith("error --pick: '007' is not a choice")
+    assert finished.stdout == "exit 2 []\n"
 
 
 def test_an_unknown_format_is_one_message_that_lists_the_known_ones(call: Call, folder: RunFolder) -> None:

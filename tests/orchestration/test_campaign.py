@@ -10,7 +10,7 @@ import pytest
 
 from rltune.config.load import Experiment
 from rltune.errors import RunError
-from rltune.export.picks import Exported
+from rltune.export.trials import Exported
 from rltune.orchestration import campaign, trials
 from rltune.orchestration.campaign import Confirming, Found, NotConfirmed, Planned, Trained, run_campaign
 from rltune.orchestration.cluster import Cluster
@@ -75,7 +75,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
         picks: list[TrialResult], folder: RunFolder, asked: Any, *, on_export: Callable[[Exported], None]
     ) -> None:
         for pick in picks:
-            on_export(Exported(pick.trial, folder.exports_dir / pick.trial, 0.0, 0.1, {}))
+            on_export(Exported(pick.trial, folder.exports_dir / pick.trial, 0.0, 0.1, {}, "diffusers", "load()"))
 
     monkeypatch.setattr(campaign, "find_address", lambda address: None)
     monkeypatch.setattr(campaign, "connect", connect)
