@@ -62,8 +62,10 @@ class ExportFormat(Protocol):
     has been loaded into a fresh base model and compared with the trained adapter (``rltune/export/proof.py``).
     """
 
-    reader: str
-    """The tool that loads it, as messages name it: ``diffusers``."""
+    @property
+    def reader(self) -> str:
+        """The tool that loads it, as messages name it: ``diffusers``."""
+        ...
 
     def write(self, model: ModelFamily, adapter: Adapter, folder: Path) -> tuple[Path, ...]:
         """Write the adapter so that at strength 1 it has the trained effect, and return every file.
