@@ -5,8 +5,11 @@ import shlex
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+
+from rltune.config.rules import Known
+from rltune.orchestration.known import known_names
 
 ROOT = Path(__file__).parent.parent.parent
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
@@ -88,3 +91,9 @@ README = Page(ROOT / "README.md")
 def page_named(name: str) -> Page:
     """Return a page of ``docs/``."""
     return Page(ROOT / "docs" / f"{name}.md")
+
+
+@cache
+def known() -> Known:
+    """Return every name that an experiment may use, once: it takes a tenth of a second, and there are many snippets."""
+    return known_names()

@@ -14,8 +14,7 @@ import typer.main
 
 from rltune.cli.main import app
 from rltune.config.load import load_experiment
-from rltune.orchestration.known import known_names
-from tests.docs.pages import PAGES, README, ROOT, Page, commands_of, page_named
+from tests.docs.pages import PAGES, README, ROOT, Page, commands_of, known, page_named
 
 ROOT_COMMAND: Any = typer.main.get_command(app)
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -61,7 +60,7 @@ def check_rltune(words: Sequence[str]) -> None:
     path, values = parsed(words)
     file = values.get("experiment")
     if file is not None and file.parts[0] == "experiments":
-        experiment = load_experiment(ROOT / file, values["overrides"] or [], known_names(), must_find_files=False)
+        experiment = load_experiment(ROOT / file, values["overrides"] or [], known(), must_find_files=False)
         assert experiment.is_searched == path.endswith("sweep"), f"{words}: not a file for {path}"
 
 

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from rltune.cli.sweep import known_names
 from rltune.config.load import load_experiment
 from rltune.estimators.base import ESTIMATORS
 from rltune.rewards.base import REWARDS
 from rltune.rewards.scalarise import SCALARISATIONS
 from rltune.runs.layout import RunFolder
 from rltune.search.searcher import SAMPLERS
-from tests.docs.pages import PAGES, README, ROOT, Page, page_named
+from tests.docs.pages import PAGES, README, ROOT, Page, known, page_named
 from tests.test_layering import ALLOWED, CONFINED
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -50,7 +49,7 @@ def test_every_experiment_is_in_the_index_with_the_command_it_is_for() -> None:
     index = (ROOT / "experiments" / "README.md").read_text()
     for path in (ROOT / "experiments").rglob("*.yaml"):
         (row,) = (line for line in index.splitlines() if f"]({path.relative_to(ROOT / 'experiments')})" in line)
-        experiment = load_experiment(path, [], known_names(), must_find_files=False)
+        experiment = load_experiment(path, [], known(), must_find_files=False)
         assert f"`rltune {'sweep' if experiment.is_searched else 'train'}`" in row, path
 
 

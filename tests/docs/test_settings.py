@@ -11,11 +11,10 @@ from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment, parse_experiment
 from rltune.config.schema import node_at
 from rltune.errors import ExperimentError
-from rltune.orchestration.known import known_names
 from rltune.orchestration.nodes import Node
 from rltune.orchestration.plan import plan
 from rltune.runs.layout import RunFolder
-from tests.docs.pages import PAGES, README, Page
+from tests.docs.pages import PAGES, README, Page, known
 
 SECTIONS = set(RunConfig.model_fields)
 AROUND = {
@@ -36,7 +35,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 def loaded(content: Any, *overrides: str) -> Experiment:
     """Return the experiment; raises ``ExperimentError`` for what is none."""
-    return parse_experiment(yaml.safe_dump(content), "page", overrides, known_names(), must_find_files=False)
+    return parse_experiment(yaml.safe_dump(content), "page", overrides, known(), must_find_files=False)
 
 
 def is_experiment(content: Any) -> bool:
