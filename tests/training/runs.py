@@ -1,10 +1,11 @@
 """Training runs on the tiny pipeline, in this process and in several, and what they leave."""
 
+import functools
 import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -50,16 +51,27 @@ def adapted_run(config: RunConfig) -> Run:
     return run
 
 
-WORKER = """
-import json, sys
-from pathlib import Path
-from rltune.config.experiment import RunConfig
-from tests.training.runs import train
-root = Path(sys.argv[1])
-resume_from = Path(sys.argv[2]) if len(sys.argv) > 2 else None
-for name, raw in json.loads((root / "configs.json").read_text()).items():
-    train(RunConfig.model_validate(raw), root / name, base_dir=root / "base", resume_from=resume_from)
-"""
+Trainer = Callable[..., Any]
+"""Called as ``train``, in every one of several processes."""
+
+
+def _work(variables: Mapping[str, str], trainer: Trainer, root: Path, resume_from: Path | None) -> None:
+    """Be one of several processes; what goes wrong is left in ``root`` for the one that waits."""
+    os.environ.update(variables)
+    try:
+        for name, raw in json.loads((root / "configs.json").read_text()).items():
+            trainer(RunConfig.model_validate(raw), root / name, base_dir=root / "base", resume_from=resume_from)
+    except BaseException:
+        (root / f"fault-{variables['RANK']}.txt").write_text(traceback.format_exc())
+        raise
+
+
+@functools.cache
+def _forks() -> Any:
+    """Return what starts processes that have torch and diffusers loaded: to import them takes eight seconds each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.runs", "tests.tiny", "rltune.training.loop"])
+    return context
 
 
 def train_in_processes(
@@ -68,7 +80,7 @@ def train_in_processes(
     count: int,
     *,
     resume_from: Path | None = None,
-    script: str = WORKER,
+    trainer: Trainer = train,
 ) -> None:
     """Train one after the other with ``count`` processes and a gloo group, as Ray Train and torchrun start them."""
     root.mkdir()
@@ -77,13 +89,21 @@ def train_in_processes(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = []
-    for rank in range(count):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*sys.path])}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
-        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
-        command = [sys.executable, "-c", script, str(root), *([str(resume_from)] if resume_from else [])]
-        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
-    for process in processes:
-        _, stderr = process.communicate(timeout=300)
-        assert process.returncode == 0, stderr
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    processes = [
+        _forks().Process(
+            target=_work, args=(shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, trainer, root, resume_from)
+        )
+        for rank in range(count)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(300)
+        faults = [path.read_text() for path in sorted(root.glob("fault-*.txt"))]
+        assert [process.exitcode for process in processes] == [0] * count, "\n".join(faults)
+    finally:
+        for process in processes:
+            process.kill()

@@ -29,19 +29,27 @@ def train_on(cache: ModelCache, config: RunConfig, root: Path) -> FolderReporter
     return reporter
 
 
+@pytest.fixture(scope="module")
+def alone(make_config: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FolderReporter]:
+    """A run that no other came before, and its folder."""
+    root = tmp_path_factory.mktemp("alone")
+    return root, train(make_config(seed=3), root)
+
+
 @pytest.mark.parametrize("other", OTHERS, ids=["lora", "rewards", "estimator", "prompts", "precision"])
-def test_a_run_after_another_is_bitwise_the_same_as_alone(make_config: Make, tmp_path: Path, other: Any) -> None:
+def test_a_run_after_another_is_bitwise_the_same_as_alone(
+    make_config: Make, tmp_path: Path, alone: tuple[Path, FolderReporter], other: Any
+) -> None:
     cache = ModelCache()
     train_on(cache, make_config(**other), tmp_path / "other")
     torch.manual_seed(5)  # whatever a run before has drawn
-    config = make_config(seed=3)
-    after = train_on(cache, config, tmp_path / "after")
-    alone = train(config, tmp_path / "alone")
+    after = train_on(cache, make_config(seed=3), tmp_path / "after")
+    root, fresh = alone
     assert [{key: value for key, value in report.items() if key != "eval_s"} for report in after.reports] == [
-        {key: value for key, value in report.items() if key != "eval_s"} for report in alone.reports
+        {key: value for key, value in report.items() if key != "eval_s"} for report in fresh.reports
     ]
     for step in (2, 4):
-        ours, theirs = adapters(tmp_path / "after", step), adapters(tmp_path / "alone", step)
+        ours, theirs = adapters(tmp_path / "after", step), adapters(root, step)
         assert set(ours) == set(theirs)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 

@@ -1,6 +1,7 @@
 """A run that is asked to stop leaves a checkpoint at its very step, from which it ends as if it never had."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,23 +108,15 @@ def flat(value: Any) -> Any:
     return [flat(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-STOPPED_BY_ONE = """
-import json, os, sys
-from pathlib import Path
-from rltune.config.experiment import RunConfig
-from rltune.training.reporter import FolderReporter
-from tests.training.test_stopping import Stopping, trained_until
-root, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-for name, raw in json.loads((root / "configs.json").read_text()).items():
-    after = 1 if rank == 1 else 99
-    trained_until(RunConfig.model_validate(raw), root / name, root / "base", after, None)
-"""
+def stopped_by_one(config: Any, root: Path, *, base_dir: Path, resume_from: Path | None) -> None:
+    after = 1 if os.environ["RANK"] == "1" else 99
+    trained_until(config, root, base_dir, after, resume_from)
 
 
 def test_one_worker_that_is_asked_to_stop_is_enough(make_config: Make, tmp_path: Path) -> None:
     config = make_config(resources={"workers": 2}, optim={"steps": 3})
     root = tmp_path / "two"
-    train_in_processes({"run": config}, root, 2, script=STOPPED_BY_ONE)  # both come back
+    train_in_processes({"run": config}, root, 2, trainer=stopped_by_one)  # both come back
     (checkpoint,) = (root / "run" / "checkpoints").iterdir()
     assert checkpoint.name == "step-000001"
     assert [row["step"] for row in read_metrics(root / "run" / "trial" / "metrics.jsonl")] == [1]
