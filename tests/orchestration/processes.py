@@ -1,29 +1,86 @@
 """rltune in processes of its own: start it, watch what it leaves, kill parts of it."""
 
+import functools
+import json
 import os
+import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.orchestration.own_rewards import PAUSE
+
 MAIN = "from rltune.cli.main import main; main()"
-REFERENCE = """
-import json, sys
-from pathlib import Path
-from rltune.config.load import load_experiment
-from rltune.training.loop import train_run
-from rltune.training.reporter import FolderReporter
-root = Path(sys.argv[2])
-reporter = FolderReporter(root / "checkpoints")
-experiment = load_experiment(sys.argv[1])
-config = experiment.concrete(json.loads(sys.argv[3])) if len(sys.argv) > 3 else experiment.shared
-train_run(config, trial_dir=root / "trial", base_dir=root / "base", reporter=reporter)
-(root / "report.json").write_text(json.dumps(reporter.reports[-1]))
-"""
 PATIENCE_S = 240
+
+
+def write_experiment(folder: Path, base: Path, **sections: Any) -> Path:
+    """Write an experiment on the pipeline at ``base``; sections replace those below."""
+    raw: dict[str, Any] = {
+        "name": "tiny",
+        "model": {"base": str(base), "lora": {"rank": 2, "alpha": 4}},
+        "prompts": {"train": ["a cat", "a dog", "two red birds"], "eval": ["a snail", "an octopus"]},
+        "sampler": {"steps": 4, "guidance": 2.0},
+        "estimator": {"k": 3, "draw": "uniform"},
+        "rewards": {"brightness": {"weight": 0.5}, "smoothness": {"weight": 0.5}},
+        "optim": {"lr": 0.005, "steps": 6, "batch": 4},
+        "evaluate": {"every": 3, "prompts": 2, "images_per_prompt": 2},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(json.dumps(raw | sections))  # JSON is YAML
+    return path
+
+
+def environment(pause_s: float = 0.0) -> dict[str, str]:
+    """Return what a process of a test is started with: the modules of this one, and rewards that wait ``pause_s``."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", PAUSE: str(pause_s)}
+    variables |= {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)])}
+    # Ray has its workers give way to every other process, such as the tests that run beside these
+    variables |= {"RAY_worker_niceness": "0"}
+    variables.pop("RAY_ADDRESS", None)
+    return variables
+
+
+@contextmanager
+def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """Start a process that hears Ctrl-C; if it still runs at the end it is killed."""
+    # a shell's background job ignores Ctrl-C, and so would everything that these tests start from one
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, text=True, preexec_fn=hears, **options)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+@contextmanager
+def rltune(*arguments: str, storage: Path, pause_s: float = 0.0) -> Iterator[subprocess.Popen[str]]:
+    """Start rltune in a process of its own."""
+    command = [sys.executable, "-c", MAIN, *arguments, "--storage", str(storage)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with started(command, env=environment(pause_s), **pipes) as process:
+        yield process
+
+
+def trained_alone(path: Path, root: Path, values: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """Train an experiment in this process, without Ray and without a break, and return its last report."""
+    from rltune.config.load import load_experiment
+    from rltune.training.loop import train_run
+    from rltune.training.reporter import FolderReporter
+
+    experiment = load_experiment(path)
+    config = experiment.shared if values is None else experiment.concrete(values)
+    reporter = FolderReporter(root / "checkpoints")
+    train_run(config, trial_dir=root / "trial", base_dir=root.parent / "base", reporter=reporter)
+    return reporter.reports[-1]
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str], what: str) -> None:
@@ -57,6 +114,14 @@ def descendants(pid: int) -> set[int]:
             found.add(child)
             waiting.append(child)
     return found
+
+
+def name_of(pid: int) -> str:
+    """Return what a process calls itself; empty once it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+    except OSError:
+        return ""
 
 
 def listening_addresses(pids: set[int]) -> set[str]:

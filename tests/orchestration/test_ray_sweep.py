@@ -1,13 +1,8 @@
-"""Whole sweeps on a Ray cluster of this machine, through the command line, with kills."""
+"""A whole sweep on a Ray cluster of this machine, through the command line."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
@@ -16,54 +11,89 @@ import pytest
 from rltune.config.load import load_experiment
 from rltune.runs.events import read_events
 from rltune.runs.record import read_run
-from rltune.runs.results import read_results
-from rltune.runs.rows import read_metrics
+from rltune.runs.results import TrialResult, read_results
 from rltune.runs.status import read_status
 from tests.orchestration.processes import (
     LOOPBACK_HEX,
     PATIENCE_S,
-    REFERENCE,
     descendants,
     listening_addresses,
+    rltune,
     wait_for,
-    wait_for_end_of,
+    write_experiment,
 )
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
-def test_a_sweep_gives_front_and_exports_and_listens_on_loopback_alone(
-    write: Callable[..., Path], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    path = write(
-        rewards={name: {"weight": {"simplex": True}} for name in ("brightness", "smoothness")},
-        search={"trials": 3, "sampler": "random"},
-    )
-    process = start("sweep", str(path))
-    run = tmp_path / "runs" / "tiny"
-    wait_for(lambda: list(run.glob("trials/001/metrics.jsonl")), process, "the first step of trial 001")
-    listening = listening_addresses(descendants(process.pid) | {process.pid})
-    assert listening
-    assert listening <= LOOPBACK_HEX
+@dataclass(frozen=True)
+class Swept:
+    """A search of three trials, the first of which fails."""
 
-    output, _ = process.communicate(timeout=PATIENCE_S)
+    path: Path
+    """Of the experiment."""
+    storage: Path
+    listening: frozenset[str]
+    """Local addresses at which any of its processes listened while it ran."""
+    output: str
+
+    @property
+    def run(self) -> Path:
+        return self.storage / "tiny"
+
+    @property
+    def results(self) -> dict[str, TrialResult]:
+        return {result.trial: result for result in read_results(self.run / "results.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def swept(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    folder = tmp_path_factory.mktemp("swept")
+    mine = {"reward": "tests.orchestration.own_rewards:picky", "options": {"fails": {"choice": [False, True]}}}
+    path = write_experiment(
+        folder,
+        tiny_pipeline,
+        rewards={
+            name: {"weight": {"simplex": True}, **rest}
+            for name, rest in (("brightness", {}), ("smoothness", {}), ("mine", mine))
+        },
+        # by this seed the first trial fails, and the other two do not
+        search={"trials": 3, "sampler": "random", "seed": 8},
+    )
+    storage = folder / "runs"
+    with rltune("sweep", str(path), storage=storage) as process:
+        wait_for(lambda: list(storage.glob("tiny/trials/*/metrics.jsonl")), process, "the first step of a trial")
+        listening = listening_addresses(descendants(process.pid) | {process.pid})
+        output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
-    results = {result.trial: result for result in read_results(run / "results.jsonl")}
-    assert sorted(results) == ["000", "001", "002", "003"]
-    assert all(result.is_ok for result in results.values())
-    for trial in ("001", "002", "003"):
-        weights = [results[trial].values[f"rewards.{name}.weight"] for name in ("brightness", "smoothness")]
+    return Swept(path, storage, frozenset(listening), output)
+
+
+def test_a_sweep_listens_on_loopback_alone(swept: Swept) -> None:
+    assert swept.listening
+    assert swept.listening <= LOOPBACK_HEX
+
+
+def test_a_sweep_gives_front_and_exports(swept: Swept) -> None:
+    assert sorted(swept.results) == ["000", "001", "002", "003"]
+    base = swept.results["000"]
+    for trial in ("002", "003"):
+        result = swept.results[trial]
+        weights = [result.values[f"rewards.{name}.weight"] for name in ("brightness", "smoothness", "mine")]
         assert sum(weights) == pytest.approx(1)
-        assert results[trial].metrics["eval/brightness"] > results["000"].metrics["eval/brightness"]
-    front = json.loads((run / "front.json").read_text())
+        assert result.metrics["eval/brightness"] > base.metrics["eval/brightness"]
+    front = json.loads((swept.run / "front.json").read_text())
     assert front["knee"] in {member["trial"] for member in front["members"]}
-    exported = sorted(path.parent.name for path in run.glob("exports/*/pytorch_lora_weights.safetensors"))
+    exported = sorted(path.parent.name for path in swept.run.glob("exports/*/pytorch_lora_weights.safetensors"))
     assert front["knee"] in exported
-    assert "Pareto front" in output
+    assert "Pareto front" in swept.output
     # lines are printed at intervals, in which six small steps may all pass
-    assert re.search(r"trial 001 step [36]/6", output)
-    assert "Traceback" not in output
-    noted = [event.event for event in read_events(run / "trials" / "001" / "events.jsonl")]
+    assert re.search(r"trial 002 step [36]/6", swept.output)
+    assert "Traceback" not in swept.output
+
+
+def test_a_sweep_notes_what_it_did(swept: Swept) -> None:
+    noted = [event.event for event in read_events(swept.run / "trials" / "002" / "events.jsonl")]
     assert [name for name in noted if name != "reported"] == [
         "suggested",
         "worker_started",
@@ -72,100 +102,29 @@ def test_a_sweep_gives_front_and_exports_and_listens_on_loopback_alone(
         "trained",
         "ended",
     ]
-    usage = read_status(*read_run(run)).usage
+    usage = read_status(*read_run(swept.run)).usage
     assert usage is not None
     assert all(usage.seconds[kind] > 0 for kind in ("training", "evaluation", "starting", "loading", "base"))
     assert sum(usage.seconds.values()) == pytest.approx(usage.total_s)
-    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{run / 'study.db'}")
+    study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{swept.run / 'study.db'}")
     assert sorted(trial.user_attrs["trial"] for trial in study.trials) == ["001", "002", "003"]
-    # the folder says again what was run, and the same command finds nothing left to do
-    assert load_experiment(run / "experiment.yaml").space == load_experiment(path).space
-    again = start("sweep", str(path))
-    output, _ = again.communicate(timeout=PATIENCE_S)
-    assert again.returncode == 0, output
-    assert len(read_results(run / "results.jsonl")) == 4
 
 
-def test_kills_lose_nothing_and_change_nothing(
-    write: Callable[..., Path], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
-) -> None:
-    path = write(optim={"lr": 0.002, "steps": 500, "batch": 4}, evaluate={"every": 5, "prompts": 2})
-    run = tmp_path / "runs" / "tiny"
-    metrics = run / "trials" / "001" / "metrics.jsonl"
+def test_a_trial_that_fails_is_recorded_and_the_sweep_goes_on(swept: Swept) -> None:
+    fails = {trial: result.values.get("rewards.mine.options.fails") for trial, result in swept.results.items()}
+    assert fails == {"000": None, "001": True, "002": False, "003": False}
+    assert [trial for trial, result in swept.results.items() if not result.is_ok] == ["001"]
+    reason = swept.results["001"].reason
+    assert "no score today" in reason
+    assert f"trial 001 failed: {reason}" in swept.output
+    assert "Last result" not in swept.output  # Tune's own line
 
-    def has_come_to(step: int) -> Callable[[], bool]:
-        return lambda: any(row["step"] >= step for row in read_metrics(metrics))
 
-    process = start("train", str(path))
-    wait_for(has_come_to(12), process, "step 12")
-    (worker,) = (
-        pid
-        for pid in descendants(process.pid)
-        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::RayTrainWorker")
-    )
-    os.kill(worker, signal.SIGKILL)
-    time.sleep(2)
-    reached = read_metrics(metrics)[-1]["step"]
-    wait_for(has_come_to(reached + 8), process, f"the step after the worker's death at {reached}")
-
-    orphans = descendants(process.pid)
-    process.kill()
-    process.communicate()
-    wait_for_end_of(orphans)
-    process = start("train", str(path))
-    reached = read_metrics(metrics)[-1]["step"]
-    wait_for(has_come_to(reached + 8), process, f"the step after the driver's death at {reached}")
-
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130, output
-    assert "the same command resumes" in output
-    assert [result.trial for result in read_results(run / "results.jsonl")] == ["000"]
-
-    process = start("train", str(path))
-    output, _ = process.communicate(timeout=PATIENCE_S)
+def test_the_same_command_finds_nothing_left_to_do(swept: Swept) -> None:
+    """The folder says again what was run."""
+    assert load_experiment(swept.run / "experiment.yaml").space == load_experiment(swept.path).space
+    before = swept.results
+    with rltune("sweep", str(swept.path), storage=swept.storage) as process:
+        output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
-    results = {result.trial: result for result in read_results(run / "results.jsonl")}
-    assert sorted(results) == ["000", "001"]
-    assert [row["step"] for row in read_metrics(metrics)] == list(range(1, 501))
-
-    command = [sys.executable, "-c", REFERENCE, str(path), str(tmp_path / "whole")]
-    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=3 * PATIENCE_S)
-    expected = json.loads((tmp_path / "whole" / "report.json").read_text())
-    metrics_of_trial = results["001"].metrics
-    assert metrics_of_trial == {name: expected[name] for name in metrics_of_trial}
-
-
-PICKY = """
-def score(images, prompts, *, fails=False):
-    if fails:
-        raise LookupError("no score today")
-    return images.mean(dim=(1, 2, 3))
-"""
-
-
-def test_a_trial_that_fails_is_recorded_and_the_sweep_goes_on(
-    write: Callable[..., Path],
-    start: Callable[..., subprocess.Popen[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (tmp_path / "picky.py").write_text(PICKY)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    path = write(
-        rewards={"mine": {"reward": "picky:score", "options": {"fails": {"choice": [False, True]}}}},
-        search={"trials": 4, "sampler": "random", "seed": 1},
-    )
-    process = start("sweep", str(path))
-    output, _ = process.communicate(timeout=2 * PATIENCE_S)
-    assert process.returncode == 0, output
-    results = [result for result in read_results(tmp_path / "runs" / "tiny" / "results.jsonl") if result.trial != "000"]
-    assert len(results) == 4
-    failed = [result for result in results if not result.is_ok]
-    assert failed
-    assert {result.values["rewards.mine.options.fails"] for result in failed} == {True}
-    assert {result.values["rewards.mine.options.fails"] for result in results if result.is_ok} == {False}
-    for result in failed:
-        assert "no score today" in result.reason
-        assert f"trial {result.trial} failed: {result.reason}" in output
-    assert "Last result" not in output  # Tune's own line
+    assert swept.results == before
