@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it: tests run side by side, a core each
+# or Ray's workers would give way to all other processes, such as the tests that run beside theirs
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import hypothesis
 import pytest

@@ -17,7 +17,7 @@ import pytest
 from tests.orchestration.own_rewards import PAUSE
 
 MAIN = "from rltune.cli.main import main; main()"
-PATIENCE_S = 240
+PATIENCE_S = 480
 
 
 def write_experiment(folder: Path, base: Path, **sections: Any) -> Path:
@@ -41,8 +41,6 @@ def environment(pause_s: float = 0.0) -> dict[str, str]:
     """Return what a process of a test is started with: the modules of this one, and rewards that wait ``pause_s``."""
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", PAUSE: str(pause_s)}
     variables |= {"PYTHONPATH": os.pathsep.join([str(Path.cwd()), *filter(None, sys.path)])}
-    # Ray has its workers give way to every other process, such as the tests that run beside these
-    variables |= {"RAY_worker_niceness": "0"}
     variables.pop("RAY_ADDRESS", None)
     return variables
 
