@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, reduce
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import Field, ValidationError, create_model
+from pydantic import ConfigDict, Field, ValidationError, create_model
 
 from rltune.config.distributions import show
 from rltune.config.rules import Clash, Known, Section
@@ -20,6 +20,15 @@ PLAIN: Mapping[Any, Any] = {bool: Bool, int: Int, float: Float, str: str, type(N
 """Types that mean here what they mean in the sections of an experiment."""
 IN_THE_SECTION = ("k", "draw", "std")
 """Options of estimators that have a place in the section ``estimator`` itself."""
+
+
+class OptionsModel(StrictModel):
+    """Options of something that a registry builds; their texts are its own.
+
+    Pydantic would look for docstrings under the fields: in the source of every function on the stack, for seconds.
+    """
+
+    model_config = ConfigDict(use_attribute_docstrings=False)
 
 
 def options_section(owner: str, options: Sequence[Option]) -> Section:
@@ -36,7 +45,7 @@ def options_section(owner: str, options: Sequence[Option]) -> Section:
         default: Any = {"default": option.default} if is_told else {"default_factory": dict}
         # under another name, since an option may be called as a method of the model is
         fields[f"option_{i}"] = (kind, Field(**default, alias=option.name, description=option.text or None))
-    return create_model(f"Options of {owner}", __base__=StrictModel, __doc__=f"Options of {owner}.", **fields)
+    return create_model(f"Options of {owner}", __base__=OptionsModel, __doc__=f"Options of {owner}.", **fields)
 
 
 def _typed(kind: Any) -> Any:
