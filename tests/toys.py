@@ -19,6 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from rltune.diffusion.embeddings import PromptEmbeddings
+from rltune.diffusion.families.base import Conditioning, TextBatch, linear_guidance, stack
 from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.diffusion.sampler import Sampler
 from rltune.diffusion.table import ChainTable, read_ddim_table
@@ -45,20 +46,32 @@ class Toy:
     pipeline = None
     lora_prefix = "unet"
     size_px = (2, 2)
+    is_guidance_linear = True
+    collate = staticmethod(stack)
+    guide = staticmethod(linear_guidance)
 
     def __init__(self, network: nn.Module, latent_shape: tuple[int, int, int], text_shape: tuple[int, int]) -> None:
         self.network, self.latent_shape, self.text_shape = network, latent_shape, text_shape
         self.calls: list[Call] = []
         self.num_rows_back = 0
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        return [{"text": text_LD} for text_LD in self.texts(prompts)]
+
+    def encode_negative(self, prompt: str) -> None:
+        """As any other."""
+
+    def pooled_text(self, text: TextBatch) -> Tensor:
+        return text["text"].float().mean(1)
+
+    def texts(self, prompts: Sequence[str]) -> Tensor:
         rows = [torch.Generator().manual_seed(zlib.crc32(prompt.encode())) for prompt in prompts]
         texts = [torch.randn(self.text_shape, generator=row, dtype=torch.float64) for row in rows]
         return (1 + 0.5 * torch.stack(texts)).to(self.latent_dtype)
 
-    def predict(self, x_BCHW: Tensor, t: Tensor, text_BLD: Tensor) -> Tensor:
+    def predict(self, x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
         self.calls.append(Call(int(t), len(x_BCHW), torch.is_grad_enabled()))
-        f_BCHW = self.run(x_BCHW, t, text_BLD)
+        f_BCHW = self.run(x_BCHW, t, text["text"])
         if f_BCHW.requires_grad:
             f_BCHW.register_hook(self._note_backward)
         return f_BCHW
@@ -385,7 +398,7 @@ Denoise = Callable[[Tensor, Tensor], Tensor]
 
 def guided(toy: Toy, prompts: Sequence[str], guidance: float) -> Denoise:
     """Classifier-free guidance by two runs of the bare network."""
-    text_BLD, negative_BLD = toy.encode_prompts(prompts), toy.encode_prompts([""] * len(prompts))
+    text_BLD, negative_BLD = toy.texts(prompts), toy.texts([""] * len(prompts))
 
     def denoise(x_BCHW: Tensor, t: Tensor) -> Tensor:
         if guidance == 1:

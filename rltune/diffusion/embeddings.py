@@ -1,17 +1,15 @@
-"""Embedded prompts: each computed once, a group of prompts at a time, and kept in memory or in a file.
-
-L, D: text tokens and width. B: prompts asked for.
-"""
+"""Embedded prompts: each computed once, a group of prompts at a time, and kept in memory or in a file."""
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rltune.diffusion.families.base import ENCODE_BATCH, ModelFamily
+from rltune.diffusion.families.base import ENCODE_BATCH, Conditioning, ModelFamily, TextBatch
 from rltune.errors import writing
 
 MAX_BYTES = 2**30
@@ -36,7 +34,8 @@ class PromptEmbeddings:
         self._model, self._max_bytes = model, max_bytes
         self._groups: list[tuple[str, ...]] = []
         self._places: dict[str, tuple[int, int]] = {}
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[int, _Group] = {}
+        self._negative: dict[str, Conditioning] = {}
         self._announce(prompts)
 
     def add(self, prompts: Sequence[str]) -> None:
@@ -52,17 +51,27 @@ class PromptEmbeddings:
             partial = [i for i, group in enumerate(together) if len(self._groups[group]) < ENCODE_BATCH]
             together = together[: partial[0] + 1] if partial else together  # or the groups behind it would be cut anew
             missing = missing[len(together) :]
-            texts_PLD = self._model.encode_prompts([prompt for group in together for prompt in self._groups[group]])
-            for group, text_PLD in zip(together, texts_PLD.split(ENCODE_BATCH), strict=True):
-                held = sum(text.nbytes for text in self._kept.values())
-                self._kept[group] = text_PLD if held + text_PLD.nbytes <= self._max_bytes else in_a_file(text_PLD)
+            rows = self._model.encode_prompts([prompt for group in together for prompt in self._groups[group]])
+            for number, group in enumerate(together):
+                embedded = _Group.of(rows[number * ENCODE_BATCH : (number + 1) * ENCODE_BATCH])
+                held = sum(kept.num_bytes for kept in self._kept.values())
+                self._kept[group] = embedded if held + embedded.num_bytes <= self._max_bytes else embedded.in_files()
 
-    def get(self, prompts: Sequence[str], device: torch.device) -> Tensor:
-        """Return ``(B, L, D)`` on ``device``, float32 at least."""
+    def rows(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Return what each prompt tells the network, as the encoder gave it."""
         self.add(prompts)
-        rows = [self._kept[group][row] for group, row in (self._places[prompt] for prompt in prompts)]
-        text_BLD = torch.stack(rows).to(device)
-        return text_BLD.to(torch.promote_types(text_BLD.dtype, torch.float32))
+        return [self._kept[group].row(row) for group, row in (self._places[prompt] for prompt in prompts)]
+
+    def negative(self, prompt: str) -> Conditioning:
+        """Return what a negative prompt tells the network."""
+        if prompt not in self._negative:
+            found = self._model.encode_negative(prompt)
+            self._negative[prompt] = self.rows([prompt])[0] if found is None else found
+        return self._negative[prompt]
+
+    def get(self, prompts: Sequence[str], device: torch.device) -> TextBatch:
+        """Return what prompts tell the network, as ``predict`` takes it."""
+        return self._model.collate(self.rows(prompts), device)
 
     def _announce(self, prompts: Sequence[str]) -> None:
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._places]
@@ -70,6 +79,37 @@ class PromptEmbeddings:
             group = tuple(new[start : start + ENCODE_BATCH])
             self._places.update({prompt: (len(self._groups), row) for row, prompt in enumerate(group)})
             self._groups.append(group)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Conditionings of prompts that were embedded together: of each name all tensors end to end, of any shapes."""
+
+    flat: Mapping[str, Tensor]
+    shapes: Mapping[str, Sequence[torch.Size]]
+
+    @classmethod
+    def of(cls, rows: Sequence[Conditioning]) -> "_Group":
+        names = rows[0].keys()
+        return cls(
+            {name: torch.cat([row[name].flatten() for row in rows]) for name in names},
+            {name: [row[name].shape for row in rows] for name in names},
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.flat.values())
+
+    def in_files(self) -> "_Group":
+        return _Group({name: in_a_file(tensor) for name, tensor in self.flat.items()}, self.shapes)
+
+    def row(self, number: int) -> Conditioning:
+        return {name: self._part(name, number) for name in self.flat}
+
+    def _part(self, name: str, number: int) -> Tensor:
+        shapes = self.shapes[name]
+        start = sum(shape.numel() for shape in shapes[:number])
+        return self.flat[name][start : start + shapes[number].numel()].view(shapes[number])
 
 
 def in_a_file(tensor: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """A model with its sampler settings: from prompts and noise to images, in as many pieces as an estimator needs.
 
-B: images. L, D: text tokens and width. C, H, W: latent channels, rows, columns.
+B: images. D: text width. C, H, W: latent channels, rows, columns.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rltune.diffusion.chain import NO_GRADIENT, Denoiser, GradientPlan, Observer, StepNoise, run_chain
 from rltune.diffusion.embeddings import PromptEmbeddings
-from rltune.diffusion.families.base import ModelFamily
+from rltune.diffusion.families.base import Conditioning, ModelFamily
 from rltune.diffusion.lora import MergedLora, adapters_off
 from rltune.diffusion.table import ChainTable
 
@@ -24,44 +25,51 @@ GuidanceGradient = Literal["both", "text", "text_rescaled"]
 
 def guided_denoiser(
     model: ModelFamily,
-    text_BLD: Tensor,
-    negative_1LD: Tensor,
+    rows: Sequence[Conditioning],
+    negative: Conditioning,
+    device: torch.device,
     *,
     guidance_scale: float,
     gradient: GuidanceGradient = "both",
 ) -> Denoiser:
-    """Return the network with classifier-free guidance (arXiv:2207.12598): f_neg + g (f_text - f_neg).
+    """Return the network with classifier-free guidance (arXiv:2207.12598), combined as the model's family does.
 
     Args:
         model: The network.
-        text_BLD: Embedded prompts.
-        negative_1LD: Embedded negative prompt.
+        rows: What the prompt of each image tells it.
+        negative: What the negative prompt does.
+        device: Where the network runs.
         guidance_scale: g; at 1 the negative branch cancels, and there or below there is no guidance, as in diffusers,
             and that branch is not run.
-        gradient: ``both`` is the derivative of that formula. ``text`` runs the negative branch without gradient, which
-            leaves g df_text; ``text_rescaled`` leaves df_text, so that the gradient's size does not follow g. Both are
-            other estimators, and cheaper; the value is the same.
+        gradient: ``both`` is the derivative of the combination. ``text`` runs the negative branch without gradient,
+            which leaves g df_text where it is linear; ``text_rescaled`` leaves df_text, so that the gradient's size
+            does not follow g. Both are other estimators, and cheaper; the value is the same.
     """
+    text = model.collate(rows, device)
     if guidance_scale <= 1.0:
-        return lambda x_BCHW, t: model.predict(x_BCHW, t, text_BLD)
-    negative_BLD = negative_1LD.expand_as(text_BLD)
-    both_2BLD = torch.cat([negative_BLD, text_BLD])
+        return lambda x_BCHW, t: model.predict(x_BCHW, t, text)
+    without = [negative] * len(rows)
+    both = model.collate([*without, *rows], device)
+    negatives = model.collate(without, device) if gradient != "both" else None
 
     def denoise(x_BCHW: Tensor, t: Tensor) -> Tensor:
-        negative_BCHW, text_BCHW = model.predict(torch.cat([x_BCHW, x_BCHW]), t, both_2BLD).chunk(2)
-        return negative_BCHW + guidance_scale * (text_BCHW - negative_BCHW)
+        negative_BCHW, text_BCHW = model.predict(torch.cat([x_BCHW, x_BCHW]), t, both).chunk(2)
+        return model.guide(text_BCHW, negative_BCHW, guidance_scale)
 
     def denoise_text(x_BCHW: Tensor, t: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if negatives is None or not torch.is_grad_enabled():
             return denoise(x_BCHW, t)
         with torch.no_grad():
-            negative_BCHW = model.predict(x_BCHW, t, negative_BLD)
-        text_BCHW = model.predict(x_BCHW, t, text_BLD)
+            negative_BCHW = model.predict(x_BCHW, t, negatives)
+        text_BCHW = model.predict(x_BCHW, t, text)
         if gradient == "text":
-            return negative_BCHW + guidance_scale * (text_BCHW - negative_BCHW)
-        return text_BCHW + (guidance_scale - 1) * (text_BCHW.detach() - negative_BCHW)
+            return model.guide(text_BCHW, negative_BCHW, guidance_scale)
+        if model.is_guidance_linear:  # the same as below, one rounding less
+            return text_BCHW + (guidance_scale - 1) * (text_BCHW.detach() - negative_BCHW)
+        guided_BCHW = model.guide(text_BCHW.detach(), negative_BCHW, guidance_scale)
+        return text_BCHW + (guided_BCHW - text_BCHW.detach())
 
-    return denoise if gradient == "both" else denoise_text
+    return denoise_text
 
 
 def frozen_denoiser(denoise: Denoiser, network: nn.Module, device: torch.device, *, use_bf16: bool) -> Denoiser:
@@ -112,16 +120,17 @@ class Sampler:
 
     def open(self, prompts: Sequence[str], x_BCHW: Tensor, noise: StepNoise | None) -> "Chain":
         """Return the chain of a batch as it stands after the base model's steps; ``x_BCHW`` is x_T."""
-        text_BLD = self.embeddings.get(prompts, x_BCHW.device)
-        negative_1LD = self.embeddings.get([self.negative_prompt], x_BCHW.device)
+        x_BCHW = x_BCHW * self.table.init_scale
+        rows = self.embeddings.rows(prompts)
         denoise = guided_denoiser(
             self.model,
-            text_BLD,
-            negative_1LD,
+            rows,
+            self.embeddings.negative(self.negative_prompt),
+            x_BCHW.device,
             guidance_scale=self.guidance_scale,
             gradient=self.guidance_gradient,
         )
-        chain = Chain(self, denoise, self.table, x_BCHW, noise, text_BLD)
+        chain = Chain(self, denoise, self.table, x_BCHW, noise, rows)
         if self.num_base_steps == 0:
             return chain
         with torch.no_grad(), adapters_off(self.model.network), in_bf16(x_BCHW.device, enabled=self.use_bf16_prefix):
@@ -151,7 +160,14 @@ class Chain:
     table: ChainTable
     x_BCHW: Tensor
     noise: StepNoise | None
-    text_BLD: Tensor
+    rows: Sequence[Conditioning]
+    """What each image's prompt tells the network."""
+
+    @cached_property
+    def text_BD(self) -> Tensor:
+        """One vector an image that stands for its prompt, float32."""
+        model = self.sampler.model
+        return model.pooled_text(model.collate(self.rows, self.x_BCHW.device))
 
     def starting(self, step: int, x_BCHW: Tensor) -> "Chain":
         """Return the chain of steps ``step`` and later, numbered from 0 again, from the latent ``x_BCHW``."""

@@ -32,6 +32,8 @@ class ChainTable:
     e_T: Tensor
     signal_U: Tensor
     noise_U: Tensor
+    init_scale: float = 1.0
+    """What standard normal noise is multiplied by to be x_T: some samplers begin at a level below pure noise."""
 
     @property
     def num_steps(self) -> int:
@@ -45,8 +47,9 @@ class ChainTable:
 
     def part(self, start: int, stop: int) -> "ChainTable":
         """Return the table of steps ``start .. stop - 1``."""
-        columns = {column.name: getattr(self, column.name) for column in fields(self)}
-        return ChainTable(**{name: c[start : stop + 1 if name.endswith("_U") else stop] for name, c in columns.items()})
+        columns = {column.name: getattr(self, column.name) for column in fields(self) if column.name != "init_scale"}
+        parts = {name: c[start : stop + 1 if name.endswith("_U") else stop] for name, c in columns.items()}
+        return ChainTable(**parts)  # it starts from a latent that is scaled already
 
     def path_weight(self, step: int, scored: int | None) -> float:
         """Return d(result) / d f_step through the linear part of the chain alone, inputs of later steps held fixed.

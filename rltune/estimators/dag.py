@@ -73,7 +73,7 @@ class DAG:
                 return beta * rollout.reward_B
             x_BCHW = rollout.states[state]
             t_B = rollout.chain.table.timesteps_T[state].to(x_BCHW.device).expand(len(x_BCHW))
-            learned_B: Tensor = flow.network(x_BCHW, t_B, rollout.chain.text_BLD)
+            learned_B: Tensor = flow.network(x_BCHW, t_B, rollout.chain.text_BD)
             return beta * rewards[id(rollout)][state] + learned_B
 
         def loss(rollout: Rollout, step: int, log_prob_B: Tensor, ratio_B: Tensor, f_BCHW: Tensor) -> Tensor:

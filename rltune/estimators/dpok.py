@@ -76,7 +76,7 @@ class DPOK:
     def _values(self, value: StateHead, rollout: Rollout, step: int, rows: slice | list[int]) -> Tensor:
         x_NCHW = rollout.states[step][rows]
         t_N = rollout.chain.table.timesteps_T[step].to(x_NCHW.device).expand(len(x_NCHW))
-        estimate: Tensor = value.network(x_NCHW, t_N, rollout.chain.text_BLD[rows])
+        estimate: Tensor = value.network(x_NCHW, t_N, rollout.chain.text_BD[rows])
         return estimate
 
     def _fit(self, round: Round, value: StateHead, rollouts: list[Rollout]) -> None:

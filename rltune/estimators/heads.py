@@ -1,6 +1,6 @@
 """A small network that gives a number for a noisy latent, its timestep and its prompt: values and flows.
 
-B: images. C, H, W: latent channels, rows, columns. L, D: text tokens and width. N: transitions of a minibatch.
+B: images. C, H, W: latent channels, rows, columns. D: text width.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ WIDTH = 64
 
 
 class StateNetwork(nn.Module):
-    """Two strided convolutions of the latent, averaged, with timestep and mean text embedding into a perceptron."""
+    """Two strided convolutions of the latent, averaged, with timestep and pooled text embedding into a perceptron."""
 
     def __init__(self, channels: int, text_width: int) -> None:
         super().__init__()
@@ -34,10 +34,10 @@ class StateNetwork(nn.Module):
         for parameter in self.out[-1].parameters():
             nn.init.zeros_(parameter)  # says 0 of everything at first
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, text_BLD: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, text_BD: Tensor) -> Tensor:
         """Return ``(B,)`` float32."""
         time_BW = self.time(get_timestep_embedding(t_B, WIDTH))
-        parts = [self.latent(x_BCHW.float()).mean((2, 3)), time_BW, self.text(text_BLD.float().mean(1))]
+        parts = [self.latent(x_BCHW.float()).mean((2, 3)), time_BW, self.text(text_BD.float())]
         return cast(Tensor, self.out(torch.cat(parts, dim=1))[:, 0])
 
 

@@ -237,7 +237,8 @@ def _state(run: Run) -> EstimatorState | None:
     """Return what the estimator learns besides the adapters, as it is at the start."""
     if not isinstance(run.estimator, Stateful):
         return None
-    text_width = run.sampler.embeddings.get([run.sampler.negative_prompt], run.workers.device).shape[-1]
+    text = run.sampler.embeddings.get([run.sampler.negative_prompt], run.workers.device)
+    text_width = run.model.pooled_text(text).shape[-1]
     seed = torch_seed(run.config.seed, Stream.ESTIMATOR_STATE)
     return run.estimator.make_state(Setting(run.latent_shape, text_width, run.workers.device, seed))
 

@@ -191,7 +191,8 @@ def make_sampler(config: RunConfig, model: ModelFamily) -> Sampler:
         UserError: The model's noise schedule has no such steps.
     """
     try:
-        table = model.read_table(num_steps=config.sampler.steps, eta=config.sampler.eta)
+        shape = image_shape(config, model)
+        table = model.read_table(num_steps=config.sampler.steps, eta=config.sampler.eta, shape=shape)
     except ValueError as error:
         raise UserError(f"sampler: {config.model.base!r}: {error}") from error
     return Sampler(
@@ -222,7 +223,7 @@ def with_room(run: Run, config: RunConfig) -> Sampler:
     chain = replace(sampler, num_base_steps=0).open([run.train_prompts[0]] * run.micro_batch, x_BCHW, None)
     latent_BCHW = x_BCHW.clone().requires_grad_()  # as every active step's input but the first's
     step_bytes = stored_bytes(lambda: chain.predict(0, latent_BCHW), run.model.network)
-    decoder_bytes = stored_bytes(lambda: run.model.decode(latent_BCHW), run.model.pipeline.vae)
+    decoder_bytes = stored_bytes(lambda: run.model.decode(latent_BCHW), run.model.decoder)
     is_decoder_kept = decoder_bytes <= room
     room -= decoder_bytes if is_decoder_kept else 0
     num_kept = min(sampler.num_steps, room // max(1, step_bytes))

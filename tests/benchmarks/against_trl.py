@@ -216,7 +216,7 @@ def make_problem(
 ) -> Problem:
     """Load a pipeline, attach adapters that change the picture, draw the noise."""
     model = load_model(str(folder))
-    *text, negative = model.encode_prompts([*prompts, ""])
+    *text, negative = (row["text"] for row in model.encode_prompts([*prompts, ""]))
     add_lora(model.network, rank=RANK, alpha=RANK, targets="attention", seed=0)
     generator = torch.Generator().manual_seed(3)
     # B is not zero, so that A gets gradient too
@@ -233,7 +233,7 @@ def make_problem(
     return Problem(
         folder=folder,
         model=model,
-        table=model.read_table(num_steps=num_steps, eta=eta),
+        table=model.read_table(num_steps=num_steps, eta=eta, shape=shape[1:]),
         eta=eta,
         x_BCHW=x_BCHW,
         text_BLD=torch.stack(text).to(dtype),
@@ -268,9 +268,11 @@ def rltune_step(problem: Problem, k: int, *, use_bf16_prefix: bool = False) -> T
         is_decoder_kept=True,
         use_bf16_prefix=use_bf16_prefix,
     )
-    denoise = guided_denoiser(problem.model, problem.text_BLD, problem.negative_1LD, guidance_scale=GUIDANCE)
+    rows = [{"text": text_LD} for text_LD in problem.text_BLD]
+    negative = {"text": problem.negative_1LD[0]}
+    denoise = guided_denoiser(problem.model, rows, negative, problem.x_BCHW.device, guidance_scale=GUIDANCE)
     noise = problem.noise_TBCHW
-    chain = Chain(sampler, denoise, problem.table, problem.x_BCHW, lambda step: noise[step], problem.text_BLD)
+    chain = Chain(sampler, denoise, problem.table, problem.x_BCHW, lambda step: noise[step], rows)
     return sampler.decode(chain.run(GradientPlan.last(k, problem.table.num_steps)))
 
 

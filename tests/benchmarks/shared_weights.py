@@ -93,10 +93,10 @@ def worker(folder: Path, *, is_copied: bool) -> None:
         for parameter in network.parameters():
             parameter.sum()
     measure("loaded")
-    text_BLD = model.encode_prompts(["a"])
+    text = model.collate(model.encode_prompts(["a"]), torch.device("cpu"))
     x_BCHW = torch.zeros(1, *model.latent_shape(*model.size_px))
     with torch.no_grad():
-        model.decode(model.predict(x_BCHW, torch.tensor(1), text_BLD))
+        model.decode(model.predict(x_BCHW, torch.tensor(1), text))
     measure("after-a-pass")
     sys.stdin.readline()  # who leaves would leave its shared pages to the others
 

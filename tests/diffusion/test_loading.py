@@ -34,12 +34,12 @@ def test_adapters_and_merged_weights_leave_the_mapping_where_it_is(tiny_pipeline
     adapters = lora_parameters(model.network)
     for parameter in adapters:
         torch.nn.init.normal_(parameter)
-    x_BCHW, text_BLD = torch.ones(1, 4, 8, 8), torch.ones(1, 16, 32)
+    x_BCHW, text = torch.ones(1, 4, 8, 8), {"text": torch.ones(1, 16, 32)}
     with torch.no_grad(), MergedLora(model.network).swapped_in():
-        merged = model.predict(x_BCHW, torch.tensor(1), text_BLD)
+        merged = model.predict(x_BCHW, torch.tensor(1), text)
         adapted = [parameter for parameter in own.values() if not is_mapped(parameter, path)]
         assert adapted
-    model.predict(x_BCHW, torch.tensor(1), text_BLD).sum().backward()
+    model.predict(x_BCHW, torch.tensor(1), text).sum().backward()
     torch.optim.SGD(adapters, lr=0.1).step()
     assert all(parameter.grad is not None for parameter in adapters)
     assert all(is_mapped(parameter, path) for parameter in own.values())

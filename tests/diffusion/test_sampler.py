@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rltune.diffusion.chain import GradientPlan, run_chain
 from rltune.diffusion.embeddings import PromptEmbeddings
+from rltune.diffusion.families.base import Conditioning
 from rltune.diffusion.sampler import frozen_denoiser, guided_denoiser
 from tests.toys import CPU, PROMPTS, Toy, draw, flat_gradient, make_sampler, make_table, perceptron_toy
 
@@ -32,13 +33,13 @@ def without_adapters(toy: Toy) -> Iterator[None]:
 
 
 def branches(toy: Toy, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    negative = toy.run(x, t, toy.encode_prompts([""] * B))
-    return negative, toy.run(x, t, toy.encode_prompts(PROMPTS[:B]))
+    negative = toy.run(x, t, toy.texts([""] * B))
+    return negative, toy.run(x, t, toy.texts(PROMPTS[:B]))
 
 
-def embedded(toy: Toy) -> tuple[Tensor, Tensor]:
+def embedded(toy: Toy) -> tuple[list[Conditioning], Conditioning, torch.device]:
     embeddings = PromptEmbeddings(toy)  # type: ignore[arg-type]
-    return embeddings.get(PROMPTS[:B], CPU), embeddings.get([""], CPU)
+    return embeddings.rows(PROMPTS[:B]), embeddings.negative(""), CPU
 
 
 @pytest.mark.parametrize("mode", ["both", "text", "text_rescaled"])
@@ -59,6 +60,39 @@ def test_guidance_s_value_and_the_gradient_its_mode_promises(mode: Mode) -> None
     expected = flat_gradient((weight * promised).sum(), wanted)  # type: ignore[arg-type]
     assert float(expected.norm()) > 0
     torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_guidance_that_is_not_linear_has_one_value_and_the_text_s_own_gradient_if_rescaled() -> None:
+    """Of every image's output the length is that of the text branch, as in Qwen-Image by token."""
+
+    class Lengthened(Toy):
+        is_guidance_linear = False
+
+        def guide(self, text: Tensor, negative: Tensor, scale: float) -> Tensor:  # type: ignore[override]
+            mixed = negative + scale * (text - negative)
+            lengths = [torch.linalg.vector_norm(f, dim=(1, 2, 3), keepdim=True) for f in (text, mixed)]
+            return mixed * (lengths[0] / lengths[1])
+
+    plain, t = perceptron_toy(), torch.tensor(401)
+    toy = Lengthened(plain.network, plain.latent_shape, plain.text_shape)
+    x, weight = draw(toy, range(B), 0), draw(toy, range(B), 1)
+    negative, text = branches(toy, x, t)
+    expected = toy.guide(text, negative, GUIDANCE)
+    slopes = {}
+    for mode in ("both", "text", "text_rescaled"):
+        f = guided_denoiser(toy, *embedded(toy), guidance_scale=GUIDANCE, gradient=mode)(x, t)  # type: ignore[arg-type]
+        torch.testing.assert_close(f, expected, rtol=1e-12, atol=1e-13)
+        slopes[mode] = flat_gradient((weight * f).sum(), toy.parameters)
+    whole = flat_gradient((weight * expected).sum(), toy.parameters, retain_graph=True)
+    half = flat_gradient(
+        (weight * toy.guide(text, negative.detach(), GUIDANCE)).sum(), toy.parameters, retain_graph=True
+    )
+    for mode, slope in (
+        ("both", whole),
+        ("text", half),
+        ("text_rescaled", flat_gradient((weight * text).sum(), toy.parameters)),
+    ):
+        torch.testing.assert_close(slopes[mode], slope, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["both", "text", "text_rescaled"])
@@ -272,7 +306,7 @@ def test_adapters_are_not_merged_into_weights_of_a_lower_precision(dtype: torch.
 
 def test_a_frozen_denoiser_answers_in_the_latents_precision() -> None:
     toy = perceptron_toy(torch.float32)
-    text = toy.encode_prompts(PROMPTS[:B])
+    text = toy.texts(PROMPTS[:B])
     x, t = draw(toy, range(B), 0), torch.tensor(401)
     raw: list[torch.dtype] = []
 

@@ -8,6 +8,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 
 from rltune.diffusion.chain import run_chain
 from rltune.diffusion.embeddings import PromptEmbeddings
+from rltune.diffusion.families.base import Conditioning
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.sampler import guided_denoiser
 from rltune.errors import UserError
@@ -32,9 +33,9 @@ def test_images_are_those_of_diffusers_own_pipeline(
     model = load_model(str(folder))
     embeddings = PromptEmbeddings(model)
     cpu = torch.device("cpu")
-    denoise = guided_denoiser(model, embeddings.get(PROMPTS, cpu), embeddings.get([""], cpu), guidance_scale=guidance)
+    denoise = guided_denoiser(model, embeddings.rows(PROMPTS), embeddings.negative(""), cpu, guidance_scale=guidance)
     with torch.no_grad():
-        ours = model.decode(run_chain(denoise, latents, model.read_table(num_steps=6, eta=0.0)))
+        ours = model.decode(run_chain(denoise, latents, model.read_table(num_steps=6, eta=0.0, shape=(4, 8, 8))))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)  # float32 over six steps
 
 
@@ -58,26 +59,26 @@ def test_prompts_are_embedded_once(tiny_pipeline: Path, monkeypatch: pytest.Monk
     seen: list[str] = []
     encode = model.encode_prompts
 
-    def spy(prompts: list[str]) -> torch.Tensor:
+    def spy(prompts: list[str]) -> list[Conditioning]:
         seen.extend(prompts)
         return encode(prompts)
 
     monkeypatch.setattr(model, "encode_prompts", spy)
     embeddings = PromptEmbeddings(model)
     embeddings.add(["a", "b", "a"])
-    first = embeddings.get(["b", "a", "c"], torch.device("cpu"))
+    first = embeddings.rows(["b", "a", "c"])
     assert seen == ["a", "b", "c"]
-    assert torch.equal(first[1], embeddings.get(["a"], torch.device("cpu"))[0])
+    assert torch.equal(first[1]["text"], embeddings.rows(["a"])[0]["text"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_embeddings_are_the_encoder_s_own_numbers(tiny_pipeline: Path, dtype: torch.dtype) -> None:
     model = load_model(str(tiny_pipeline), dtype=dtype)
-    embedded = model.encode_prompts(["a cat"])
-    assert embedded.dtype == dtype
+    (embedded,) = model.encode_prompts(["a cat"])
+    assert embedded["text"].dtype == dtype
     given = PromptEmbeddings(model).get(["a cat"], torch.device("cpu"))
-    assert given.dtype == torch.float32  # latents are, around it
-    assert torch.equal(given, embedded.float())
+    assert given["text"].dtype == torch.float32  # latents are, around it
+    assert torch.equal(given["text"][0], embedded["text"].float())
 
 
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path: Path) -> None:

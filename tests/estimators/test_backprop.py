@@ -53,7 +53,7 @@ class Known:
     def __init__(self, toy: Toy, guidance: float = GUIDANCE) -> None:
         self.table: ChainTable = make_table(T)
         self.prompts = make_round(toy, FullBackprop(), num_images=N).batches[0].prompts
-        texts, negative = toy.encode_prompts(self.prompts), toy.encode_prompts([""])
+        texts, negative = toy.texts(self.prompts), toy.texts([""])
         means_N = negative.mean() + guidance * (texts.mean((1, 2)) - negative.mean())
         self.m = means_N.view(-1, 1, 1, 1)
         self.a_rank, self.b_rank = (parameter.item() for parameter in toy.parameters)

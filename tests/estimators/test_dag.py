@@ -37,7 +37,7 @@ class Residuals:
         if k == self.num_steps:
             return self.beta * known.reward(known.states[-1])
         t_B = known.scheduler.timesteps[k].repeat(N)
-        learned = self.network(known.states[k], t_B, known.toy.encode_prompts(known.prompts))
+        learned = self.network(known.states[k], t_B, known.toy.texts(known.prompts).float().mean(1))
         return self.beta * known.reward(known.cleans[k]) + learned
 
     def loss(self, steps: list[int], output_weight: float) -> Tensor:

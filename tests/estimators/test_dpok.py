@@ -27,7 +27,7 @@ def with_opinion(toy: Toy, estimator: DPOK) -> StateHead:
 
 def values(known: ByHand, network: torch.nn.Module, k: int) -> Tensor:
     t_B = known.scheduler.timesteps[k].repeat(N)
-    return network(known.states[k], t_B, known.toy.encode_prompts(known.prompts))
+    return network(known.states[k], t_B, known.toy.texts(known.prompts).float().mean(1))
 
 
 def base_outputs(toy: Toy, known: ByHand) -> list[Tensor]:
@@ -128,7 +128,7 @@ def test_fitting_brings_the_value_to_the_reward() -> None:
     assert isinstance(round.state, StateHead)
     t_B = known.scheduler.timesteps[3].repeat(2)
     with torch.no_grad():
-        fitted = round.state.network(known.states[3], t_B, toy.encode_prompts(known.prompts)).double()
+        fitted = round.state.network(known.states[3], t_B, toy.texts(known.prompts).float().mean(1)).double()
     spread = float((rewards[0] - rewards[1]).abs())
     assert float((fitted - rewards).abs().max()) < 0.2 * spread
 

@@ -200,7 +200,7 @@ def test_a_step_is_scored_in_the_arithmetic_that_drew_it(
     model = load_model("builtin", dtype=dtype)
     add_lora(model.network, rank=4, alpha=4, targets="attention", seed=0)
     fill(model.network, 0.05)
-    table = model.read_table(num_steps=4, eta=1.0)
+    table = model.read_table(num_steps=4, eta=1.0, shape=model.latent_shape(*model.size_px))
     noise = torch.randn(5, 4, *model.latent_shape(*model.size_px), generator=torch.Generator().manual_seed(0))
     advantage_B = torch.tensor([1.0, -1.0, 0.5, -0.5])
     sampler = Sampler(model, PromptEmbeddings(model), table, 3.0, use_bf16_prefix=use_bf16_prefix)

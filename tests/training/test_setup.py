@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rltune.config.experiment import RunConfig
+from rltune.diffusion.families.base import Conditioning
 from rltune.diffusion.families.stable_diffusion import StableDiffusion
 from rltune.diffusion.lora import lora_parameters
 from rltune.diffusion.memory import stored_bytes
@@ -79,7 +80,7 @@ def test_a_run_embeds_the_groups_that_it_draws_from(make_config: Make, tmp_path:
     embedded: list[str] = []
     encode = StableDiffusion.encode_prompts
 
-    def spy(model: StableDiffusion, prompts: Sequence[str]) -> torch.Tensor:
+    def spy(model: StableDiffusion, prompts: Sequence[str]) -> list[Conditioning]:
         embedded.extend(prompts)
         return encode(model, prompts)
 

@@ -3,7 +3,7 @@
 B: images. P: prompts. L, D: text tokens and width. C, H, W: latent channels, rows, columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,11 @@ from rltune.registry import Registry
 ENCODE_BATCH = 64
 """Prompts that a text encoder embeds at a time."""
 
+Conditioning = Mapping[str, Tensor]
+"""What one prompt tells the network: no batch axis, of any length, on the CPU, in the text encoder's own dtype."""
+TextBatch = Mapping[str, Any]
+"""What the prompts of B images tell it, as ``predict`` takes it: tensors with a leading B, or lists of B tensors."""
+
 
 class ModelFamily(Protocol):
     """A loaded text-to-image pipeline, seen as the four things the chain needs."""
@@ -25,33 +30,56 @@ class ModelFamily(Protocol):
     """Component the adapters belong to in a LoRA file: ``unet`` or ``transformer``."""
     size_px: tuple[int, int]
     """Height and width the model was trained for."""
+    is_guidance_linear: bool
+    """Whether ``guide`` is f_neg + g (f_text - f_neg)."""
 
     @property
     def network(self) -> nn.Module:
         """The denoising network that adapters are attached to."""
         ...
 
-    def read_table(self, *, num_steps: int, eta: float) -> ChainTable:
-        """Return the coefficient table of this pipeline's sampler."""
+    @property
+    def decoder(self) -> nn.Module:
+        """The network that makes images of latents."""
+        ...
+
+    def read_table(self, *, num_steps: int, eta: float, shape: tuple[int, int, int]) -> ChainTable:
+        """Return the coefficient table of this pipeline's sampler for latents of ``shape`` (C, H, W)."""
         ...
 
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
-        """Return (C, H, W) of the latents of an image; raises ``ValueError`` for a size the autoencoder cannot make."""
+        """Return (C, H, W) of the latents of an image; raises ``ValueError`` for a size the model cannot make."""
         ...
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Embed prompts -> ``(P, L, D)`` on the CPU, in the text encoder's own dtype, no gradient.
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Embed prompts, one conditioning each, no gradient.
 
-        Moves the text encoder as needed, and runs it on ``ENCODE_BATCH`` prompts at a time, in order.
+        Moves the text encoders as needed, and runs them on ``ENCODE_BATCH`` prompts at a time, in order.
         """
+        ...
+
+    def encode_negative(self, prompt: str) -> Conditioning | None:
+        """Return what a negative prompt tells the network; None where it is embedded as any other prompt is."""
+        ...
+
+    def collate(self, rows: Sequence[Conditioning], device: torch.device) -> TextBatch:
+        """Bring conditionings together for ``predict``, on ``device``, numbers in float32 at least."""
+        ...
+
+    def pooled_text(self, text: TextBatch) -> Tensor:
+        """Return one vector an image that stands for its prompt, ``(B, D)`` float32."""
         ...
 
     def cut_off(self, prompts: Sequence[str]) -> dict[str, str]:
         """Return prompt -> the end of it that the text encoder does not read, for those that are too long."""
         ...
 
-    def predict(self, x_BCHW: Tensor, t: Tensor, text_BLD: Tensor) -> Tensor:
-        """Run the network once -> its raw output (B, C, H, W), float32. Differentiable."""
+    def predict(self, x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
+        """Run the network once -> its output f (B, C, H, W) in the table's sign and scale, float32. Differentiable."""
+        ...
+
+    def guide(self, text_BCHW: Tensor, negative_BCHW: Tensor, scale: float) -> Tensor:
+        """Combine the outputs with a prompt and with the negative prompt -> (B, C, H, W). Differentiable in both."""
         ...
 
     def decode(self, x_BCHW: Tensor) -> Tensor:
@@ -65,3 +93,18 @@ class ModelFamily(Protocol):
 
 FAMILIES: Registry[ModelFamily] = Registry("pipeline class", "rltune.diffusion.families")
 """Built from a pipeline of the class they are registered under."""
+
+
+def stack(rows: Sequence[Conditioning], device: torch.device) -> dict[str, Tensor]:
+    """Stack conditionings of one shape -> tensors with a leading B on ``device``, numbers in float32 at least."""
+    return {name: widened(torch.stack([row[name] for row in rows]).to(device)) for name in rows[0]}
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return numbers in float32 at least; masks and indices as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.is_floating_point() else tensor
+
+
+def linear_guidance(text_BCHW: Tensor, negative_BCHW: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance (arXiv:2207.12598): f_neg + g (f_text - f_neg)."""
+    return negative_BCHW + scale * (text_BCHW - negative_BCHW)

@@ -9,7 +9,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rltune.diffusion.families.base import ENCODE_BATCH, FAMILIES
+from rltune.diffusion.families.base import (
+    ENCODE_BATCH,
+    FAMILIES,
+    Conditioning,
+    TextBatch,
+    linear_guidance,
+    stack,
+)
 from rltune.diffusion.table import ChainTable, read_ddim_table
 
 
@@ -18,6 +25,9 @@ class StableDiffusion:
     """A Stable Diffusion pipeline: CLIP text encoder, UNet, KL autoencoder, DDIM on the pipeline's own schedule."""
 
     lora_prefix = "unet"
+    is_guidance_linear = True
+    collate = staticmethod(stack)
+    guide = staticmethod(linear_guidance)
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -34,8 +44,13 @@ class StableDiffusion:
         """The UNet."""
         return cast(nn.Module, self.pipeline.unet)
 
-    def read_table(self, *, num_steps: int, eta: float) -> ChainTable:
-        """Return DDIM's coefficients on the pipeline's schedule."""
+    @property
+    def decoder(self) -> nn.Module:
+        """The KL autoencoder."""
+        return cast(nn.Module, self.pipeline.vae)
+
+    def read_table(self, *, num_steps: int, eta: float, shape: tuple[int, int, int]) -> ChainTable:
+        """Return DDIM's coefficients on the pipeline's schedule, which is one for all sizes."""
         return read_ddim_table(self.pipeline.scheduler, num_steps=num_steps, eta=eta)
 
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
@@ -50,8 +65,8 @@ class StableDiffusion:
         return int(self.pipeline.unet.config.in_channels), height_px // factor, width_px // factor
 
     @torch.no_grad()
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Embed prompts -> ``(P, L, D)`` on the CPU; the text encoder is back on the CPU afterwards."""
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Embed prompts -> ``text`` (L, D) each; the text encoder is back on the CPU afterwards."""
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
         encoder.to(self._device)
         parts = []
@@ -66,7 +81,14 @@ class StableDiffusion:
             # pad tokens are attended to, as in diffusers' own StableDiffusionPipeline
             parts.append(encoder(tokens.input_ids.to(self._device))[0].cpu())
         encoder.to("cpu")
-        return torch.cat(parts)
+        return [{"text": text_LD} for part_PLD in parts for text_LD in part_PLD]
+
+    def encode_negative(self, prompt: str) -> None:
+        """A negative prompt is embedded as any other is."""
+
+    def pooled_text(self, text: TextBatch) -> Tensor:
+        """Return the mean over tokens, (B, D)."""
+        return cast(Tensor, text["text"]).float().mean(1)
 
     def cut_off(self, prompts: Sequence[str]) -> dict[str, str]:
         """Return prompt -> the end of it that is cut off, as the tokenizer writes it, for those that are too long."""
@@ -81,10 +103,11 @@ class StableDiffusion:
             if len(tokens) > num_read
         }
 
-    def predict(self, x_BCHW: Tensor, t: Tensor, text_BLD: Tensor) -> Tensor:
+    def predict(self, x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
         """Run the UNet -> (B, C, H, W) float32; epsilon or v, as the model was trained."""
         dtype = self.pipeline.unet.dtype
-        output = self.pipeline.unet(x_BCHW.to(dtype), t, encoder_hidden_states=text_BLD.to(dtype), return_dict=False)
+        hidden_BLD = text["text"].to(dtype)
+        output = self.pipeline.unet(x_BCHW.to(dtype), t, encoder_hidden_states=hidden_BLD, return_dict=False)
         return cast(Tensor, output[0]).to(x_BCHW.dtype)
 
     def decode(self, x_BCHW: Tensor) -> Tensor:
