@@ -17,7 +17,11 @@ from rltune.diffusion.families.base import (
     linear_guidance,
     stack,
 )
-from rltune.diffusion.table import ChainTable, read_ddim_table
+from rltune.diffusion.families.pipeline import cut_off, own_or_ddim
+from rltune.diffusion.table import ChainTable
+
+OWN = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler")
+"""Schedulers that are sampled as they ship, SD-Turbo's among them; others by DDIM on the same noise schedule."""
 
 
 @FAMILIES.register("StableDiffusionPipeline")
@@ -50,8 +54,8 @@ class StableDiffusion:
         return cast(nn.Module, self.pipeline.vae)
 
     def read_table(self, *, num_steps: int, eta: float, shape: tuple[int, int, int]) -> ChainTable:
-        """Return DDIM's coefficients on the pipeline's schedule, which is one for all sizes."""
-        return read_ddim_table(self.pipeline.scheduler, num_steps=num_steps, eta=eta)
+        """Return the table of the scheduler that the pipeline ships, or of DDIM on its schedule; one for all sizes."""
+        return own_or_ddim(self.pipeline.scheduler, num_steps=num_steps, eta=eta, own=OWN)
 
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
         """Return (C, H, W).
@@ -92,16 +96,7 @@ class StableDiffusion:
 
     def cut_off(self, prompts: Sequence[str]) -> dict[str, str]:
         """Return prompt -> the end of it that is cut off, as the tokenizer writes it, for those that are too long."""
-        tokenizer = self.pipeline.tokenizer
-        num_read = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
-        # a token is a byte or more: most prompts need not be looked at
-        long = [prompt for prompt in dict.fromkeys(prompts) if len(prompt.encode()) > num_read]
-        ids = tokenizer(long, add_special_tokens=False, verbose=False).input_ids if long else []
-        return {
-            prompt: tokenizer.decode(tokens[num_read:])
-            for prompt, tokens in zip(long, ids, strict=True)
-            if len(tokens) > num_read
-        }
+        return cut_off(self.pipeline.tokenizer, prompts)
 
     def predict(self, x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
         """Run the UNet -> (B, C, H, W) float32; epsilon or v, as the model was trained."""

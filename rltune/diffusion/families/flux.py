@@ -1,0 +1,64 @@
+"""FLUX.1 dev and schnell: latents in tokens of 2 x 2, T5 and a pooled CLIP embedding, guidance as a number of dev's.
+
+B: images. C, H, W: latent channels, rows, columns. N: image tokens.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
+from rltune.diffusion.families.pipeline import FlowFamily, cut_off, pack, unpack
+
+T5_TOKENS = 512
+EMBEDDED_GUIDANCE = 3.5
+"""What FLUX.1-dev is told of guidance; its pipeline's default. A LoRA is to be used at what it was trained at."""
+
+
+@FAMILIES.register("FluxPipeline")
+class Flux(FlowFamily):
+    """A FLUX.1 pipeline."""
+
+    @property
+    def num_channels(self) -> int:
+        """C: a token has four places."""
+        return super().num_channels // 4
+
+    def cut_off(self, prompts: Any) -> dict[str, str]:
+        """Return prompt -> the end of it that T5 does not read; CLIP's part is a summary of the beginning."""
+        return cut_off(self.pipeline.tokenizer_2, prompts, T5_TOKENS)
+
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        text, pooled, _ = self.pipeline.encode_prompt(prompts, None, device=self._device, max_sequence_length=T5_TOKENS)
+        return [{"text": text[i], "pooled": pooled[i]} for i in range(len(prompts))]
+
+    def pooled_text(self, text: TextBatch) -> Tensor:
+        """Return CLIP's pooled embedding."""
+        return cast(Tensor, text["pooled"]).float()
+
+    def _run(self, x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
+        B, _, H, W = x_BCHW.shape
+        device = x_BCHW.device
+        guidance = None
+        if self.pipeline.transformer.config.guidance_embeds:
+            guidance = torch.full((B,), EMBEDDED_GUIDANCE, device=device, dtype=torch.float32)
+        output = self.pipeline.transformer(
+            hidden_states=pack(x_BCHW),
+            timestep=t.expand(B) / 1000,
+            guidance=guidance,
+            pooled_projections=text["pooled"],
+            encoder_hidden_states=text["text"],
+            txt_ids=torch.zeros(text["text"].shape[1], 3, device=device, dtype=x_BCHW.dtype),
+            img_ids=image_places(H // 2, W // 2, x_BCHW),
+            return_dict=False,
+        )
+        return unpack(output[0], H, W)
+
+
+def image_places(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Return (0, row, column) of every image token, ``(N, 3)``, on the device and in the dtype of ``like``."""
+    ids_HW3 = torch.zeros(rows, columns, 3, device=like.device, dtype=like.dtype)
+    ids_HW3[..., 1] += torch.arange(rows, device=like.device)[:, None]
+    ids_HW3[..., 2] += torch.arange(columns, device=like.device)[None]
+    return ids_HW3.reshape(-1, 3)

@@ -1,0 +1,87 @@
+"""FLUX.2 dev and klein: latents already in patches, layers of a language model as text.
+
+B: images. C, H, W: latent channels, rows, columns. L: text tokens. N: image tokens.
+"""
+
+from typing import cast
+
+import torch
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from torch import Tensor
+
+from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
+from rltune.diffusion.families.pipeline import FlowFamily
+
+EMBEDDED_GUIDANCE = 4.0
+"""What FLUX.2-dev is told of guidance; its pipeline's default."""
+
+
+class Flux2(FlowFamily):
+    """What dev and klein have in common."""
+
+    max_tokens = 512
+    embedded_guidance: float | None = None
+    layers: tuple[int, ...]
+    """Of the language model, whose outputs are the text."""
+
+    def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
+        """Return (C, H, W): a latent is a patch of 2 x 2 of the autoencoder's.
+
+        Raises:
+            ValueError: A side is not a multiple of a patch.
+        """
+        channels, height, width = super().latent_shape(height_px, width_px)
+        return channels, height // 2, width // 2
+
+    def mu(self, num_steps: int, shape: tuple[int, int, int]) -> float:
+        """Return the shift that was fitted to tokens and steps, as the pipeline computes it."""
+        return float(compute_empirical_mu(shape[1] * shape[2], num_steps))
+
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        text, _ = self.pipeline.encode_prompt(
+            prompts, device=self._device, max_sequence_length=self.max_tokens, text_encoder_out_layers=self.layers
+        )
+        return [{"text": text[i]} for i in range(len(prompts))]
+
+    def _run(self, x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
+        B, _, H, W = x_BCHW.shape
+        device = x_BCHW.device
+        zero = torch.zeros(1, dtype=torch.int64)
+        image_ids = torch.cartesian_prod(zero, torch.arange(H), torch.arange(W), zero)
+        text_ids = torch.cartesian_prod(zero, zero, zero, torch.arange(text["text"].shape[1]))
+        guidance = None
+        if self.embedded_guidance is not None:
+            guidance = torch.full((B,), self.embedded_guidance, device=device, dtype=torch.float32)
+        output = self.pipeline.transformer(
+            hidden_states=x_BCHW.flatten(2).transpose(1, 2),
+            timestep=t.expand(B) / 1000,
+            guidance=guidance,
+            encoder_hidden_states=text["text"],
+            txt_ids=text_ids.to(device),
+            img_ids=image_ids.to(device),
+            return_dict=False,
+        )
+        return cast(Tensor, output[0]).transpose(1, 2).reshape(B, -1, H, W)
+
+    def decode(self, x_BCHW: Tensor) -> Tensor:
+        """Decode clean latents, which a batch normalisation of the autoencoder has brought to unit variance."""
+        vae = self.pipeline.vae
+        std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt().to(x_BCHW)
+        patches = x_BCHW * std + vae.bn.running_mean.view(1, -1, 1, 1).to(x_BCHW)
+        latents = self.pipeline._unpatchify_latents(patches).to(vae.dtype)
+        return self.to_image(vae.decode(latents, return_dict=False)[0], x_BCHW)
+
+
+@FAMILIES.register("Flux2Pipeline")
+class Flux2Dev(Flux2):
+    """FLUX.2 dev: Mistral, guidance as a number that the network is told."""
+
+    embedded_guidance = EMBEDDED_GUIDANCE
+    layers = (10, 20, 30)
+
+
+@FAMILIES.register("Flux2KleinPipeline")
+class Flux2Klein(Flux2):
+    """FLUX.2 klein: Qwen3; the distilled models want guidance 1."""
+
+    layers = (9, 18, 27)

@@ -1,0 +1,220 @@
+"""What the families of this package have in common: a diffusers pipeline, its encoders, its network, its decoder.
+
+B: images. C, H, W: latent channels, rows, columns. L, D: text tokens and width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rltune.diffusion.families.base import ENCODE_BATCH, Conditioning, TextBatch, linear_guidance, stack
+from rltune.diffusion.schedulers.base import read_scheduler
+from rltune.diffusion.table import ChainTable, read_ddim_table
+
+
+class PipelineFamily(ABC):
+    """Everything of a family but how prompts are encoded and how the network is called; each may be another's own."""
+
+    lora_prefix = "transformer"
+    is_guidance_linear = True
+    px_per_patch = 2
+    """Latent rows and columns that the network takes together; sides must be a multiple."""
+    max_tokens: ClassVar[int | None] = None
+    """Tokens of a prompt that are read, special ones included; None for the tokenizer's own limit."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self._device = torch.device("cpu")
+        for module in self._modules().values():
+            module.requires_grad_(False).eval()
+        self.size_px = self._native_size()
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {name: part for name, part in self.pipeline.components.items() if isinstance(part, nn.Module)}
+
+    def _native_size(self) -> tuple[int, int]:
+        side = int(self.pipeline.default_sample_size) * int(self.pipeline.vae_scale_factor)
+        return side, side
+
+    @property
+    def network(self) -> nn.Module:
+        """The denoising network that adapters are attached to."""
+        return cast(nn.Module, getattr(self.pipeline, self.lora_prefix))
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The autoencoder."""
+        return cast(nn.Module, self.pipeline.vae)
+
+    @property
+    def num_channels(self) -> int:
+        """C."""
+        return int(cast(Any, self.network).config.in_channels)
+
+    def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
+        """Return (C, H, W).
+
+        Raises:
+            ValueError: A side is not a multiple of the autoencoder's downsampling times the network's patches.
+        """
+        factor = int(self.pipeline.vae_scale_factor)
+        divisor = factor * self.px_per_patch
+        if height_px % divisor or width_px % divisor:
+            raise ValueError(f"image sides must be multiples of {divisor} px, got {height_px} x {width_px}")
+        return self.num_channels, height_px // factor, width_px // factor
+
+    def read_table(self, *, num_steps: int, eta: float, shape: tuple[int, int, int]) -> ChainTable:
+        """Return the table of the pipeline's own scheduler."""
+        return read_scheduler(self.pipeline.scheduler, num_steps=num_steps, eta=eta, grid=self.grid(num_steps, shape))
+
+    def grid(self, num_steps: int, shape: tuple[int, int, int]) -> Mapping[str, Any] | None:
+        """Return what the pipeline hands to ``set_timesteps``; None for the number of steps alone."""
+        return None
+
+    def encode_prompts(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Embed prompts; the text encoders are back on the CPU afterwards."""
+        with torch.no_grad(), self.encoders_here():
+            rows: list[Conditioning] = []
+            for start in range(0, len(prompts), ENCODE_BATCH):
+                # a list of its own: some pipelines write into what they are given
+                rows += self._encode(list(prompts[start : start + ENCODE_BATCH]))
+        return [{name: tensor.cpu() for name, tensor in row.items()} for row in rows]
+
+    @abstractmethod
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        """Embed a few prompts by the pipeline's own method."""
+
+    @contextmanager
+    def encoders_here(self) -> Iterator[None]:
+        """Have the text encoders where the network runs inside the block, on the CPU after it."""
+        encoders = [part for name, part in self._modules().items() if name.startswith("text_encoder")]
+        for encoder in encoders:
+            encoder.to(self._device)
+        try:
+            yield
+        finally:
+            for encoder in encoders:
+                encoder.to("cpu")
+
+    def encode_negative(self, prompt: str) -> Conditioning | None:
+        """A negative prompt is embedded as any other is."""
+        return None
+
+    def collate(self, rows: Sequence[Conditioning], device: torch.device) -> TextBatch:
+        """Stack conditionings of one shape."""
+        return stack(rows, device)
+
+    def guide(self, text_BCHW: Tensor, negative_BCHW: Tensor, scale: float) -> Tensor:
+        """Combine linearly."""
+        return linear_guidance(text_BCHW, negative_BCHW, scale)
+
+    def pooled_text(self, text: TextBatch) -> Tensor:
+        """Return the mean over the tokens that count, (B, D) float32."""
+        if isinstance(text["text"], list):
+            return torch.stack([text_LD.float().mean(0) for text_LD in text["text"]])
+        text_BLD = cast(Tensor, text["text"]).float()
+        if "mask" not in text:
+            return text_BLD.mean(1)
+        mask_BL1 = cast(Tensor, text["mask"]).float()[..., None]
+        return (text_BLD * mask_BL1).sum(1) / mask_BL1.sum(1).clamp(min=1)
+
+    def cut_off(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Return prompt -> the end of it that is cut off, as the tokenizer writes it, for those that are too long."""
+        return cut_off(self.pipeline.tokenizer, prompts, self.max_tokens)
+
+    def predict(self, x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
+        """Run the network once -> f (B, C, H, W) in the latents' dtype."""
+        dtype = cast(Any, self.network).dtype
+        inputs = {name: _cast(value, dtype) for name, value in text.items()}
+        return self._run(x_BCHW.to(dtype), t, inputs).to(x_BCHW.dtype)
+
+    @abstractmethod
+    def _run(self, x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
+        """Call the network, latents and text in its dtype -> its output as the table means it."""
+
+    def decode(self, x_BCHW: Tensor) -> Tensor:
+        """Decode clean latents -> RGB in [0, 1], (B, 3, height, width) in the latents' dtype."""
+        config = self.pipeline.vae.config
+        latents = x_BCHW / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        return self.to_image(
+            self.pipeline.vae.decode(latents.to(self.pipeline.vae.dtype), return_dict=False)[0], x_BCHW
+        )
+
+    def to_image(self, decoded_B3HW: Tensor, x_BCHW: Tensor) -> Tensor:
+        """Bring a decoder's output to [0, 1]; the clamp zeroes the gradient of pixels that are out of range."""
+        return (decoded_B3HW.to(x_BCHW.dtype) / 2 + 0.5).clamp(0, 1)
+
+    def to(self, device: torch.device) -> None:
+        """Move network and decoder; the text encoders follow only while they encode."""
+        self._device = device
+        self.network.to(device)
+        self.decoder.to(device)
+
+
+class FlowFamily(PipelineFamily):
+    """A flow model that is sampled by Euler steps on levels that may depend on the size of the image."""
+
+    passes_sigmas = True
+    """Whether the pipeline hands its own levels, linspace(1, 1/T, T), to the scheduler."""
+
+    def grid(self, num_steps: int, shape: tuple[int, int, int]) -> Mapping[str, Any]:
+        """Return the levels and, where the scheduler shifts them by the image's size, mu."""
+        shifts = self.pipeline.scheduler.config.get("use_dynamic_shifting", False)
+        mu = {"mu": self.mu(num_steps, shape)} if shifts else {}
+        if self.passes_sigmas:
+            return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), **mu}
+        return {"num_inference_steps": num_steps, **mu}
+
+    def mu(self, num_steps: int, shape: tuple[int, int, int]) -> float:
+        """Return the shift's parameter: linear in the number of image tokens of 2 x 2, as FLUX.1 has it."""
+        config = self.pipeline.scheduler.config
+        num_tokens = shape[1] * shape[2] // 4
+        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+        return float(config.base_shift + slope * (num_tokens - config.base_image_seq_len))
+
+
+def own_or_ddim(scheduler: Any, *, num_steps: int, eta: float, own: Sequence[str]) -> ChainTable:
+    """Return the table of a scheduler whose class is among ``own``, else DDIM's on its noise schedule."""
+    if type(scheduler).__name__ in own:
+        return read_scheduler(scheduler, num_steps=num_steps, eta=eta)
+    return read_ddim_table(scheduler, num_steps=num_steps, eta=eta)
+
+
+def cut_off(tokenizer: Any, prompts: Sequence[str], max_tokens: int | None = None) -> dict[str, str]:
+    """Return prompt -> the end of it that a tokenizer cuts off, for those that are too long."""
+    num_read = (max_tokens or int(tokenizer.model_max_length)) - int(tokenizer.num_special_tokens_to_add())
+    # a token is a byte or more: most prompts need not be looked at
+    long = [prompt for prompt in dict.fromkeys(prompts) if len(prompt.encode()) > num_read]
+    ids = tokenizer(long, add_special_tokens=False, verbose=False).input_ids if long else []
+    return {
+        prompt: tokenizer.decode(tokens[num_read:])
+        for prompt, tokens in zip(long, ids, strict=True)
+        if len(tokens) > num_read
+    }
+
+
+def pack(x_BCHW: Tensor) -> Tensor:
+    """Return tokens of 2 x 2 latents, (B, H/2 W/2, 4 C), the channel outermost in each."""
+    B, C, H, W = x_BCHW.shape
+    return x_BCHW.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, C * 4)
+
+
+def unpack(tokens_BND: Tensor, height: int, width: int) -> Tensor:
+    """Return the latents (B, C, H, W) of tokens of 2 x 2."""
+    B, _, D = tokens_BND.shape
+    return (
+        tokens_BND.view(B, height // 2, width // 2, D // 4, 2, 2)
+        .permute(0, 3, 1, 4, 2, 5)
+        .reshape(B, D // 4, height, width)
+    )
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, list):
+        return [_cast(part, dtype) for part in value]
+    return value.to(dtype) if value.is_floating_point() else value

@@ -1,0 +1,69 @@
+"""Qwen-Image: prompts of their own length through a language model, guidance that keeps the length of each token.
+
+B: images. C, H, W: latent channels, rows, columns. L: text tokens.
+"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch, widened
+from rltune.diffusion.families.pipeline import FlowFamily, pack, unpack
+
+
+@FAMILIES.register("QwenImagePipeline")
+class QwenImage(FlowFamily):
+    """A Qwen-Image pipeline (arXiv:2508.02324)."""
+
+    is_guidance_linear = False
+    max_tokens = 1024
+
+    @property
+    def num_channels(self) -> int:
+        """C: a token has four places."""
+        return super().num_channels // 4
+
+    def collate(self, rows: Sequence[Conditioning], device: torch.device) -> TextBatch:
+        """Pad texts to the longest, with a mask where any is shorter."""
+        lengths = torch.tensor([len(row["text"]) for row in rows])
+        text_BLD = widened(pad_sequence([row["text"] for row in rows], batch_first=True).to(device))
+        mask_BL = torch.arange(text_BLD.shape[1])[None] < lengths[:, None]
+        return {"text": text_BLD} if bool(mask_BL.all()) else {"text": text_BLD, "mask": mask_BL.to(device)}
+
+    def guide(self, text_BCHW: Tensor, negative_BCHW: Tensor, scale: float) -> Tensor:
+        """Combine linearly, then bring every token of 2 x 2 to the length of the text branch's."""
+        height, width = text_BCHW.shape[-2:]
+        text_BND, negative_BND = pack(text_BCHW), pack(negative_BCHW)
+        mixed_BND = negative_BND + scale * (text_BND - negative_BND)
+        wanted, got = (torch.linalg.vector_norm(f, dim=-1, keepdim=True) for f in (text_BND, mixed_BND))
+        return unpack(mixed_BND * (wanted / got), height, width)
+
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        # one at a time, so that nothing is padded and nothing depends on what is beside it
+        return [{"text": self.pipeline.encode_prompt([prompt], device=self._device)[0][0]} for prompt in prompts]
+
+    def _run(self, x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
+        B, _, H, W = x_BCHW.shape
+        output = self.pipeline.transformer(
+            hidden_states=pack(x_BCHW),
+            timestep=t.expand(B) / 1000,
+            guidance=None,
+            encoder_hidden_states=text["text"],
+            encoder_hidden_states_mask=text.get("mask"),
+            img_shapes=[[(1, H // 2, W // 2)]] * B,
+            return_dict=False,
+        )
+        return unpack(output[0], H, W)
+
+    def decode(self, x_BCHW: Tensor) -> Tensor:
+        """Decode clean latents as a video of one frame."""
+        config = self.pipeline.vae.config
+        mean, std = (
+            torch.tensor(config[name]).view(1, -1, 1, 1, 1).to(x_BCHW) for name in ("latents_mean", "latents_std")
+        )
+        latents = (x_BCHW[:, :, None] * std + mean).to(self.pipeline.vae.dtype)
+        video = cast(Tensor, self.pipeline.vae.decode(latents, return_dict=False)[0])
+        return self.to_image(video[:, :, 0], x_BCHW)

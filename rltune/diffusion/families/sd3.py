@@ -1,0 +1,59 @@
+"""Stable Diffusion 3 and 3.5: two CLIP encoders and T5, which may be left out.
+
+B: images. C, H, W: latent channels, rows, columns.
+"""
+
+from typing import cast
+
+from torch import Tensor
+
+from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
+from rltune.diffusion.families.pipeline import FlowFamily
+
+T5_TOKENS = 256
+
+
+@FAMILIES.register("StableDiffusion3Pipeline")
+class StableDiffusion3(FlowFamily):
+    """A Stable Diffusion 3 pipeline (arXiv:2403.03206); padding is attended to, as in diffusers."""
+
+    passes_sigmas = False
+    max_tokens = 77  # what CLIP reads; T5 reads on, so that no prompt's end is lost before T5_TOKENS
+
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        text, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts,
+            prompts,
+            prompts,
+            device=self._device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=T5_TOKENS,
+        )
+        return [{"text": text[i], "pooled": pooled[i]} for i in range(len(prompts))]
+
+    def pooled_text(self, text: TextBatch) -> Tensor:
+        """Return the pooled embedding of both CLIP encoders."""
+        return cast(Tensor, text["pooled"]).float()
+
+    def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
+        """Return (C, H, W).
+
+        Raises:
+            ValueError: A side is not a multiple of a patch, or has more patches than the network knows places of.
+        """
+        shape = super().latent_shape(height_px, width_px)
+        most = int(self.pipeline.transformer.config.pos_embed_max_size) * self.px_per_patch
+        if max(shape[1:]) > most:
+            largest = most * int(self.pipeline.vae_scale_factor)
+            raise ValueError(f"image sides must be at most {largest} px, got {height_px} x {width_px}")
+        return shape
+
+    def _run(self, x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
+        output = self.pipeline.transformer(
+            hidden_states=x_BCHW,
+            timestep=t.expand(len(x_BCHW)),
+            encoder_hidden_states=text["text"],
+            pooled_projections=text["pooled"],
+            return_dict=False,
+        )
+        return cast(Tensor, output[0])
