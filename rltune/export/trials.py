@@ -4,7 +4,7 @@ import gc
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -162,6 +162,7 @@ def _draw(result: TrialResult, folder: RunFolder, experiment: Experiment) -> tup
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     exact = _in_float32(config)
     model = load_base_model(exact, device)
+    adapter = replace(adapter, targets=model.lora_layers(lora.targets))
     images = eval_image_set(config, model)
     numbers = range(min(NUM_CHECKED_IMAGES, len(images)))
 

@@ -66,7 +66,13 @@ def confirm(candidates: Iterable[Candidate], take: Take, cache: ModelCache | Non
         if candidate.checkpoint is not None:
             run = build_run(config, cache)
             images, lora = fresh_images(run), config.model.lora
-            add_lora(run.model.network, rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets, seed=0)
+            add_lora(
+                run.model.network,
+                rank=lora.rank,
+                alpha=lora.alpha_value,
+                targets=run.model.lora_layers(lora.targets),
+                seed=0,
+            )
             load_lora_state(run.model.network, load_adapter(candidate.checkpoint))
             samples = sample_and_score(run.sampler, images, run.rewards, run.workers, batch_size=run.eval_batch)
             values = per_prompt(samples, base_NHW3, images, config.evaluate.judges)

@@ -100,7 +100,8 @@ def _prepare(run: Run, base: BaseReference, trial_dir: Path, reporter: Reporter)
     lora = config.model.lora
     adapter_seed = torch_seed(config.seed, Stream.ADAPTER)
     try:
-        add_lora(network, rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets, seed=adapter_seed)
+        layers = run.model.lora_layers(lora.targets)
+        add_lora(network, rank=lora.rank, alpha=lora.alpha_value, targets=layers, seed=adapter_seed)
     except ValueError as error:
         raise UserError(f"model.lora.targets: {error}") from error
     parameters = lora_parameters(network)

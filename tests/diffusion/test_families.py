@@ -184,7 +184,7 @@ def test_the_gradient_of_the_last_steps_is_that_of_finite_differences(name: str)
     model = family_of(pipeline)
     for part in (model.network, model.decoder):
         part.double()
-    add_lora(model.network, rank=2, alpha=2, targets="attention", seed=0)
+    add_lora(model.network, rank=2, alpha=2, targets=model.lora_layers("attention"), seed=0)
     parameters = lora_parameters(model.network)
     fill(model.network, 0.05)
     for parameter in parameters:
@@ -232,7 +232,7 @@ def test_a_folder_of_it_loads_samples_and_carries_gradient(name: str, dtype: tor
         model.read_table(num_steps=3, eta=0.0, shape=shape).b_T,
     )
     assert not any(parameter.requires_grad for parameter in model.network.parameters())
-    add_lora(model.network, rank=2, alpha=2, targets="attention", seed=0)
+    add_lora(model.network, rank=2, alpha=2, targets=model.lora_layers("attention"), seed=0)
     fill(model.network, 0.05)
     sampler = sampler_of(model, Case(PIPELINES[name], {}, guidance=2.0), shape)
     x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
@@ -243,6 +243,45 @@ def test_a_folder_of_it_loads_samples_and_carries_gradient(name: str, dtype: tor
     gradients = [parameter.grad for parameter in lora_parameters(model.network) if parameter.grad is not None]
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
     assert any(bool(gradient.abs().sum() > 0) for gradient in gradients)
+
+
+LAYERS = {
+    "sdxl": ({"to_q", "to_k", "to_v", "to_out.0"}, {"ff.net.2", "conv1", "conv_shortcut", "proj_out"}),
+    "sd3": ({"attn.add_q_proj", "attn.to_add_out", "attn2.to_q"}, {"ff_context.net.2"}),
+    "flux": ({"attn.add_k_proj", "attn.to_out.0"}, {"ff.net.0.proj", "proj_mlp"}),
+    "flux2_klein": (
+        {"attn.add_v_proj", "attn.to_qkv_mlp_proj", "single_transformer_blocks.1.attn.to_out"},
+        {"ff_context.linear_out"},
+    ),
+    "qwen_image": ({"attn.to_add_out", "attn.to_out.0"}, {"txt_mlp.net.2", "img_mlp.net.0.proj"}),
+    "z_image": ({"to_q", "to_out.0"}, {"feed_forward.w3"}),
+}
+"""Some of ``attention``, and some that ``all`` adds; families.md of the reference, section 7.1."""
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_presets_of_layers_are_layers_and_carry_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    attention, more = LAYERS[name]
+    for preset, expected in (("attention", attention), ("all", attention | more)):
+        model = family_of(lively(PIPELINES[name]()))
+        layers = model.lora_layers(preset)
+        assert expected <= set(layers)
+        assert (preset == "all") == (more <= set(layers))
+        add_lora(model.network, rank=2, alpha=2, targets=layers, seed=0)
+        fill(model.network, 0.05)
+        shape = model.latent_shape(16, 16)
+        text = model.collate(model.encode_prompts(PROMPTS), CPU)
+        x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+        model.predict(x, torch.tensor(500.0), text).square().mean().backward()
+        moved = {
+            layer
+            for layer in layers
+            for key, parameter in model.network.named_parameters()
+            if f"{layer}.lora_B" in key and parameter.grad is not None and bool(parameter.grad.any())
+        }
+        assert moved == set(layers)
+    assert model.lora_layers(["to_q"]) == ["to_q"]
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -38,6 +38,10 @@ class ModelFamily(Protocol):
         """The denoising network that adapters are attached to."""
         ...
 
+    def lora_layers(self, targets: str | Sequence[str]) -> list[str]:
+        """Return the layers that ``attention`` or ``all`` stands for in this network; a list is itself."""
+        ...
+
     @property
     def decoder(self) -> nn.Module:
         """The network that makes images of latents."""

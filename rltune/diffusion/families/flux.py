@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
-from rltune.diffusion.families.pipeline import FlowFamily, cut_off, pack, unpack
+from rltune.diffusion.families.pipeline import JOINT, TWO_STREAM_FEED_FORWARD, FlowFamily, cut_off, pack, unpack
 
 T5_TOKENS = 512
 EMBEDDED_GUIDANCE = 3.5
@@ -19,6 +19,9 @@ EMBEDDED_GUIDANCE = 3.5
 @FAMILIES.register("FluxPipeline")
 class Flux(FlowFamily):
     """A FLUX.1 pipeline."""
+
+    attention_layers = JOINT
+    other_layers = (*TWO_STREAM_FEED_FORWARD, "proj_mlp")
 
     @property
     def num_channels(self) -> int:

@@ -3,6 +3,7 @@
 B: images. C, H, W: latent channels, rows, columns. L: text tokens. N: image tokens.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -10,7 +11,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
 from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
-from rltune.diffusion.families.pipeline import FlowFamily
+from rltune.diffusion.families.pipeline import JOINT, FlowFamily
 
 EMBEDDED_GUIDANCE = 4.0
 """What FLUX.2-dev is told of guidance; its pipeline's default."""
@@ -20,9 +21,18 @@ class Flux2(FlowFamily):
     """What dev and klein have in common."""
 
     max_tokens = 512
+    attention_layers = (*JOINT, "attn.to_qkv_mlp_proj")
+    other_layers = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
     embedded_guidance: float | None = None
     layers: tuple[int, ...]
     """Of the language model, whose outputs are the text."""
+
+    def lora_layers(self, targets: str | Sequence[str]) -> list[str]:
+        """Return the layers of a preset; the output of a single block's attention ends as a list of others does."""
+        layers = super().lora_layers(targets)
+        blocks = len(self.pipeline.transformer.single_transformer_blocks)
+        single = [f"single_transformer_blocks.{i}.attn.to_out" for i in range(blocks)]
+        return layers + (single if isinstance(targets, str) else [])
 
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
         """Return (C, H, W): a latent is a patch of 2 x 2 of the autoencoder's.

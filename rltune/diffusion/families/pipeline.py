@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rltune.diffusion.families.base import ENCODE_BATCH, Conditioning, TextBatch, linear_guidance, stack
+from rltune.diffusion.lora import ATTENTION
 from rltune.diffusion.schedulers.base import read_scheduler
 from rltune.diffusion.table import ChainTable, read_ddim_table
 
@@ -26,6 +27,11 @@ class PipelineFamily(ABC):
     """Latent rows and columns that the network takes together; sides must be a multiple."""
     max_tokens: ClassVar[int | None] = None
     """Tokens of a prompt that are read, special ones included; None for the tokenizer's own limit."""
+
+    attention_layers: ClassVar[tuple[str, ...]] = ATTENTION
+    """Endings of the layers that ``model.lora.targets: attention`` means."""
+    other_layers: ClassVar[tuple[str, ...]] = ()
+    """Those that ``all`` adds."""
 
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
@@ -50,6 +56,14 @@ class PipelineFamily(ABC):
     def decoder(self) -> nn.Module:
         """The autoencoder."""
         return cast(nn.Module, self.pipeline.vae)
+
+    def lora_layers(self, targets: str | Sequence[str]) -> list[str]:
+        """Return the layers that ``attention`` or ``all`` stands for, of those that are there; a list is itself."""
+        if not isinstance(targets, str):
+            return list(targets)
+        wanted = self.attention_layers if targets == "attention" else (*self.attention_layers, *self.other_layers)
+        names = [f".{name}" for name, _ in self.network.named_modules()]
+        return [layer for layer in wanted if any(name.endswith(f".{layer}") for name in names)]
 
     @property
     def num_channels(self) -> int:
@@ -176,6 +190,14 @@ class FlowFamily(PipelineFamily):
         num_tokens = shape[1] * shape[2] // 4
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
         return float(config.base_shift + slope * (num_tokens - config.base_image_seq_len))
+
+
+JOINT = tuple(
+    f"attn.{name}"
+    for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+)
+"""Attention of networks in which text and image have streams of their own."""
+TWO_STREAM_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 
 def own_or_ddim(scheduler: Any, *, num_steps: int, eta: float, own: Sequence[str]) -> ChainTable:

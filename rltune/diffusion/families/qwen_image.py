@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch, widened
-from rltune.diffusion.families.pipeline import FlowFamily, pack, unpack
+from rltune.diffusion.families.pipeline import JOINT, FlowFamily, pack, unpack
 
 
 @FAMILIES.register("QwenImagePipeline")
@@ -20,6 +20,8 @@ class QwenImage(FlowFamily):
 
     is_guidance_linear = False
     max_tokens = 1024
+    attention_layers = JOINT
+    other_layers = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
     @property
     def num_channels(self) -> int:

@@ -8,7 +8,7 @@ from typing import cast
 from torch import Tensor
 
 from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
-from rltune.diffusion.families.pipeline import FlowFamily
+from rltune.diffusion.families.pipeline import JOINT, TWO_STREAM_FEED_FORWARD, FlowFamily
 
 T5_TOKENS = 256
 
@@ -18,6 +18,8 @@ class StableDiffusion3(FlowFamily):
     """A Stable Diffusion 3 pipeline (arXiv:2403.03206); padding is attended to, as in diffusers."""
 
     passes_sigmas = False
+    attention_layers = (*JOINT, "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
+    other_layers = TWO_STREAM_FEED_FORWARD
     max_tokens = 77  # what CLIP reads; T5 reads on, so that no prompt's end is lost before T5_TOKENS
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:

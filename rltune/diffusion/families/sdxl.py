@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
 from rltune.diffusion.families.pipeline import PipelineFamily, own_or_ddim
+from rltune.diffusion.lora import ALL_LAYERS, ATTENTION
 from rltune.diffusion.table import ChainTable
 
 OWN = (
@@ -29,6 +30,7 @@ class StableDiffusionXL(PipelineFamily):
 
     lora_prefix = "unet"
     px_per_patch = 1
+    other_layers = ALL_LAYERS[len(ATTENTION) :]
 
     def read_table(self, *, num_steps: int, eta: float, shape: tuple[int, int, int]) -> ChainTable:
         """Return the table of the scheduler that the pipeline ships, one for all sizes."""

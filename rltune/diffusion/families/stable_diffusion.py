@@ -18,6 +18,7 @@ from rltune.diffusion.families.base import (
     stack,
 )
 from rltune.diffusion.families.pipeline import cut_off, own_or_ddim
+from rltune.diffusion.lora import target_modules
 from rltune.diffusion.table import ChainTable
 
 OWN = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler")
@@ -47,6 +48,10 @@ class StableDiffusion:
     def network(self) -> nn.Module:
         """The UNet."""
         return cast(nn.Module, self.pipeline.unet)
+
+    def lora_layers(self, targets: str | Sequence[str]) -> list[str]:
+        """Return AlignProp's and TRL's choice for ``attention``; ``all`` adds feed-forward layers and convolutions."""
+        return target_modules(targets)
 
     @property
     def decoder(self) -> nn.Module:
