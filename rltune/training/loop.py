@@ -97,10 +97,9 @@ def train_run(
 def _prepare(run: Run, base: BaseReference, trial_dir: Path, reporter: Reporter) -> Training:
     """Return everything that training moves, as it is before the first step: adapters, optimiser, mixture."""
     config, network = run.config, run.model.network
-    lora = config.model.lora
+    lora, layers = config.model.lora, run.model.lora_layers(config.model.lora.targets)
     adapter_seed = torch_seed(config.seed, Stream.ADAPTER)
     try:
-        layers = run.model.lora_layers(lora.targets)
         add_lora(network, rank=lora.rank, alpha=lora.alpha_value, targets=layers, seed=adapter_seed)
     except ValueError as error:
         raise UserError(f"model.lora.targets: {error}") from error

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
 from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
@@ -45,6 +44,8 @@ class Flux2(FlowFamily):
 
     def mu(self, num_steps: int, shape: tuple[int, int, int]) -> float:
         """Return the shift that was fitted to tokens and steps, as the pipeline computes it."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu  # the pipeline and all it imports
+
         return float(compute_empirical_mu(shape[1] * shape[2], num_steps))
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
@@ -78,8 +79,14 @@ class Flux2(FlowFamily):
         vae = self.pipeline.vae
         std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt().to(x_BCHW)
         patches = x_BCHW * std + vae.bn.running_mean.view(1, -1, 1, 1).to(x_BCHW)
-        latents = self.pipeline._unpatchify_latents(patches).to(vae.dtype)
+        latents = unpatch(patches).to(vae.dtype)
         return self.to_image(vae.decode(latents, return_dict=False)[0], x_BCHW)
+
+
+def unpatch(x_BCHW: Tensor) -> Tensor:
+    """Return the autoencoder's latents (B, C/4, 2 H, 2 W) of patches of 2 x 2, the place innermost in a channel."""
+    B, C, H, W = x_BCHW.shape
+    return x_BCHW.view(B, C // 4, 2, 2, H, W).permute(0, 1, 4, 2, 5, 3).reshape(B, C // 4, 2 * H, 2 * W)
 
 
 @FAMILIES.register("Flux2Pipeline")
