@@ -17,6 +17,8 @@ from rltune.builtin.judge import load_judge
 from rltune.builtin.recipe import STAGES, train_builtin
 from rltune.builtin.shipping import load_head
 
+pytestmark = pytest.mark.slow
+
 SCALE = 1e-4
 
 
@@ -52,7 +54,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "out"
 
 
-@pytest.mark.slow
 def test_a_build_killed_in_every_stage_ends_in_the_same_files(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

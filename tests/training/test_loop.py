@@ -60,12 +60,15 @@ POLICY: dict[str, Any] = {"sampler": {"eta": 1.0}, "prompts": {"images_per_promp
 @pytest.mark.parametrize(
     "sections",
     [
-        {"sampler": {"eta": 0.0}},
+        pytest.param({"sampler": {"eta": 0.0}}, marks=pytest.mark.slow),
         {"sampler": {"eta": 1.0}},
-        {"optim": {"ema": 0.5}},
+        pytest.param({"optim": {"ema": 0.5}}, marks=pytest.mark.slow),
         {"sampler": {"eta": 1.0}, "resources": {"precision": "bf16"}, "optim": {"ema": 0.5}},
         # rewards of a prompt's earlier turns count from the third round on
-        POLICY | {"estimator": {"name": "ddpo", "k": None, "draw": None, "options": {"min_count": 2}}},
+        pytest.param(
+            POLICY | {"estimator": {"name": "ddpo", "k": None, "draw": None, "options": {"min_count": 2}}},
+            marks=pytest.mark.slow,
+        ),
         POLICY
         | {
             "estimator": {
@@ -75,7 +78,10 @@ POLICY: dict[str, Any] = {"sampler": {"eta": 1.0}, "prompts": {"images_per_promp
                 "options": {"epochs": 1, "value_lr": 1e-2, "value_batch": 8},
             }
         },
-        POLICY | {"estimator": {"name": "dag", "k": None, "draw": None, "options": {"anneal": 4, "flow_lr": 1e-2}}},
+        pytest.param(
+            POLICY | {"estimator": {"name": "dag", "k": None, "draw": None, "options": {"anneal": 4, "flow_lr": 1e-2}}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["deterministic", "stochastic", "average", "bfloat16", "ddpo", "dpok", "dag"],
 )

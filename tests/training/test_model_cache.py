@@ -36,7 +36,13 @@ def alone(make_config: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return root, train(make_config(seed=3), root)
 
 
-@pytest.mark.parametrize("other", OTHERS, ids=["lora", "rewards", "estimator", "prompts", "precision"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(other, id=name, marks=[] if name in ("lora", "precision") else pytest.mark.slow)
+        for name, other in zip(("lora", "rewards", "estimator", "prompts", "precision"), OTHERS, strict=True)
+    ],
+)
 def test_a_run_after_another_is_bitwise_the_same_as_alone(
     make_config: Make, tmp_path: Path, alone: tuple[Path, FolderReporter], other: Any
 ) -> None:

@@ -375,7 +375,7 @@ def test_no_trust_is_measured_in_a_reward_that_is_only_watched(make_config: Make
     assert build_mixture(config, build_rewards(config, (), CPU), units, CPU).trusts == {}
 
 
-@pytest.mark.parametrize("method", ["sum", "gradient_balance"])
+@pytest.mark.parametrize("method", [pytest.param("sum", marks=pytest.mark.slow), "gradient_balance"])
 def test_a_reward_in_parts_is_the_same_to_rounding(make_config: Make, folder: Path, method: str) -> None:
     words = {"positive": "Realistic photo", "negative": "Cartoon", "k": 0.5}
     for name, micro_batch in (("whole", None), ("parts", 1), ("uneven", 3)):
@@ -429,7 +429,10 @@ def test_methods_differ(make_config: Make, folder: Path, base_dir: Path) -> None
             assert not is_equal(folder / method, folder / other), (method, other)
 
 
-@pytest.mark.parametrize("method", ["sum", "chebyshev", "win_rate", "gradient_balance"])
+@pytest.mark.parametrize(
+    "method",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sum", "chebyshev")), "win_rate", "gradient_balance"],
+)
 def test_micro_batches_of_a_mixture_add_up_to_the_whole_batch(
     make_config: Make, folder: Path, base_dir: Path, method: str
 ) -> None:
@@ -643,7 +646,11 @@ def test_a_run_is_named_where_the_users_code_is_not(make_config: Make, folder: P
 @pytest.mark.parametrize(
     ("rewards", "mixture"),
     [
-        ({"alignment": {"trust": {"reference": "builtin"}}, "brightness": {}}, {"method": "gradient_balance"}),
+        pytest.param(
+            {"alignment": {"trust": {"reference": "builtin"}}, "brightness": {}},
+            {"method": "gradient_balance"},
+            marks=pytest.mark.slow,
+        ),
         ({"mine": {"reward": "my_rewards:redness", "micro_batch": 2}, "brightness": {}}, {"method": "win_rate"}),
     ],
 )

@@ -68,7 +68,13 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if not name.endswith(("_s", "_gib"))} for row in rows]
 
 
-@pytest.mark.parametrize("sections", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "sections",
+    [
+        pytest.param(sections, id=name, marks=[] if name in ("bfloat16", "dpok") else pytest.mark.slow)
+        for name, sections in CASES.items()
+    ],
+)
 def test_a_run_stopped_at_any_step_ends_bitwise_like_one_never_stopped(
     make_config: Make, tmp_path: Path, base_dir: Path, sections: dict[str, Any]
 ) -> None:
