@@ -126,7 +126,8 @@ def left(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         patch.setenv("SCORER_ADDRESS", address)
         patch.setenv("SCORER_AUTHORIZATION", f"Bearer {SECRET}")
         patch.setenv("WANDB_MODE", "offline")
-        patch.setattr(logging.getLogger(), "level", logging.DEBUG)
+        level = logging.getLogger().level
+        logging.getLogger().setLevel(logging.DEBUG)  # not the attribute: loggers remember what they are enabled for
         logging.getLogger().addHandler(handler)
         asked = experiment(raw)
         claim = claim_run(folder, asked, precision="fp32")
@@ -134,6 +135,7 @@ def left(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         patch.setattr(Scorer, "is_broken", True)
         run_trial(claim, "002")
         logging.getLogger().removeHandler(handler)
+        logging.getLogger().setLevel(level)
         checkpoint = trained.latest()
         assert checkpoint is not None
         relative = str(checkpoint.relative_to(folder.path))
