@@ -3,7 +3,7 @@
 import copy
 import math
 from dataclasses import FrozenInstanceError, dataclass, fields, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import pytest
 import torch
@@ -43,10 +43,10 @@ CASES = [
 ]
 SERIAL_CASES = [case for case in CASES if ESTIMATORS.get(str(case.values[0])).has_serial_mode]  # type: ignore[attr-defined]
 NUMBERS = [
-    (name, setting.name, setting.type)
+    (name, setting.name, kind)
     for name in ESTIMATORS.names()
     for setting in fields(ESTIMATORS.get(name))  # type: ignore[arg-type]
-    if setting.type in (int, float, int | None)
+    if (kind := get_type_hints(ESTIMATORS.get(name))[setting.name]) in (int, float, int | None)  # without their bounds
 ]
 
 every_case = pytest.mark.parametrize(("name", "options"), CASES)
