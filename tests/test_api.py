@@ -151,6 +151,7 @@ def test_trials_front_curves_and_exports_are_plain_data(run: rltune.Run) -> None
     assert run.trials[1]["eval/brightness"] == 0.8
     assert run.front is not None
     assert [member["trial"] for member in run.front["members"]] == ["002", "000"]
+    assert (run.front["knee"], run.front["best"]) == ("002", {"brightness": "002", "drift": "002"})
     assert [(row["trial"], row["train/reward"]) for row in run.curves] == [("001", 0.1), ("001", 0.3)]
     assert list(run.exports) == ["002"]
     assert (run.name, run.experiment.is_searched, run.status.num_ended) == ("mix", True, 2)
