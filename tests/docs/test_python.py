@@ -4,6 +4,7 @@ import ast
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,29 +42,33 @@ def block_with(page: Page, language: str, words: str) -> str:
     return code
 
 
-def test_the_pages_own_reward_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = page_named("own-reward")
-    (tmp_path / "my_rewards.py").write_text(block_with(page, "python", "def redness"))
-    (tmp_path / "red.yaml").write_text(block_with(page, "yaml", "# red.yaml"))
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A reader's folder, from whose modules Python imports; what was imported from it goes with it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(sys.modules)
+    yield tmp_path
+    for name in sys.modules.keys() - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def test_the_pages_own_reward_is_one(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = page_named("own-reward")
+    (reader / "my_rewards.py").write_text(block_with(page, "python", "def redness"))
+    (reader / "red.yaml").write_text(block_with(page, "yaml", "# red.yaml"))
     check_reward("my_rewards:redness", images=[], prompts=[], options=["strength=2.0"], device="cpu")
     assert "ok" in capsys.readouterr().out
-    config = load_experiment(tmp_path / "red.yaml", [], known_names()).shared
+    config = load_experiment(reader / "red.yaml", [], known_names()).shared
     reward = build_reward("red", config.rewards["red"])
     red = torch.zeros(1, 3, 4, 4)
     red[:, 0] = 1
     assert reward(red, [""]).tolist() == [2.0]
 
 
-def test_the_page_s_class_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "taste.py").write_text(block_with(page_named("own-reward"), "python", "# taste.py"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_the_page_s_class_is_one(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (reader / "taste.py").write_text(block_with(page_named("own-reward"), "python", "# taste.py"))
     check_reward("taste:Taste", images=[], prompts=[], options=["channels=2"], device="cpu")
     assert "0 to 1" in capsys.readouterr().out
 
