@@ -8,8 +8,8 @@ import diffusers
 import torch
 
 from rltune.assets import BUILTIN_PIPELINE_DIR
-from rltune.diffusion.families.base import FAMILIES, ModelFamily
-from rltune.diffusion.outline import UNREAD, find_pipeline, find_variant, kind_of, read_index, remedy, short
+from rltune.diffusion.families.base import ModelFamily
+from rltune.diffusion.outline import UNREAD, classes_of, find_pipeline, find_variant, kind_of, read_index, remedy, short
 from rltune.errors import UserError
 
 
@@ -32,7 +32,7 @@ def load_model(
         class_name, variant = _hub_class_name(base, revision), None
     else:
         class_name, variant = _look_into(folder, base)
-    family, pipeline_class = FAMILIES.get(class_name), getattr(diffusers, class_name)
+    family, pipeline_class = classes_of(class_name, base=base)
     takes = inspect.signature(pipeline_class.__init__).parameters
     extra: dict[str, Any] = {name: None for name in UNREAD if name in takes}
     extra |= {"requires_safety_checker": False} if "requires_safety_checker" in takes else {}

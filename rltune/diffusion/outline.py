@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import nn
 
 from rltune.assets import BUILTIN_PIPELINE_DIR
 from rltune.diffusion.families.base import FAMILIES, ModelFamily
-from rltune.errors import UserError
+from rltune.errors import UnknownNameError, UserError
 
 INDEX = "model_index.json"
 WEIGHTS = ("*.safetensors", "*.bin")
 UNREAD = ("safety_checker", "feature_extractor", "image_encoder")
 """Components that no part of rltune reads."""
+RENAMED = {"Lumina2Text2ImgPipeline": "Lumina2Pipeline"}
+"""What published pipelines call their class -> what diffusers calls it now."""
 
 
 def find_pipeline(base: str, revision: str | None = None) -> Path | None:
@@ -64,10 +67,11 @@ def load_outline(folder: Path, *, base: str) -> ModelFamily:
         base: What the user calls it, for messages.
 
     Raises:
-        UserError: A file is missing or is not what it should be, or the family is one that rltune does not know.
+        UserError: A file is missing or is not what it should be.
+        UnknownNameError: The family is one that rltune does not know.
     """
     class_name, index = read_index(folder, base=base)
-    family, pipeline_class = FAMILIES.get(class_name), getattr(diffusers, class_name)
+    family, pipeline_class = classes_of(class_name, base=base)
     takes = inspect.signature(pipeline_class.__init__).parameters
     parts: dict[str, Any] = {name: None for name in UNREAD if name in takes}
     parts |= {"requires_safety_checker": False} if "requires_safety_checker" in takes else {}
@@ -97,6 +101,22 @@ def read_index(folder: Path, *, base: str) -> tuple[str, dict[str, Any]]:
         return str(index["_class_name"]), index
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(f"model.base: {INDEX} of {base!r} is not whole ({short(error)}); {remedy(base)}") from error
+
+
+def classes_of(class_name: str, *, base: str) -> tuple[Callable[..., ModelFamily], Any]:
+    """Return the family and diffusers' class of a pipeline that calls its class so, perhaps by an old name.
+
+    Raises:
+        UnknownNameError: There is no such family; the message lists those there are.
+    """
+    name = RENAMED.get(class_name, class_name)
+    try:
+        return FAMILIES.get(name), getattr(diffusers, name)
+    except UnknownNameError as error:
+        known = ", ".join(FAMILIES.names())
+        raise UnknownNameError(
+            f"model.base: {base!r} is a {class_name}, which rltune cannot train; give one of {known}"
+        ) from error
 
 
 def find_variant(folder: Path, index: dict[str, Any]) -> str | None:

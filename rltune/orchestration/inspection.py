@@ -243,10 +243,8 @@ def _outline(config: RunConfig, *, is_attached: bool) -> ModelFamily | None:
         return None
     try:
         return load_outline(folder, base=base)
-    except UnknownNameError as error:
-        raise UserError(f"model.base: {error}") from error
     except UserError as error:
-        if base == "builtin" or Path(base).is_dir():
+        if isinstance(error, UnknownNameError) or base == "builtin" or Path(base).is_dir():
             raise
         if not is_attached:
             check_reach(base, str(error))  # what is not in the cache comes with the weights

@@ -5,11 +5,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 
 from rltune.diffusion.loading import load_model
-from rltune.diffusion.outline import find_pipeline, load_outline
+from rltune.diffusion.outline import RENAMED, find_pipeline, load_outline
 from rltune.errors import UserError
 
 
@@ -63,7 +64,10 @@ def spoil_index(text: str) -> Callable[[Path], object]:
         (lambda folder: (folder / "model_index.json").unlink(), "the folder has no model_index.json"),
         (spoil_index('{"_class_name": "Stable'), r"model_index.json of .* is not whole \(JSONDecodeError"),
         (spoil_index("[]"), "model_index.json of .* is not whole"),
-        (spoil_index(json.dumps({"_class_name": "NoPipeline"})), "pipeline class 'NoPipeline' is unknown"),
+        (
+            spoil_index(json.dumps({"_class_name": "PixArtPipeline"})),
+            r"^model\.base: .* is a PixArtPipeline, which rltune cannot train; give one of Flux2KleinPipeline, Flux2",
+        ),
         (spoil_index(json.dumps({"_class_name": "StableDiffusionPipeline"})), "is no whole StableDiffusionPipeline"),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), r"tokenizer of .* cannot be read \(FileNotFoundError"),
         (lambda folder: (folder / "unet" / "config.json").write_text("{"), "unet of .* cannot be read"),
@@ -80,6 +84,19 @@ def test_a_folder_that_is_no_whole_pipeline_is_one_message(
     with pytest.raises(UserError, match=message) as raised:
         load_outline(found if (found := find_pipeline(str(bare))) else bare, base=str(bare))
     assert "fetch" not in str(raised.value)  # nothing to download: it is a path
+
+
+def test_a_class_that_diffusers_has_renamed_is_found_by_its_old_name(
+    tiny_pipeline: Path, bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert all(hasattr(diffusers, new) and not hasattr(diffusers, old) for old, new in RENAMED.items())
+    assert RENAMED["Lumina2Text2ImgPipeline"] == "Lumina2Pipeline"  # as Lumina-Image-2.0's index has it
+    monkeypatch.setitem(RENAMED, "OldPipeline", "StableDiffusionPipeline")
+    folder = shutil.copytree(tiny_pipeline, bare.parent / "old")
+    for place in (folder, bare):
+        index = json.loads((place / "model_index.json").read_text())
+        (place / "model_index.json").write_text(json.dumps({**index, "_class_name": "OldPipeline"}))
+    assert type(load_model(str(folder))) is type(load_outline(bare, base="bare")) is type(load_model("builtin"))
 
 
 @pytest.mark.parametrize("base", ["/no/such", "./no", "sd15", "a/b/c", "../x/y", "é/x", __file__])
