@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812 (torch's own documentation wr
 from rltune.builtin.corpus import Corpus, to_network
 from rltune.builtin.labels import Labels, make_labels, wear
 from rltune.builtin.scenes import OBJECT_COLORS, SHAPES, make_scenes
-from rltune.builtin.workshop import Workshop, cosine_rate, train
+from rltune.builtin.workshop import Workshop, autocast, cosine_rate, train
 from rltune.errors import RunError
 
 STAGE = "counter"
@@ -64,7 +64,7 @@ def train_counter(shop: Workshop, corpus: Corpus, heldout: Corpus) -> Counter:
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         picks = torch.randint(len(corpus), (BATCH,), generator=generator)
         images = wear(to_network(corpus.images_N3HW[picks]), generator).to(shop.device)
-        with torch.autocast(shop.device.type, dtype=torch.bfloat16):
+        with autocast(shop.device):
             center, color, shape = counter(images)
         return counter_loss(center.float(), color.float(), shape.float(), labels[picks].to(shop.device))
 

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from rltune.builtin.networks import make_scheduler, make_text_encoder, make_unet
 from rltune.builtin.tokenizer import encode
-from rltune.builtin.workshop import Workshop, train
+from rltune.builtin.workshop import Workshop, autocast, train
 
 STAGE = "denoiser"
 CYCLES = (9_000, 15_000)
@@ -133,7 +133,7 @@ def draw_loss(
     x0_BCHW = latents_NCHW[picks].float()
     noise_BCHW = torch.randn(x0_BCHW.shape, generator=generator)
     batch = (tensor.to(device) for tensor in (x0_BCHW, noise_BCHW, t_B.clamp(max=num_train - 1), token_ids_BL))
-    with torch.autocast(device.type, dtype=torch.bfloat16):
+    with autocast(device):
         return velocity_error(denoiser, scheduler, *batch).mean()
 
 

@@ -32,6 +32,14 @@ def no_progress(stage: str, step: int, total: int, figures: dict[str, float]) ->
 
 
 CPU = torch.device("cpu")
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Run a block in bfloat16 where that is faster; a CPU without AVX-512 would take seven times as long."""
+    is_fast = device.type != "cpu" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_fast)
+
+
 CURVE_POINTS = 200
 VALIDATIONS = 20
 

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from rltune.builtin import measure, recipe
+from rltune.builtin import autoencoder, counter, denoiser, image_text, judge, measure, recipe
 from rltune.builtin.counter import load_counter
 from rltune.builtin.judge import load_judge
 from rltune.builtin.recipe import STAGES, train_builtin
@@ -23,9 +23,11 @@ SCALE = 1e-4
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few_steps() -> Iterator[None]:
-    """Draw every sample in two steps of the network instead of twenty, which the scale does not reach."""
+def _small_batches() -> Iterator[None]:
+    """Train on four pictures at a time and draw in two steps of the network, which the scale does not reach."""
     with pytest.MonkeyPatch.context() as patched:
+        for module in (autoencoder, counter, denoiser, image_text, judge):
+            patched.setattr(module, "BATCH", 4)
         for module in (measure, recipe):
             patched.setattr(module, "sample", functools.partial(recipe.sample, num_steps=2))
         yield
