@@ -321,6 +321,14 @@ class ResourcesConfig(StrictModel):
     prefix_precision: Literal["same", "bf16"] = "same"
     """Number format of the steps without gradient; bf16 is faster where the hardware has it, and its trajectories
     differ by the rounding. Not for policy gradients, which must score a step in the arithmetic that drew it."""
+    checkpoint_blocks: Literal["auto"] | Bool = "auto"
+    """Whether each block of the network stores its input only while training, and is computed again in the backward
+    pass: much less memory for a third more time. ``auto`` does so where one step does not fit otherwise. The gradient
+    is the same."""
+    decoder_tiles: Literal["auto"] | Bool = "auto"
+    """Whether images are decoded in overlapping tiles of about 512 px while training, one in memory at a time, which
+    changes them a little at the seams. ``auto`` does so where both the image and those the model was made for are
+    longer than 768 px, on every machine alike. Evaluation decodes whole."""
     compile: Bool = False
     """Compile the network with torch.compile: faster steps after a minute or more of compiling."""
     threads_per_worker: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"

@@ -1,33 +1,141 @@
 """How many activations fit: what the backward pass would store, and what memory is free."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from rltune.diffusion.blocks import Forward, run_blocks_by
 
 GIB = 2**30
 SHARE_OF_FREE = 0.6
 """The rest is for the optimiser, the rewards and the allocator's gaps."""
 
 
+class _Storages:
+    """Memory behind tensors, each piece once; kept alive here, so that its address is not given out again."""
+
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+        self._held: dict[int, torch.UntypedStorage] = {}
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor: Tensor) -> None:
+        try:
+            storage = tensor.untyped_storage()
+        except RuntimeError:  # a quantised weight of a tensor class of its own
+            return
+        self._held[id(storage)] = storage
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        try:
+            return id(tensor.untyped_storage()) in self._held
+        except RuntimeError:
+            return True
+
+    def bytes_besides(self, *others: "_Storages") -> int:
+        keys = self._held.keys() - {key for other in others for key in other._held}
+        return sum(self._held[key].nbytes() for key in keys)
+
+
+def _weights(network: nn.Module) -> _Storages:
+    return _Storages([*network.parameters(), *network.buffers()])
+
+
 def stored_bytes(run: Callable[[], Tensor], frozen: nn.Module) -> int:
     """Return the bytes that autograd stores for the backward pass of ``run``, the weights of ``frozen`` not counted."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in frozen.parameters()}
-    stored: dict[int, int] = {}
+    weights, stored = _weights(frozen), _Storages()
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            stored[storage.data_ptr()] = storage.nbytes()
+        stored.add(tensor)
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = run()
-    total = sum(stored.values())  # before the graph goes, and its addresses are given out again
-    del result
-    return total
+        run()
+    return stored.bytes_besides(weights)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What autograd stores for the backward pass of one network call, in bytes."""
+
+    plain: int
+    """All of it."""
+    outside: int
+    """With a checkpoint around every block: the blocks' inputs, and what lies outside of blocks."""
+    largest: int
+    """What the largest block adds to that while it is computed again."""
+
+
+class _CallMeter:
+    """Notes what one call stores, block by block, and holds no more than a block's at a time."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._weights = _weights(network)
+        self._outside, self._counted = _Storages(), _Storages()
+        self._block: _Storages | None = None
+        self._plain = self._largest = 0
+
+    @property
+    def stored(self) -> Stored:
+        return Stored(self._plain, self._outside.bytes_besides(self._weights), self._largest)
+
+    def pack(self, tensor: Tensor) -> None:
+        """Take note, and hold nothing: nobody goes back through this call."""
+        if self._block is not None:
+            self._block.add(tensor)
+            return
+        self._outside.add(tensor)
+        self._count(tensor)
+
+    def run_block(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs = _tensors((args, kwargs))
+        for tensor in inputs:
+            self._outside.add(tensor)
+        block = self._block = _Storages()
+        try:
+            result = forward(*args, **kwargs)
+        finally:
+            self._block = None
+        lasting = [tensor for tensor in (*inputs, *_tensors(result)) if tensor in block]
+        for tensor in lasting:  # another block may store them again
+            self._count(tensor)
+        self._plain += block.bytes_besides(self._counted, self._weights)
+        self._largest = max(self._largest, block.bytes_besides(self._outside, self._weights))
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        if tensor not in self._counted and tensor not in self._weights:
+            self._counted.add(tensor)
+            self._plain += tensor.untyped_storage().nbytes()
+
+
+def measure_call(run: Callable[[], Tensor], network: nn.Module) -> Stored:
+    """Return what one call of a network stores for its backward pass; the call holds no more than a block of it.
+
+    Works on the device ``meta`` too, where nothing is computed.
+
+    Args:
+        run: Calls the network, whose weights are not counted.
+        network: Its blocks are without checkpoints afterwards.
+    """
+    meter = _CallMeter(network)
+    run_blocks_by(network, meter.run_block)
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(meter.pack, lambda tensor: tensor):
+            run()
+    finally:
+        run_blocks_by(network, None)
+    return meter.stored
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def free_bytes(device: torch.device) -> int:

@@ -18,6 +18,7 @@ from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import Conditioning, ModelFamily
 from rltune.diffusion.lora import MergedLora, adapters_off
 from rltune.diffusion.table import ChainTable
+from rltune.diffusion.tiles import Tiling, decode_in_tiles
 
 GuidanceGradient = Literal["both", "text", "text_rescaled"]
 """Which branches of classifier-free guidance carry gradient."""
@@ -110,6 +111,8 @@ class Sampler:
     """Active steps that keep their activations instead of being computed again in the backward pass."""
     is_decoder_kept: bool = False
     """Whether the image decoder keeps its activations."""
+    tiling: Tiling | None = None
+    """Tiles in which images are decoded where gradient flows; without gradient they are decoded whole."""
     use_bf16_prefix: bool = False
     """Run the steps without gradient in bfloat16: faster on hardware that has it, a trajectory that differs by it."""
 
@@ -144,7 +147,11 @@ class Sampler:
 
     def decode(self, x_BCHW: Tensor) -> Tensor:
         """Decode x_0 -> RGB in [0, 1] (B, 3, height, width)."""
-        if self.is_decoder_kept or not x_BCHW.requires_grad:
+        if not x_BCHW.requires_grad:
+            return self.model.decode(x_BCHW)
+        if self.tiling is not None:
+            return decode_in_tiles(self.model.decode, x_BCHW, self.tiling, is_kept=self.is_decoder_kept)
+        if self.is_decoder_kept:
             return self.model.decode(x_BCHW)
         # nothing but x_0 is stored for the backward pass
         decoded: Tensor = checkpoint(self.model.decode, x_BCHW, use_reentrant=False, preserve_rng_state=False)

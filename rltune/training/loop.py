@@ -22,8 +22,9 @@ from rltune.training.prompts import cut_in_words
 from rltune.training.reference import BaseReference, Claim, load_base, measure_base, save_base
 from rltune.training.reporter import Reporter
 from rltune.training.rewards import build_mixture, odd_targets
+from rltune.training.room import with_room
 from rltune.training.selection import Selection
-from rltune.training.setup import Run, base_key, build_run, with_room
+from rltune.training.setup import Run, base_key, build_run
 from rltune.training.state import Training, evaluate, report, save_samples
 from rltune.training.step import MovingAverage, Updater
 from rltune.training.streams import Stream, generator, noise, prompt_indices, torch_seed
@@ -115,10 +116,10 @@ def _prepare(run: Run, base: BaseReference, trial_dir: Path, reporter: Reporter)
             f"rewards: {', '.join(config.rewards)}: one with a positive weight has no gradient, which "
             f"{config.estimator.name} needs; give it weight 0 to measure it only"
         )
-    if config.resources.compile:
-        network.compile()
     with memory_named(run, is_evaluation=False):
         run = replace(run, sampler=with_room(run, config))
+    if config.resources.compile:
+        network.compile()
     average = MovingAverage(parameters, optim.ema)
     selection = Selection(config, base.scores.summary)
     state = _state(run)

@@ -15,7 +15,6 @@ from rltune.config.rules import Known
 from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import unfit_targets
-from rltune.diffusion.memory import GIB, free_bytes, stored_bytes
 from rltune.diffusion.sampler import Sampler
 from rltune.errors import UserError
 from rltune.estimators.base import ESTIMATORS, Estimator
@@ -204,38 +203,6 @@ def make_sampler(config: RunConfig, model: ModelFamily) -> Sampler:
         guidance_gradient=config.estimator.guidance_gradient,
         use_bf16_prefix=config.resources.prefix_precision == "bf16",
     )
-
-
-def with_room(run: Run, config: RunConfig) -> Sampler:
-    """Return the run's sampler with the activations kept that ``estimator.checkpoint`` allows; adapters are attached.
-
-    ``auto`` measures what the image decoder and one network call of a micro-batch store, and keeps the decoder's and
-    then as many steps' as fit.
-    """
-    sampler, mode = run.sampler, config.estimator.checkpoint
-    if mode in ("always", "serial"):
-        return sampler
-    if mode == "never":
-        return replace(sampler, num_kept=sampler.num_steps, is_decoder_kept=True)
-    budget = config.estimator.activation_gib
-    room = free_bytes(run.workers.device) if budget == "auto" else int(budget * GIB)
-    x_BCHW = torch.zeros(run.micro_batch, *run.latent_shape, device=run.workers.device)
-    chain = replace(sampler, num_base_steps=0).open([run.train_prompts[0]] * run.micro_batch, x_BCHW, None)
-    latent_BCHW = x_BCHW.clone().requires_grad_()  # as every active step's input but the first's
-    step_bytes = stored_bytes(lambda: chain.predict(0, latent_BCHW), run.model.network)
-    decoder_bytes = stored_bytes(lambda: run.model.decode(latent_BCHW), run.model.decoder)
-    is_decoder_kept = decoder_bytes <= room
-    room -= decoder_bytes if is_decoder_kept else 0
-    num_kept = min(sampler.num_steps, room // max(1, step_bytes))
-    logger.info(
-        "activations: %.2f GiB a step, %.2f GiB for the decoder; keeping %d of up to %d steps%s",
-        step_bytes / GIB,
-        decoder_bytes / GIB,
-        num_kept,
-        sampler.num_steps,
-        " and the decoder's" if is_decoder_kept else "",
-    )
-    return replace(sampler, num_kept=num_kept, is_decoder_kept=is_decoder_kept)
 
 
 def eval_image_set(config: RunConfig, model: ModelFamily) -> ImageSet:

@@ -23,7 +23,8 @@ from rltune.estimators.base import Batch, Round, Tally
 from rltune.rewards.clip_loading import load_clip
 from rltune.rewards.mixture import Calibration, Mixture
 from rltune.training.quiet import quiet_libraries
-from rltune.training.setup import build_run, with_room
+from rltune.training.room import with_room
+from rltune.training.setup import build_run
 from rltune.training.step import Updater
 from rltune.training.streams import Stream, generator, noise
 from rltune.training.workers import Stopwatch

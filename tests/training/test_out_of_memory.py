@@ -55,7 +55,8 @@ def test_a_step_that_does_not_fit_says_with_how_many_images_and_what_to_lower(
     assert text.startswith("step 1: out of memory training on 4 images at a time (optim.micro_batch) on cpu: ")
     assert (str(error) or "MemoryError") in text
     assert text.endswith(
-        "; lower optim.micro_batch, or write estimator.checkpoint: always, or lower estimator.k, or lower "
+        "; lower optim.micro_batch, or write estimator.checkpoint: always, or write "
+        "resources.checkpoint_blocks: true, or lower estimator.k, or lower "
         "sampler.height and sampler.width"
     )
     assert not caught.value.is_evaluation
@@ -66,7 +67,9 @@ def test_one_image_that_does_not_fit_is_not_told_to_be_fewer(
 ) -> None:
     monkeypatch.setattr(AlignProp, "train", raising(MemoryError()))
     config = make_config(
-        optim={"micro_batch": 1}, estimator={"checkpoint": "always", "k": 1}, resources={"precision": "fp32"}
+        optim={"micro_batch": 1},
+        estimator={"checkpoint": "always", "k": 1},
+        resources={"precision": "fp32", "checkpoint_blocks": True},
     )
     with pytest.raises(OutOfMemory, match=r"on 1 images at a time .*: MemoryError; write resources\.precision: bf16, "):
         train(config, tmp_path, base_dir=base_dir)

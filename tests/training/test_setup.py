@@ -1,6 +1,6 @@
 """What a run is built from: an estimator with its settings, room for activations, the name of the base model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,11 @@ from rltune.config.experiment import RunConfig
 from rltune.diffusion.families.base import Conditioning
 from rltune.diffusion.families.stable_diffusion import StableDiffusion
 from rltune.diffusion.lora import lora_parameters
-from rltune.diffusion.memory import stored_bytes
 from rltune.errors import UserError
 from rltune.estimators.alignprop import AlignProp
 from rltune.estimators.drtune import DRTune
 from rltune.training import setup
-from rltune.training.setup import base_key, check_options, make_estimator, with_room
+from rltune.training.setup import base_key, check_options, make_estimator
 from rltune.training.streams import prompt_indices
 from tests.training.runs import Make, adapted_run, train
 
@@ -141,77 +140,6 @@ def test_the_first_steps_are_the_base_models_whatever_the_adapters_are(make_conf
     assert torch.equal(states(3)[0], before)
     apart = [(states(steps)[1] - base).abs().max().item() for steps in (3, 0)]
     assert 0 < apart[0] < apart[1]
-
-
-# ---- room for activations
-
-GIB = 2**30
-STEP, DECODER = 1 * GIB, 2 * GIB
-
-
-@pytest.mark.parametrize(
-    ("activation_gib", "num_kept", "is_decoder_kept"),
-    [(0, 0, False), (0.9, 0, False), (1, 1, False), (1.9, 1, False), (2, 0, True), (4.5, 2, True), (100, 4, True)],
-)
-def test_the_decoder_and_then_as_many_steps_are_kept_as_fit(
-    make_config: Make, monkeypatch: pytest.MonkeyPatch, activation_gib: float, num_kept: int, is_decoder_kept: bool
-) -> None:
-    config = make_config(estimator={"activation_gib": activation_gib})
-    run = setup.build_run(config)
-    monkeypatch.setattr(setup, "stored_bytes", lambda _, frozen: STEP if frozen is run.model.network else DECODER)
-    sampler = with_room(run, config)
-    assert (sampler.num_kept, sampler.is_decoder_kept) == (num_kept, is_decoder_kept)
-
-
-def test_what_is_free_is_the_room_unless_it_is_given(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config()
-    run = setup.build_run(config)
-    monkeypatch.setattr(setup, "stored_bytes", lambda _, frozen: STEP if frozen is run.model.network else DECODER)
-    monkeypatch.setattr(setup, "free_bytes", lambda device: 3 * GIB)
-    sampler = with_room(run, config)
-    assert (sampler.num_kept, sampler.is_decoder_kept) == (1, True)
-
-
-@pytest.mark.parametrize(("activation_gib", "num_kept", "is_decoder_kept"), [(0, 0, False), (1, 3, True)])
-def test_nothing_or_everything_is_kept_as_the_tiny_model_needs(
-    make_config: Make, activation_gib: float, num_kept: int, is_decoder_kept: bool
-) -> None:
-    config = make_config(estimator={"activation_gib": activation_gib}, sampler={"base_steps": 1})
-    run = adapted_run(config)
-    sampler = with_room(run, config)
-    assert (sampler.num_kept, sampler.is_decoder_kept) == (num_kept, is_decoder_kept)
-    assert sampler.num_base_steps == 1
-
-
-def test_a_micro_batch_is_measured_with_gradient(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    stored: list[int] = []
-
-    def measure(call: Callable[[], torch.Tensor], frozen: torch.nn.Module) -> int:
-        stored.append(stored_bytes(call, frozen))
-        return stored[-1]
-
-    monkeypatch.setattr(setup, "stored_bytes", measure)
-    for micro_batch in (1, 4):
-        config = make_config(optim={"micro_batch": micro_batch})
-        with_room(adapted_run(config), config)
-    step, decoder, steps, decoders = stored
-    # what does not grow with images, such as the adapters themselves, is a few percent
-    assert steps == pytest.approx(4 * step, rel=0.1)
-    assert decoders == pytest.approx(4 * decoder, rel=0.1)
-    assert step > 2 * 4 * 16 * 64 * 4  # one image, two branches: the input of four projections, 16 x 8 x 8 float32
-
-
-@pytest.mark.parametrize(
-    ("checkpoint", "num_kept", "is_decoder_kept"),
-    [("always", 0, False), ("serial", 0, False), ("never", 3, True)],
-)
-def test_a_mode_is_not_measured(
-    make_config: Make, monkeypatch: pytest.MonkeyPatch, checkpoint: str, num_kept: int, is_decoder_kept: bool
-) -> None:
-    monkeypatch.setattr(setup, "stored_bytes", None)
-    config = make_config(estimator={"checkpoint": checkpoint}, sampler={"base_steps": 1})
-    sampler = with_room(setup.build_run(config), config)
-    assert (sampler.num_kept, sampler.is_decoder_kept) == (num_kept, is_decoder_kept)
 
 
 # ---- shares of a batch

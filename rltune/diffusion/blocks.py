@@ -1,0 +1,80 @@
+"""The blocks of a denoiser, as diffusers knows them, and a checkpoint around each.
+
+What diffusers keeps private of its networks is used here and nowhere else.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+Forward = Callable[..., Any]
+BlockRunner = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
+"""Runs a block's own ``forward`` with its arguments."""
+
+TOO_COARSE = ("CrossAttnUpBlock2D", "UpBlock2D")
+"""Levels of a UNet that are named as blocks and hold blocks: SDXL's largest has thirty transformer blocks."""
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """Return the outermost modules that the network's class names as not to be split, in the network's order."""
+    names = set(getattr(network, "_no_split_modules", None) or ()) - set(TOO_COARSE)
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if type(child).__name__ in names:
+                found.append(child)
+            else:
+                visit(child)
+
+    visit(network)
+    return found
+
+
+def run_blocks_by(network: nn.Module, runner: BlockRunner | None) -> None:
+    """Let ``runner`` run every block of a network from now on; None puts back the network's own way."""
+    for block in blocks_of(network):
+        vars(block).pop("forward", None)
+        if runner is not None:
+            block.forward = _run_by(runner, block.forward)
+
+
+def _run_by(runner: BlockRunner, forward: Forward) -> Forward:
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return runner(forward, args, kwargs)
+
+    return run
+
+
+def checkpoint_blocks(network: nn.Module, *, enabled: bool) -> None:
+    """Let every block store its inputs alone for the backward pass, and compute it again there; or no longer so.
+
+    The gradient is the same, bit for bit. A block costs one more run of itself. diffusers has a switch of its own,
+    which loses Chroma's attention mask, and is as coarse as a level of the network in UNets.
+    """
+    run_blocks_by(network, in_checkpoint if enabled else None)
+
+
+def in_checkpoint(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block in a checkpoint where gradients are on, else as it is."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    leaves, form = tree_flatten((args, kwargs))
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def run(*tensors: Tensor) -> Any:
+        filled = list(others)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        args, kwargs = tree_unflatten(filled, form)
+        return forward(*args, **kwargs)
+
+    # tensors as arguments of their own, not by name or in lists: only such does a checkpoint hand to autograd to store
+    return checkpoint(run, *(leaves[place] for place in places), use_reentrant=False, preserve_rng_state=False)
