@@ -104,8 +104,7 @@ def _prepare(run: Run, base: BaseReference, trial_dir: Path, reporter: Reporter)
         add_lora(network, rank=lora.rank, alpha=lora.alpha_value, targets=layers, seed=adapter_seed)
     except ValueError as error:
         raise UserError(f"model.lora.targets: {error}") from error
-    parameters = lora_parameters(network)
-    optim = config.optim
+    parameters, optim = lora_parameters(network), config.optim
     optimizer = torch.optim.AdamW(
         parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
     )
