@@ -35,6 +35,10 @@ class LoraConfig(StrictModel):
     """LoRA alpha; the update is scaled by alpha / rank. ``rank`` means alpha = rank, a scale of 1."""
     targets: Literal["attention", "all"] | Annotated[tuple[Text, ...], Field(min_length=1)] = "attention"
     """Layers that get an adapter: ``attention``, ``all``, or a list of module names."""
+    rslora: Bool = False
+    """Scale the update by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
+    dora: Bool = False
+    """Train the norm of every row of the adapted weights besides (DoRA); a step takes longer."""
 
     @property
     def alpha_value(self) -> float:

@@ -54,29 +54,53 @@ def _ending(name: str) -> str:
     return f"{before}.{last}" if last.isdecimal() else last
 
 
-def add_lora(network: nn.Module, *, rank: int, alpha: float, targets: str | Sequence[str], seed: int) -> None:
+def add_lora(
+    network: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: str | Sequence[str],
+    seed: int,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+) -> None:
     """Attach fresh float32 adapters to a frozen network: A gaussian with standard deviation 1/rank, B zero.
 
-    The initial values depend on ``seed`` alone, not on the process's random state, which is left as it was.
+    DoRA's magnitudes are the norms of the weights' rows, so that nothing is changed at first. The initial values depend
+    on ``seed`` alone, not on the process's random state, which is left as it was.
 
     Args:
         network: A diffusers model; its own weights must not require gradient.
         rank: Inner width r.
-        alpha: Scale; the update is (alpha / r) B A.
+        alpha: The update is (alpha / r) B A.
         targets: ``attention``, ``all``, or module name endings.
         seed: Of the initial values.
+        use_rslora: Scale by alpha / sqrt(r) instead (rsLoRA, arXiv:2312.03732).
+        use_dora: Train the norm of each row of the adapted weights besides (DoRA, arXiv:2402.09353, Eq. 5); as there,
+            in section 4.3, the gradient takes the norm that is divided by as a constant.
 
     Raises:
         ValueError: One of ``targets`` is no layer of the network that can have adapters.
     """
     if faults := unfit_targets(network, targets):
         raise ValueError("; ".join(faults))
-    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=target_modules(targets))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        init_lora_weights="gaussian",
+        target_modules=target_modules(targets),
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         cast(Any, network).add_adapter(config, adapter_name=ADAPTER)
     for parameter in lora_parameters(network):
         parameter.data = parameter.data.float()
+    for layer in _lora_layers(network) if use_dora else ():
+        # peft's have the rounding of the base model's precision, so that they would change it
+        magnitude = layer.lora_magnitude_vector[ADAPTER].weight
+        magnitude.data = row_norms(layer.get_base_layer().weight.data.float()).reshape(magnitude.shape)
 
 
 def remove_lora(network: nn.Module) -> None:
@@ -88,6 +112,18 @@ def remove_lora(network: nn.Module) -> None:
 def lora_parameters(network: nn.Module) -> list[nn.Parameter]:
     """Return the adapters' parameters in the network's own order."""
     return [parameter for name, parameter in network.named_parameters() if "lora_" in name]
+
+
+def weight_decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the adapters' parameters in an optimiser's groups: decay draws a LoRA to the base model.
+
+    It would draw DoRA's magnitudes, which are the base model's own norms at first, to zero: they have none.
+    """
+    named = [(name, parameter) for name, parameter in network.named_parameters() if "lora_" in name]
+    plain = [parameter for name, parameter in named if "lora_magnitude_vector" not in name]
+    magnitudes = [parameter for name, parameter in named if "lora_magnitude_vector" in name]
+    groups = [{"params": plain, "weight_decay": weight_decay}, {"params": magnitudes, "weight_decay": 0.0}]
+    return groups[: 2 if magnitudes else 1]
 
 
 def lora_state(network: nn.Module) -> dict[str, Tensor]:
@@ -117,8 +153,35 @@ def adapter_updates(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, _update(module)
 
 
+def layer_update(weight: Tensor, a: Tensor, b: Tensor, *, scale: float, magnitude: Tensor | None = None) -> Tensor:
+    """Return what a trained adapter adds to a layer's weight, in its shape.
+
+    Args:
+        weight: The base model's, of a linear layer or a convolution.
+        a: Of shape (rank, ..).
+        b: Of shape (rows, rank, ..), 1 x 1 for a convolution.
+        scale: Of B A.
+        magnitude: DoRA's norms of the rows, if it has any.
+    """
+    update = scale * (b.flatten(1) @ a.flatten(1)).reshape(weight.shape)
+    return update if magnitude is None else _with_magnitude(weight, update, magnitude)
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """Return the L2 norm of each row, that is, of what makes one output; ``(rows,)``."""
+    return cast(Tensor, torch.linalg.vector_norm(weight.flatten(1), dim=1))
+
+
+def _with_magnitude(weight: Tensor, update: Tensor, magnitude: Tensor) -> Tensor:
+    """Return m (W + U) / |W + U| - W: what DoRA (Eq. 5) makes of an update U; in float64 within, since much cancels."""
+    changed = weight.double() + update.double()
+    factor = magnitude.double().flatten() / row_norms(changed)
+    whole = factor.view(-1, *[1] * (weight.ndim - 1)) * changed
+    return (whole - weight.double()).to(torch.promote_types(weight.dtype, update.dtype))
+
+
 def fold_scale(state: dict[str, Tensor], *, scale: float) -> dict[str, Tensor]:
-    """Return adapters whose update B A already contains ``scale`` (alpha / rank).
+    """Return adapters whose update B A already contains ``scale``; DoRA's magnitudes stay as they are.
 
     Readers that ignore alpha (ComfyUI, diffusers without metadata) then agree with those that take it as the rank.
     """
@@ -147,9 +210,16 @@ def adapters_as_loaded(network: nn.Module) -> Iterator[None]:
             if a.dtype != dtype:
                 changed.append((layer, name, a.data, b.data, scale))
                 a.data, b.data, layer.scaling[name] = a.data.to(dtype), (b.data * scale).to(dtype), 1.0
+    exact = []
+    for layer in _lora_layers(network):
+        for part in layer.lora_magnitude_vector.values():
+            exact.append((part.weight, part.weight.data))
+            part.weight.data = part.weight.data.to(layer.get_base_layer().weight.dtype)
     try:
         yield
     finally:
+        for magnitude, value in exact:
+            magnitude.data = value
         for layer, name, a_data, b_data, scale in changed:
             layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = a_data, b_data
             layer.scaling[name] = scale
@@ -158,7 +228,7 @@ def adapters_as_loaded(network: nn.Module) -> Iterator[None]:
 class MergedLora:
     """The adapters folded into the weights they are attached to, for calls without gradient.
 
-    Only plain ones are: those with more than B A to them, such as DoRA's magnitudes, run as peft runs them.
+    Those with more to them than B A and DoRA's magnitudes run as peft runs them.
 
     The merged weights are a second copy of the adapted layers alone, made once and taken anew for every set of adapter
     values. The network's own weights are put aside while it runs and put back untouched, so that nothing is rounded
@@ -166,7 +236,7 @@ class MergedLora:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._layers = [layer for layer in _lora_layers(network) if _is_plain(layer)]
+        self._layers = [layer for layer in _lora_layers(network) if _is_foldable(layer)]
         self._merged = [_merged_weight(layer) for layer in self._layers]
 
     @contextmanager
@@ -188,9 +258,14 @@ def _lora_layers(network: nn.Module) -> list[Any]:
     return [module for module in network.modules() if isinstance(module, LoraLayer)]
 
 
-def _is_plain(layer: Any) -> bool:
-    """Whether the layer's update is (alpha / r) B A and nothing else."""
-    return not any(name in layer.lora_variant or layer.lora_bias.get(name) for name in layer.active_adapters)
+def _is_foldable(layer: Any) -> bool:
+    """Whether ``_update`` is all that the layer's adapters do: one of DoRA's alone, or any number of plain ones."""
+    names = layer.active_adapters
+    if any(layer.lora_bias.get(name) for name in names):
+        return False
+    return not any(name in layer.lora_variant for name in names) or (
+        len(names) == 1 and names[0] in layer.lora_magnitude_vector
+    )
 
 
 @torch.no_grad()
@@ -200,8 +275,14 @@ def _merged_weight(layer: Any) -> Tensor:
 
 
 def _update(layer: Any) -> Tensor:
-    updates = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
-    return sum(updates, torch.zeros_like(layer.get_base_layer().weight.data))
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    weight = layer.get_base_layer().weight.data
+    update = torch.zeros_like(weight)
+    for name in names:
+        update = update + layer.get_delta_weight(name)
+        if name in layer.lora_magnitude_vector:
+            update = _with_magnitude(weight, update, layer.lora_magnitude_vector[name].weight.data)
+    return update
 
 
 @contextmanager

@@ -6,6 +6,7 @@ the conformance suite, ``tests/export/test_conformance.py``.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from rltune.errors import RunError
 from rltune.registry import Registry
 
 DEFAULT_FORMATS = ("diffusers",)
+MAGNITUDE = ".lora_magnitude_vector"
+"""How the names of DoRA's norms end."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Adapter:
     alpha: float
     targets: str | Sequence[str]
     """Layers that it was attached to, as in ``add_lora``."""
+    use_rslora: bool = False
 
     def __post_init__(self) -> None:
         for name, tensor in self.state.items():
@@ -43,11 +47,18 @@ class Adapter:
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by: alpha / rank."""
-        return self.alpha / self.rank
+        """What B A is multiplied by: alpha / rank, of rsLoRA alpha / sqrt(rank)."""
+        return self.alpha / (sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether it has DoRA's magnitudes."""
+        return any(name.endswith(MAGNITUDE) for name in self.state)
 
     def folded(self) -> dict[str, Tensor]:
         """Return the weights with the scale in them: an adapter of the same effect whose alpha is its rank.
+
+        It is no rsLoRA any more; DoRA's magnitudes are among the weights.
 
         Readers that ignore alpha, those that take it as the rank, and those that read it then agree.
         """

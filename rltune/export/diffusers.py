@@ -27,6 +27,7 @@ class Diffusers:
             "lora_alpha": adapter.rank,
             "target_modules": target_modules(adapter.targets),
             "init_lora_weights": True,
+            **({"use_dora": True} if adapter.use_dora else {}),
         }
         folder.mkdir(parents=True, exist_ok=True)
         prefix = model.lora_prefix

@@ -32,7 +32,13 @@ class Peft:
         """Write both files; the scale is in the weights, and alpha is the rank."""
         folder.mkdir(parents=True, exist_ok=True)
         targets = target_modules(adapter.targets)
-        config = LoraConfig(r=adapter.rank, lora_alpha=adapter.rank, target_modules=targets, inference_mode=True)
+        config = LoraConfig(
+            r=adapter.rank,
+            lora_alpha=adapter.rank,
+            target_modules=targets,
+            use_dora=adapter.use_dora,
+            inference_mode=True,
+        )
         # peft holds the targets as a set, whose order changes from one process to the next
         settings = {**config.to_dict(), "target_modules": targets}
         weights_file, settings_file = folder / PEFT_WEIGHT_FILE, folder / PEFT_SETTINGS_FILE

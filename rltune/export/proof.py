@@ -6,13 +6,15 @@ B: images. H, W: rows and columns of an image.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rltune.diffusion.families.base import ModelFamily
+from rltune.diffusion.lora import layer_update
 from rltune.errors import RunError, UserError
-from rltune.export.base import Adapter, ExportFormat
+from rltune.export.base import MAGNITUDE, Adapter, ExportFormat
 
 TOLERANCE = 2e-3
 """Greatest difference of a reloaded image, RGB in [0, 1], half of 1/255: what 8 bits can show."""
@@ -97,7 +99,9 @@ def _check_updates(form: ExportFormat, folder: Path, fresh: ModelFamily, adapter
             raise RunError(f"{where} it changes {name}, which was not trained; {UNFIT}")
         layers.remove(name)
         a, b = (state[f"{name}.lora_{factor}.weight"].to(update) for factor in "AB")
-        trained = adapter.scale * (b.flatten(1) @ a.flatten(1)).reshape(update.shape)  # of convolutions, B is 1 x 1
+        magnitude = state.get(f"{name}{MAGNITUDE}")
+        weight = update if magnitude is None else _base_weight(fresh, name)
+        trained = layer_update(weight, a, b, scale=adapter.scale, magnitude=magnitude)
         error = float((update - trained).norm())
         if not error <= UPDATE_TOLERANCE * float(trained.norm()):
             raise RunError(
@@ -106,6 +110,13 @@ def _check_updates(form: ExportFormat, folder: Path, fresh: ModelFamily, adapter
             )
     if layers:
         raise RunError(f"{where} it leaves out {', '.join(sorted(layers)[:3])}; {UNFIT}")
+
+
+def _base_weight(fresh: ModelFamily, name: str) -> Tensor:
+    """Return a layer's own weight, whether a tool has put its adapters around the layer or not."""
+    layer: Any = fresh.network.get_submodule(name)
+    weight: Tensor = getattr(layer, "base_layer", layer).weight
+    return weight.data
 
 
 def rounding_of(form: ExportFormat, folder: Path, fresh: ModelFamily, trained: Trained) -> float:

@@ -14,7 +14,7 @@ from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.loading import load_model
-from rltune.diffusion.lora import add_lora, load_lora_state
+from rltune.diffusion.lora import load_lora_state
 from rltune.errors import RltuneError, RunError
 from rltune.export.base import DEFAULT_FORMATS, EXPORT_FORMATS, Adapter, ExportFormat
 from rltune.export.card import card_of, formats_told, write_card
@@ -22,6 +22,7 @@ from rltune.export.proof import Trained, check_reload, rounding_of
 from rltune.runs.layout import RunFolder
 from rltune.runs.record import read_record, settled, with_own_prompts
 from rltune.runs.results import TrialResult
+from rltune.training.adapters import attach_lora
 from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import draw_images, save_grid, to_uint8
 from rltune.training.model_cache import load_base_model
@@ -157,7 +158,13 @@ def _draw(result: TrialResult, folder: RunFolder, experiment: Experiment) -> tup
     if not checkpoint.is_dir():
         raise RunError(f"its checkpoint {checkpoint} is gone; train it again")
     lora = config.model.lora
-    adapter = Adapter(load_adapter(checkpoint), rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets)
+    adapter = Adapter(
+        load_adapter(checkpoint),
+        rank=lora.rank,
+        alpha=lora.alpha_value,
+        targets=lora.targets,
+        use_rslora=lora.rslora,
+    )
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     exact = _in_float32(config)
@@ -172,7 +179,7 @@ def _draw(result: TrialResult, folder: RunFolder, experiment: Experiment) -> tup
             return draw_images(make_sampler(exact, drawn), images, numbers, device)
 
     base_B3HW = draw(model)
-    add_lora(model.network, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=0)
+    attach_lora(model, lora)
     load_lora_state(model.network, dict(adapter.state))
     trained = Trained(adapter, draw, base_B3HW, images_B3HW=draw(model))
     prompts = tuple(images.prompts[:NUM_CHECKED_IMAGES])

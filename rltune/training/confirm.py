@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rltune.config.experiment import RunConfig
-from rltune.diffusion.lora import add_lora, load_lora_state
+from rltune.diffusion.lora import load_lora_state
 from rltune.runs.metrics import Values, summarise
+from rltune.training.adapters import attach_lora
 from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import ImageSet, Pixels, per_prompt, sample_and_score
 from rltune.training.heldout import fresh_prompts
@@ -65,14 +66,8 @@ def confirm(candidates: Iterable[Candidate], take: Take, cache: ModelCache | Non
         values = base_values
         if candidate.checkpoint is not None:
             run = build_run(config, cache)
-            images, lora = fresh_images(run), config.model.lora
-            add_lora(
-                run.model.network,
-                rank=lora.rank,
-                alpha=lora.alpha_value,
-                targets=run.model.lora_layers(lora.targets),
-                seed=0,
-            )
+            images = fresh_images(run)
+            attach_lora(run.model, config.model.lora)
             load_lora_state(run.model.network, load_adapter(candidate.checkpoint))
             samples = sample_and_score(run.sampler, images, run.rewards, run.workers, batch_size=run.eval_batch)
             values = per_prompt(samples, base_NHW3, images, config.evaluate.judges)

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from rltune.config.experiment import RunConfig
-from rltune.diffusion.lora import add_lora, lora_parameters
+from rltune.diffusion.lora import lora_parameters, weight_decay_groups
 from rltune.errors import NonFiniteError, OutOfMemory, RunError, UserError, writing
 from rltune.estimators.base import Batch, EstimatorState, Regularisers, Round, Setting, Stateful, Tally
 from rltune.runs.events import EVENTS_FILE, append_event, note_event
 from rltune.runs.rows import MetricsFile, RowWriter
+from rltune.training.adapters import attach_lora
 from rltune.training.checkpoint import Progress, load_checkpoint
 from rltune.training.model_cache import ModelCache
 from rltune.training.out_of_memory import memory_named
@@ -98,16 +99,13 @@ def train_run(
 def _prepare(run: Run, base: BaseReference, trial_dir: Path, reporter: Reporter) -> Training:
     """Return everything that training moves, as it is before the first step: adapters, optimiser, mixture."""
     config, network = run.config, run.model.network
-    lora, layers = config.model.lora, run.model.lora_layers(config.model.lora.targets)
-    adapter_seed = torch_seed(config.seed, Stream.ADAPTER)
     try:
-        add_lora(network, rank=lora.rank, alpha=lora.alpha_value, targets=layers, seed=adapter_seed)
+        attach_lora(run.model, config.model.lora, seed=torch_seed(config.seed, Stream.ADAPTER))
     except ValueError as error:
         raise UserError(f"model.lora.targets: {error}") from error
     parameters, optim = lora_parameters(network), config.optim
-    optimizer = torch.optim.AdamW(
-        parameters, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
-    )
+    groups = weight_decay_groups(network, optim.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
     num_pixels = (config.sampler.height or run.model.size_px[0]) * (config.sampler.width or run.model.size_px[1])
     mixture = build_mixture(config, run.rewards, base.calibration, run.workers.device, num_pixels=num_pixels)
     if run.estimator.needs_gradient and not mixture.is_differentiable:

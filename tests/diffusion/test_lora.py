@@ -15,6 +15,7 @@ from rltune.diffusion.lora import (
     lora_parameters,
     lora_state,
     unfit_targets,
+    weight_decay_groups,
 )
 from tests.tiny import tiny_unet
 
@@ -88,6 +89,56 @@ def copy_without(network: torch.nn.Module) -> torch.nn.Module:
     return other
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_dora_and_rslora_are_what_their_papers_say(network: torch.nn.Module, targets: str, use_rslora: bool) -> None:
+    """W' = m (W + s B A) / |W + s B A|, row by row, written into a network that has no adapters."""
+    plain = copy.deepcopy(network)
+    add_lora(network, rank=4, alpha=3, targets=targets, seed=0, use_rslora=use_rslora, use_dora=True)
+    assert torch.equal(output(network), output(plain))
+    randomise(network)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(output(network), output(plain), rtol=0.1, atol=0.1)
+    scale = 3 / 2 if use_rslora else 3 / 4
+    state = lora_state(network)
+    for name in {name.partition(".lora_")[0] for name in state}:
+        weight = plain.get_submodule(name).weight
+        a, b = (state[f"{name}.lora_{part}.weight"].flatten(1) for part in "AB")
+        changed = weight.data.flatten(1) + scale * b @ a
+        magnitude = state[f"{name}.lora_magnitude_vector"].view(-1, 1)
+        weight.data = (magnitude * changed / changed.square().sum(1, keepdim=True).sqrt()).reshape(weight.shape)
+    torch.testing.assert_close(output(network), output(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_decay_leaves_dora_s_magnitudes_alone(network: torch.nn.Module) -> None:
+    add_lora(network, rank=2, alpha=2, targets="attention", seed=0)
+    (group,) = weight_decay_groups(network, 0.1)
+    assert group["weight_decay"] == 0.1
+    assert all(one is other for one, other in zip(group["params"], lora_parameters(network), strict=True))
+    other = tiny_unet().requires_grad_(False)
+    add_lora(other, rank=2, alpha=2, targets="attention", seed=0, use_dora=True)
+    before = lora_state(other)
+    optimizer = torch.optim.AdamW(weight_decay_groups(other, 0.1), lr=0.1)
+    for parameter in lora_parameters(other):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for name, value in lora_state(other).items():
+        expected = before[name] if "magnitude" in name else before[name] * (1 - 0.1 * 0.1)
+        torch.testing.assert_close(value, expected)
+
+
+def test_a_dora_of_a_base_model_in_half_precision_starts_as_that_base_model(network: torch.nn.Module) -> None:
+    """Norms that were rounded as the weights are would change it by one part in 256."""
+    network.bfloat16()
+    weights = {name: weight.float() for name, weight in network.state_dict().items() if weight.ndim > 1}
+    exact = {name: weight.flatten(1).norm(dim=1) for name, weight in weights.items()}
+    add_lora(network, rank=2, alpha=2, targets="all", seed=0, use_dora=True)
+    for name, value in lora_state(network).items():
+        layer, _, part = name.partition(".lora_")
+        if part == "magnitude_vector":
+            torch.testing.assert_close(value.flatten(), exact[f"{layer}.weight"])
+
+
 def test_a_state_of_another_adapter_is_refused(network: torch.nn.Module) -> None:
     add_lora(network, rank=2, alpha=2, targets="attention", seed=0)
     state = lora_state(network)
@@ -100,9 +151,10 @@ def lora_layers(network: torch.nn.Module) -> list[Any]:
     return [module for module in network.modules() if isinstance(module, LoraLayer)]
 
 
-def test_adapters_off_is_the_base_model_to_the_bit(network: torch.nn.Module) -> None:
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_off_is_the_base_model_to_the_bit(network: torch.nn.Module, use_dora: bool) -> None:
     base = output(network)
-    add_lora(network, rank=3, alpha=7, targets="all", seed=0)
+    add_lora(network, rank=3, alpha=7, targets="all", seed=0, use_dora=use_dora)
     randomise(network)
     tuned = output(network)
     assert not torch.allclose(tuned, base)
@@ -136,12 +188,13 @@ def test_a_network_without_adapters_may_have_them_off(network: torch.nn.Module) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
 @pytest.mark.parametrize(("rank", "alpha", "targets"), [(1, 1.0, "attention"), (3, 7.0, "all")])
 def test_merged_weights_give_the_adapters_output(
-    network: torch.nn.Module, rank: int, alpha: float, targets: str, dtype: torch.dtype
+    network: torch.nn.Module, rank: int, alpha: float, targets: str, dtype: torch.dtype, options: dict[str, bool]
 ) -> None:
     """In float64 to its rounding, so that it is the same function; in float32 to that."""
-    add_lora(network, rank=rank, alpha=alpha, targets=targets, seed=0)
+    add_lora(network, rank=rank, alpha=alpha, targets=targets, seed=0, **options)
     randomise(network)
     network.to(dtype)
     x, t = INPUTS[0].to(dtype), INPUTS[1]
@@ -153,7 +206,9 @@ def test_merged_weights_give_the_adapters_output(
     expected = out()
     with adapters_off(network):
         base = out()
-    with MergedLora(network).swapped_in():
+    folded = MergedLora(network)
+    assert len(folded._layers) == len(lora_layers(network))  # none is left to peft
+    with folded.swapped_in():
         merged = out()
     tolerance = 1e-11 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(merged, expected, rtol=tolerance, atol=tolerance)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.families.base import ModelFamily
-from rltune.diffusion.lora import add_lora, lora_parameters, lora_state
+from rltune.diffusion.lora import add_lora, lora_state
 from rltune.export.base import Adapter
 from rltune.export.proof import Trained
 from rltune.training.evaluation import draw_images
@@ -50,16 +50,21 @@ class RandomLora:
         rank: int = 2,
         alpha: float = 8.0,
         size: float = 0.3,
+        use_rslora: bool = False,
+        use_dora: bool = False,
     ) -> None:
         self.pipeline = pipeline
         draw = drawing(config_of(pipeline))
         self.model = self.fresh()
         base_B3HW = draw(self.model)
-        add_lora(self.model.network, rank=rank, alpha=alpha, targets=targets, seed=0)
+        options: Any = {"use_rslora": use_rslora, "use_dora": use_dora}
+        add_lora(self.model.network, rank=rank, alpha=alpha, targets=targets, seed=0, **options)
         generator = torch.Generator().manual_seed(5)
-        for parameter in lora_parameters(self.model.network):
-            parameter.data = torch.randn(parameter.shape, generator=generator) * size
-        self.adapter = Adapter(lora_state(self.model.network), rank, alpha, targets)
+        for name, parameter in self.model.network.named_parameters():
+            if "lora_" in name:
+                drawn = torch.randn(parameter.shape, generator=generator) * size
+                parameter.data = parameter.data * (1 + drawn) if "magnitude" in name else drawn
+        self.adapter = Adapter(lora_state(self.model.network), rank, alpha, targets, use_rslora)
         self.trained = Trained(self.adapter, draw, base_B3HW, draw(self.model))
 
     def fresh(self, precision: str = "fp32") -> ModelFamily:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rltune.diffusion.families.base import ModelFamily
+from rltune.diffusion.lora import adapters_as_loaded, add_lora, load_lora_state
 from rltune.diffusion.lora_files import WEIGHT_FILE
 from rltune.export.diffusers import Diffusers
 from rltune.export.proof import check_reload
@@ -123,3 +124,22 @@ def test_an_adapter_whose_scale_is_one_is_written_as_it_is(tiny_pipeline: Path, 
     assert {name.removeprefix("unet."): tensor.tolist() for name, tensor in load_file(path).items()} == {
         name: tensor.tolist() for name, tensor in lora.adapter.state.items()
     }
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_in_half_precision_it_is_what_an_evaluation_has_drawn(
+    tiny_pipeline: Path, tmp_path: Path, options: dict[str, bool]
+) -> None:
+    """Both round the factors, with the scale in them, and DoRA's magnitudes to bfloat16: the same images to the bit."""
+    trained = RandomLora(tiny_pipeline, "all", size=0.1, **options)
+    Diffusers().write(trained.model, trained.adapter, tmp_path)
+    evaluated, loaded = trained.fresh("bf16"), trained.fresh("bf16")
+    add_lora(evaluated.network, rank=2, alpha=8.0, targets="all", seed=0, **options)
+    load_lora_state(evaluated.network, dict(trained.adapter.state))
+    exact = trained.trained.draw(evaluated)
+    with adapters_as_loaded(evaluated.network):
+        seen = trained.trained.draw(evaluated)
+    assert torch.equal(trained.trained.draw(evaluated), exact)
+    list(Diffusers().load(loaded, tmp_path))
+    assert torch.equal(seen, trained.trained.draw(loaded))
+    assert not torch.equal(seen, exact)

@@ -64,6 +64,10 @@ POLICY: dict[str, Any] = {"sampler": {"eta": 1.0}, "prompts": {"images_per_promp
         {"sampler": {"eta": 1.0}},
         pytest.param({"optim": {"ema": 0.5}}, marks=pytest.mark.slow),
         {"sampler": {"eta": 1.0}, "resources": {"precision": "bf16"}, "optim": {"ema": 0.5}},
+        pytest.param(
+            {"model": {"lora": {"rank": 2, "rslora": True, "dora": True}}, "optim": {"weight_decay": 0.1}},
+            marks=pytest.mark.slow,
+        ),
         # rewards of a prompt's earlier turns count from the third round on
         pytest.param(
             POLICY | {"estimator": {"name": "ddpo", "k": None, "draw": None, "options": {"min_count": 2}}},
@@ -83,7 +87,7 @@ POLICY: dict[str, Any] = {"sampler": {"eta": 1.0}, "prompts": {"images_per_promp
             marks=pytest.mark.slow,
         ),
     ],
-    ids=["deterministic", "stochastic", "average", "bfloat16", "ddpo", "dpok", "dag"],
+    ids=["deterministic", "stochastic", "average", "bfloat16", "dora", "ddpo", "dpok", "dag"],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     make_config: Make, tmp_path: Path, base_dir: Path, sections: dict[str, Any]
