@@ -37,6 +37,9 @@ class LoraConfig(StrictModel):
     """Layers that get an adapter: ``attention``, ``all``, or a list of module names."""
     rslora: Bool = False
     """Scale the update by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
+    start: PathText | None = None
+    """A LoRA to start from, a file or a folder, in the layout of rltune, diffusers, kohya or PEFT; of the same rank,
+    and of layers among ``targets``. Gains are still over the base model without it."""
     dora: Bool = False
     """Train the norm of every row of the adapted weights besides (DoRA); a step takes longer."""
 

@@ -36,7 +36,7 @@ def unfit_targets(network: nn.Module, targets: str | Sequence[str]) -> list[str]
     if isinstance(targets, str):
         return []
     modules = [(name, module) for name, module in network.named_modules() if name]
-    endings = {_ending(name) for name, module in modules if isinstance(module, ADAPTABLE)}
+    endings = {layer_ending(name) for name, module in modules if isinstance(module, ADAPTABLE)}
     faults = []
     for target in targets:
         found = [module for name, module in modules if name == target or name.endswith(f".{target}")]
@@ -48,7 +48,7 @@ def unfit_targets(network: nn.Module, targets: str | Sequence[str]) -> list[str]
     return faults
 
 
-def _ending(name: str) -> str:
+def layer_ending(name: str) -> str:
     """Return the last part of a module's name, the last two where a number says little: ``to_q``, ``to_out.0``."""
     *_, before, last = ("", *name.split("."))
     return f"{before}.{last}" if last.isdecimal() else last

@@ -8,7 +8,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,7 +55,8 @@ def load_lora_file(model: ModelFamily, file: Path) -> frozenset[str]:
     Reads what diffusers reads (its own format with and without ``unet.``, kohya's), and peft's.
 
     Args:
-        model: Without adapters; where the file is refused, some may be left on it.
+        model: Without adapters; where the file is refused, some may be left on it. In one whose network has no values,
+            names and shapes are looked at alone.
         file: A safetensors file.
 
     Raises:
@@ -72,7 +73,7 @@ def load_lora_file(model: ModelFamily, file: Path) -> frozenset[str]:
         raise UserError(f"{file}: not a LoRA that this base model can load ({why})") from error
     attached = {part: _adapter_values(network) for part, network in _networks(model).items()}
     _check_taken(file, tensors, {name: value for values in attached.values() for name, value in values.items()})
-    for warning in caught:
+    for warning in [] if next(model.network.parameters()).is_meta else caught:  # of values that have no place there
         logger.warning("%s: %s", file, warning.message)
     return frozenset(part for part, values in attached.items() if values)
 
@@ -132,12 +133,14 @@ def _adapter_values(network: nn.Module) -> dict[str, Tensor]:
 def _check_taken(file: Path, tensors: Mapping[str, Tensor], attached: Mapping[str, Tensor]) -> None:
     """Check that the values attached are those of the file, each once: names differ between formats, values do not."""
     held = {name: tensor for name, tensor in tensors.items() if not name.endswith(".alpha")}
-    filled = {name: value for name, value in attached.items() if not value.is_meta}
+    has_values = any(not value.is_meta for value in attached.values())  # else of a network without any: shapes alone
+    filled = {name: value for name, value in attached.items() if not value.is_meta or not has_values}
     dtypes = {value.dtype for value in filled.values()}
-    taken = Counter(_fingerprint(value) for value in filled.values())
+    mark: Callable[[Tensor], Hashable] = _fingerprint if has_values else lambda tensor: tuple(tensor.shape)
+    taken = Counter(mark(value) for value in filled.values())
     stray = []
     for name, tensor in held.items():
-        match = next((key for dtype in dtypes if taken[key := _fingerprint(tensor.to(dtype))] > 0), None)
+        match = next((key for dtype in dtypes if taken[key := mark(tensor.to(dtype))] > 0), None)
         if match is None:
             stray.append(name)
         else:
@@ -152,10 +155,11 @@ def _check_taken(file: Path, tensors: Mapping[str, Tensor], attached: Mapping[st
             f"{file}: a part would be missing: of its {len(held)} tensors, {len(stray)} have no place in this base "
             f"model or are in a form that diffusers does not read ({_few(stray)})"
         )
-    bare = [name for name, value in attached.items() if value.is_meta or taken[_fingerprint(value)] > 0]
+    bare = [name for name, value in attached.items() if name not in filled or taken[mark(value)] > 0]
     if bare:
         raise UserError(f"{file}: a part is missing: it names layers that it has no values for ({_few(bare)})")
-    if not any(value.any() for name, value in filled.items() if "lora_B" in name or "lora_embedding_B" in name):
+    updates = [value for name, value in filled.items() if "lora_B" in name or "lora_embedding_B" in name]
+    if has_values and not any(value.any() for value in updates):
         logger.warning("%s: its update is exactly zero, so that it draws the base model's images", file)
 
 

@@ -22,6 +22,7 @@ from rltune.rewards.weights import WeightsFile, check_hub, format_size, is_offli
 from rltune.runs.layout import RunFolder
 from rltune.runs.metrics import JUDGES
 from rltune.runs.record import read_record, with_own_prompts
+from rltune.training.adapters import read_start
 from rltune.training.prompts import PromptSet, load_prompts
 from rltune.training.rewards import check_reward, try_reward
 from rltune.training.setup import check_options, image_shape, make_estimator, make_sampler
@@ -231,6 +232,9 @@ def _check_base(experiment: Experiment, faults: Faults, *, is_attached: bool) ->
     for fault in unfit_targets(model.network, experiment.shared.model.lora.targets):  # a list is not searched
         with faults.noted():
             raise UserError(f"model.lora.targets: {fault}")
+    for config in experiment.corners(("model",)):
+        with faults.noted():
+            read_start(model, config.model.lora)
     return model
 
 

@@ -15,7 +15,7 @@ from rltune.errors import NonFiniteError, OutOfMemory, RunError, UserError, writ
 from rltune.estimators.base import Batch, EstimatorState, Regularisers, Round, Setting, Stateful, Tally
 from rltune.runs.events import EVENTS_FILE, append_event, note_event
 from rltune.runs.rows import MetricsFile, RowWriter
-from rltune.training.adapters import attach_lora
+from rltune.training.adapters import attach_started_lora
 from rltune.training.checkpoint import Progress, load_checkpoint
 from rltune.training.model_cache import ModelCache
 from rltune.training.out_of_memory import memory_named
@@ -99,10 +99,7 @@ def train_run(
 def _prepare(run: Run, base: BaseReference, trial_dir: Path, reporter: Reporter) -> Training:
     """Return everything that training moves, as it is before the first step: adapters, optimiser, mixture."""
     config, network = run.config, run.model.network
-    try:
-        attach_lora(run.model, config.model.lora, seed=torch_seed(config.seed, Stream.ADAPTER))
-    except ValueError as error:
-        raise UserError(f"model.lora.targets: {error}") from error
+    attach_started_lora(run.model, config.model.lora, seed=torch_seed(config.seed, Stream.ADAPTER))
     parameters, optim = lora_parameters(network), config.optim
     groups = weight_decay_groups(network, optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)

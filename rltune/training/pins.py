@@ -41,7 +41,7 @@ def find_pins(experiment: Experiment, before: Sequence[Pin] = ()) -> tuple[Pin, 
     """
     for pin in before:
         _known.update({(file, (row[0], row[1], row[2])): row[3] for file, row in pin.files.items()})
-    pins = [_base_pin(experiment.shared)]
+    pins = [_base_pin(experiment.shared), *_start_pins(experiment)]
     for name in experiment.shared.rewards:
         pins += _reward_pins(experiment, name)
     for judge in experiment.shared.evaluate.judges:
@@ -76,6 +76,12 @@ def _base_pin(config: RunConfig) -> Pin:
     except HFValidationError:  # a folder that is not there
         found = None
     return Pin("model.base", base, Path(found).parent.name if isinstance(found, str) else "")
+
+
+def _start_pins(experiment: Experiment) -> Iterator[Pin]:
+    for given in _candidates(experiment, "model.lora.start", experiment.shared.model.lora.start):
+        if given is not None:
+            yield _pin("model.lora.start", given, Path(given).expanduser(), _files(Path(given).expanduser()))
 
 
 def _reward_pins(experiment: Experiment, name: str) -> Iterator[Pin]:

@@ -139,7 +139,7 @@ def test_what_a_base_model_cannot_do_is_found_at_every_value_that_may_be_tried(
     inspect: Inspect, pipeline: Path
 ) -> None:
     text = f"""
-model: {{base: {pipeline}, lora: {{targets: [to_q, to_z, attn1]}}}}
+model: {{base: {pipeline}, lora: {{targets: [to_q, to_z, attn1], start: no/lora}}}}
 sampler: {{height: {{choice: [32, 40]}}, width: 32}}
 rewards: {{brightness: }}
 prompts: {{train: {{choice: [builtin, no.txt]}}, eval: [one, two]}}
@@ -151,6 +151,7 @@ evaluate: {{prompts: 2}}
         "sampler.height/width: image sides must be multiples of 16 px, got 40 x 32",
         "model.lora.targets: no layer is called so, got 'to_z'",
         "model.lora.targets: an adapter cannot go to a Attention, got 'attn1'",
+        "model.lora.start: no/lora: no such file or folder",
     ]
 
 
