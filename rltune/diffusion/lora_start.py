@@ -55,6 +55,8 @@ def read_lora(model: ModelFamily, path: Path) -> dict[str, Factors]:
         layers: dict[str, Any] = {
             name: layer for name, layer in model.network.named_modules() if isinstance(layer, LoraLayer)
         }
+        if biased := [name for name, layer in layers.items() if layer.lora_bias.get(ADAPTER)]:
+            raise UserError(f"{path}: {biased[0]} has a bias in its adapter, which rltune cannot train; give another")
         return {name: _factors(layer) for name, layer in layers.items()}
     finally:
         unload_lora_file(model)

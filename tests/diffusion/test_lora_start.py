@@ -157,6 +157,10 @@ def mixed(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     save_file(state, file)
 
 
+def biased(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    as_diffusers(pipeline, folder, target_modules=["to_out.0"], lora_bias=True)
+
+
 FAULTS: dict[str, tuple[Callable[[StableDiffusionPipeline, Path], object], str]] = {
     "nothing there": (lambda pipeline, folder: None, "no such file or folder; name an exported folder or a"),
     "nothing in it": (lambda pipeline, folder: folder.mkdir(), "holds no LoRA; name an exported folder"),
@@ -171,11 +175,13 @@ FAULTS: dict[str, tuple[Callable[[StableDiffusionPipeline, Path], object], str]]
         lambda pipeline, folder: as_diffusers(pipeline, folder, target_modules=["to_q", "proj_in", "conv1"]),
         r"which is not among model\.lora\.targets; write all, or model\.lora\.targets: \[proj_in, to_q, conv1\]$",
     ),
+    "a bias": (biased, "has a bias in its adapter, which rltune cannot train"),
     "a dora": (LAYOUTS["dora"], r"is a DoRA; write model\.lora\.dora: true$"),
     "the text encoder too": (text_too, "it changes the text_encoder too, which stays frozen here"),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape")  # peft's, of its own biases
 @pytest.mark.parametrize("case", FAULTS)
 def test_what_cannot_be_started_from_is_one_message_with_and_without_weights(
     tiny_pipeline: Path, tmp_path: Path, case: str
