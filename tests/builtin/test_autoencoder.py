@@ -1,8 +1,10 @@
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import AutoencoderKL
 
+from rltune.builtin import autoencoder
 from rltune.builtin.autoencoder import DECODER_STEPS, reconstruction_loss, refine_decoder, warm_start, whiten
 from rltune.builtin.corpus import Corpus
 from rltune.builtin.networks import make_f4_autoencoder, make_f8_autoencoder
@@ -68,11 +70,14 @@ def test_the_loss_of_a_constant_error_is_known() -> None:
     assert reconstruction_loss(error).item() == 0.5 + 0.25 + 1.5 * (0.5 + 0.5)
 
 
-def test_refining_trains_the_decoder_and_leaves_the_encoder_alone(tmp_path: Path) -> None:
+def test_refining_trains_the_decoder_and_leaves_the_encoder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autoencoder, "BATCH", 4)
     torch.manual_seed(0)
     model = make_f8_autoencoder().eval().requires_grad_(False)
-    images = pictures(16)
-    corpus = Corpus(images, (("",),) * 16, torch.zeros(16))
+    images = pictures(8)
+    corpus = Corpus(images, (("",),) * 8, torch.zeros(8))
     network_input = images.float() / 127.5 - 1
     latents = model.encode(network_input).latent_dist.mean.half()
 

@@ -17,10 +17,17 @@ from tests.training.runs import Make, train, train_in_processes
 POLICY: dict[str, Any] = {"sampler": {"eta": 1.0}, "prompts": {"images_per_prompt": 2}}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "average": {"optim": {"ema": 0.5}},
-    "bfloat16": {"resources": {"precision": "bf16"}, "evaluate": {"select": "smoothness"}},
+    "bfloat16": {
+        "resources": {"precision": "bf16"},
+        "sampler": {"eta": 1.0},
+        "optim": {"ema": 0.5},
+        "evaluate": {"select": "smoothness"},
+    },
     "queries": {"optim": {"steps": 9, "queries": 15}},
-    "select": {"evaluate": {"select": "smoothness"}},
+    "dora": {"model": {"lora": {"rank": 2, "rslora": True, "dora": True}}, "optim": {"ema": 0.5, "weight_decay": 0.1}},
+    # rewards of a prompt's earlier turns count from the third round on
+    "ddpo": POLICY | {"estimator": {"name": "ddpo", "k": None, "draw": None, "options": {"min_count": 2}}},
+    "dag": POLICY | {"estimator": {"name": "dag", "k": None, "draw": None, "options": {"anneal": 4, "flow_lr": 1e-2}}},
     "dpok": POLICY
     | {
         "estimator": {
@@ -69,22 +76,24 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "sections",
+    ("name", "sections"),
     [
-        pytest.param(sections, id=name, marks=[] if name in ("bfloat16", "dpok") else pytest.mark.slow)
+        pytest.param(name, sections, id=name, marks=[] if name == "dpok" else pytest.mark.slow)
         for name, sections in CASES.items()
     ],
 )
 def test_a_run_stopped_at_any_step_ends_bitwise_like_one_never_stopped(
-    make_config: Make, tmp_path: Path, base_dir: Path, sections: dict[str, Any]
+    make_config: Make, tmp_path: Path, base_dir: Path, name: str, sections: dict[str, Any]
 ) -> None:
     config = make_config(**sections)  # evaluated at 2 and, the last, 4
+    # after every step, the last one and those of an evaluation included, or after two of them
+    stops = (1, 2, 3, 4) if name == "plain" else (2, 3)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     expected = train(config, whole, base_dir=base_dir)
     resume_from, reports = None, []
-    for step in (1, 2, 3, 4):  # stopped after each step, the last one and those of an evaluation included
+    for before, step in zip((0, *stops), stops, strict=False):
         torch.manual_seed(step)  # every process has another past
-        reporter = trained_until(config, broken, base_dir, 1, resume_from)
+        reporter = trained_until(config, broken, base_dir, step - before, resume_from)
         stop = reporter.reports[-1]
         assert (stop["step"], stop["is_final"], stop["is_preempted"]) == (step, 0, 1)
         evaluated = max((number for number in (2,) if number < step), default=None)
