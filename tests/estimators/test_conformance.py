@@ -50,7 +50,10 @@ NUMBERS = [
 ]
 
 every_case = pytest.mark.parametrize(("name", "options"), CASES)
-both_precisions = pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+both_precisions = pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(torch.float64, id="float64"), pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow)],
+)
 """Of the frozen network; around bfloat16, latents, adapters and their gradient are float32, as on a GPU by default."""
 
 
@@ -218,6 +221,7 @@ def assert_same_state(round: Round, other: Round) -> None:
     torch.testing.assert_close(dict(round.state.state_dict()), dict(other.state.state_dict()), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @every_case
 def test_gradient_is_finite_over_50_steps(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:

@@ -186,8 +186,11 @@ def test_trust_weighs_an_image_s_part_of_the_gradient(estimator: Estimator) -> N
 
 @pytest.mark.parametrize(
     ("dtype", "use_bf16_prefix", "is_right"),
-    [(torch.float32, False, True), (torch.bfloat16, False, True), (torch.float32, True, False)],
-    ids=["float32", "bfloat16", "bfloat16 prefix"],
+    [
+        pytest.param(torch.float32, False, True, id="float32"),
+        pytest.param(torch.bfloat16, False, True, id="bfloat16", marks=pytest.mark.slow),
+        pytest.param(torch.float32, True, False, id="bfloat16 prefix", marks=pytest.mark.slow),
+    ],
 )
 def test_a_step_is_scored_in_the_arithmetic_that_drew_it(
     dtype: torch.dtype, use_bf16_prefix: bool, is_right: bool

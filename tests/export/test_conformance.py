@@ -97,6 +97,7 @@ def test_every_layer_gets_the_trained_update(written: Written, name: str) -> Non
         torch.testing.assert_close(update, expected[layer], rtol=1e-4, atol=1e-5)  # float32, sums of up to 16 products
 
 
+@pytest.mark.slow
 @every_format
 def test_a_base_model_in_bfloat16_gets_the_same_up_to_its_rounding(written: Written, name: str) -> None:
     lora = written.lora

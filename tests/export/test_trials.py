@@ -281,7 +281,7 @@ def test_formats_lie_side_by_side_and_the_card_tells_of_each(
     assert not place.with_name("001.unproved").exists()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_run_in_either_precision_exports(tiny_pipeline: Path, tmp_path: Path, precision: str) -> None:
     """In bfloat16 images of the same file are 0.02 from float32's, ten times what the comparison allows."""
     experiment_ = asked(tiny_pipeline, resources={"precision": precision})

@@ -29,6 +29,11 @@ from rltune.search.searcher import (
 )
 from tests.run_folders import experiment
 
+every_sampler = pytest.mark.parametrize(
+    "sampler", [pytest.param(name, marks=pytest.mark.slow if name == "gp" else ()) for name in SAMPLERS]
+)
+"""Optuna's Gaussian process takes a second a trial."""
+SLOW_GP = pytest.param("gp", 1, marks=pytest.mark.slow)
 BOTH = Objectives(("brightness", "drift"))
 SPACE: dict[str, Any] = {
     "name": "mix",
@@ -146,7 +151,7 @@ def is_told_as_failed(trial: FrozenTrial, sampler: str) -> bool:
     return trial.constraints[FAILED] > 0
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@every_sampler
 def test_every_sampler_asks_for_runs_that_are_valid_and_bears_failures(sampler: str) -> None:
     experiment_ = asked(sampler)
     search = Search(experiment_, BOTH)
@@ -184,7 +189,9 @@ def test_a_genetic_search_breeds_within_the_trials_it_has(sampler: str) -> None:
     assert bred != drawn
 
 
-@pytest.mark.parametrize(("sampler", "num_trials", "num_seeds"), [("tpe", 40, 3), ("gp", 10, 1)])
+@pytest.mark.parametrize(
+    ("sampler", "num_trials", "num_seeds"), [("tpe", 40, 3), pytest.param("gp", 10, 1, marks=pytest.mark.slow)]
+)
 def test_samplers_of_optuna_learn_from_failures(sampler: str, num_trials: int, num_seeds: int) -> None:
     """The best learning rate is 1e-2, and trials fail above 1e-3: half of what is drawn at random does."""
     failures = []
@@ -330,7 +337,7 @@ def score(values: Mapping[str, Any]) -> float:
     return -miss - behind - (abs(values["estimator.k"] - 4) / 11 if "estimator.k" in values else 0)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@every_sampler
 def test_every_sampler_asks_for_a_setting_exactly_where_it_is_searched(sampler: str) -> None:
     asked_ = conditional(sampler)
     search = Search(asked_, BRIGHTNESS)
@@ -359,7 +366,7 @@ def test_every_sampler_asks_for_a_setting_exactly_where_it_is_searched(sampler: 
     asked_.concrete(new.values)
 
 
-@pytest.mark.parametrize(("sampler", "num_seeds"), [("tpe", 4), ("gp", 1)])
+@pytest.mark.parametrize(("sampler", "num_seeds"), [("tpe", 4), SLOW_GP])
 def test_a_setting_with_a_condition_is_learned_too(sampler: str, num_seeds: int) -> None:
     misses = []
     for seed in range(num_seeds):
@@ -493,7 +500,7 @@ def test_a_point_may_name_a_setting_with_a_condition() -> None:
 # ---- prior_results of another run
 
 
-@pytest.mark.parametrize(("sampler", "num_seeds"), [("tpe", 3), ("gp", 1)])
+@pytest.mark.parametrize(("sampler", "num_seeds"), [("tpe", 3), SLOW_GP])
 def test_lessons_lead_the_first_draws_to_the_optimum(sampler: str, num_seeds: int) -> None:
     """The learning rate is best at 1e-3; uniform draws from two decades around it miss by half a decade on average."""
     misses: dict[bool, list[float]] = {True: [], False: []}
@@ -538,7 +545,7 @@ def first() -> list[TrialSpec]:
     return [search.ask() for _ in range(5)]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@every_sampler
 def test_a_resumed_search_knows_what_ended_before(first: list[TrialSpec], sampler: str) -> None:
     search = resumed(first, sampler=sampler)
     trials = {trial.user_attrs["trial"]: trial for trial in search.study.trials}

@@ -181,7 +181,10 @@ def test_one_training_prompt_is_enough_to_measure_the_unit_of_a_reward(make_conf
 # ---- how it ends
 
 
-@pytest.mark.parametrize(("queries", "rounds"), [(24, 2), (25, 3), (1000, 4)])
+@pytest.mark.parametrize(
+    ("queries", "rounds"),
+    [pytest.param(24, 2, marks=pytest.mark.slow), (25, 3), pytest.param(1000, 4, marks=pytest.mark.slow)],
+)
 def test_a_run_ends_with_the_round_that_uses_up_its_queries(
     make_config: Make, tmp_path: Path, base_dir: Path, queries: int, rounds: int
 ) -> None:

@@ -204,7 +204,7 @@ def largest_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]
     return max((first[name] - second[name]).abs().max().item() for name in moved) / largest
 
 
-@pytest.mark.parametrize("name", ["alignprop", "drtune"])
+@pytest.mark.parametrize("name", [pytest.param("alignprop", marks=pytest.mark.slow), "drtune"])
 def test_how_activations_are_kept_changes_no_adapter(
     make_config: Make, tmp_path: Path, base_dir: Path, name: str
 ) -> None:

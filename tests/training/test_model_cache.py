@@ -39,7 +39,7 @@ def alone(make_config: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 @pytest.mark.parametrize(
     "other",
     [
-        pytest.param(other, id=name, marks=[] if name in ("lora", "precision") else pytest.mark.slow)
+        pytest.param(other, id=name, marks=[] if name == "lora" else pytest.mark.slow)
         for name, other in zip(("lora", "rewards", "estimator", "prompts", "precision"), OTHERS, strict=True)
     ],
 )

@@ -323,6 +323,7 @@ def test_a_target_that_all_base_images_stand_on_one_side_of_is_said(
     assert odd_targets(mixture) == ([f"rewards.brightness.target: {said}"] if said else [])
 
 
+@pytest.mark.slow
 def test_trust_of_a_constant_weight_is_no_trust(make_config: Make, folder: Path, base_dir: Path) -> None:
     trusts = {
         "none": {},
@@ -545,7 +546,7 @@ class Ranked:
         return tensor
 
 
-@pytest.mark.parametrize("each", [1, 2, 3])
+@pytest.mark.parametrize("each", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_workers_share_prompts_and_say_the_same_of_groups(make_config: Make, each: int) -> None:
     config = short(make_config, {**GROUP, "mine": {"reward": "my_rewards:spread"}, "lit": {"reward": "brightness"}},
                    **PAIRS)  # fmt: skip
