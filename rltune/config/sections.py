@@ -325,6 +325,9 @@ class ResourcesConfig(StrictModel):
     and rewards loaded, and gives them trial after trial: for many short ones. The numbers are the same."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of the frozen networks; ``auto`` is bf16 on a GPU and fp32 on a CPU. Adapters stay in fp32."""
+    decoder_precision: Literal["same", "fp32", "bf16"] = "same"
+    """Number format of the image decoder, where it is to be another than the network's: a decoder in ``fp32`` costs
+    twice its memory, and an image less rounding."""
     prefix_precision: Literal["same", "bf16"] = "same"
     """Number format of the steps without gradient; bf16 is faster where the hardware has it, and its trajectories
     differ by the rounding. Not for policy gradients, which must score a step in the arithmetic that drew it."""

@@ -14,14 +14,18 @@ from rltune.errors import UserError
 
 
 def load_model(
-    base: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    base: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | dict[str, torch.dtype] = torch.float32,
+    device: torch.device | None = None,
 ) -> ModelFamily:
     """Load a text-to-image model and wrap it by its family; frozen, in eval mode.
 
     Args:
         base: ``builtin``, a folder with a ``model_index.json``, or a Hugging Face id.
         revision: Branch, tag or commit of a Hugging Face id.
-        dtype: Of the frozen weights.
+        dtype: Of the frozen weights; by component, such as ``vae``, with that of the others as ``default``.
         device: Where network and decoder go; the CPU by default.
 
     Raises:

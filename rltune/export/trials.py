@@ -229,7 +229,9 @@ def _write_card(draft: _Draft, exported: Exported, files: Sequence[str]) -> None
 
 
 def _in_float32(config: RunConfig) -> RunConfig:
-    resources = config.resources.model_copy(update={"precision": "fp32", "prefix_precision": "same"})
+    resources = config.resources.model_copy(
+        update={"precision": "fp32", "decoder_precision": "same", "prefix_precision": "same"}
+    )
     return config.model_copy(update={"resources": resources})
 
 

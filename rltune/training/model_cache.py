@@ -65,7 +65,13 @@ class ModelCache:
 
     @staticmethod
     def _model_key(config: RunConfig, device: torch.device | None) -> Hashable:
-        return (config.model.base, config.model.revision, config.resources.precision, device)
+        return (
+            config.model.base,
+            config.model.revision,
+            config.resources.precision,
+            config.resources.decoder_precision,
+            device,
+        )
 
     @staticmethod
     def _clear(*kinds: dict[Any, Any]) -> None:
@@ -75,13 +81,15 @@ class ModelCache:
 
 
 def load_base_model(config: RunConfig, device: torch.device) -> ModelFamily:
-    """Load the base model of an experiment in its precision, without adapters.
+    """Load the base model of an experiment in its precision and its decoder's, without adapters.
 
     Raises:
         UserError: The weights are not there.
     """
     dtype = _dtype(config.resources.precision, device)
-    return load_model(config.model.base, revision=config.model.revision, dtype=dtype, device=device)
+    precision = config.resources.decoder_precision
+    dtypes = dtype if precision == "same" else {"default": dtype, "vae": _dtype(precision, device)}
+    return load_model(config.model.base, revision=config.model.revision, dtype=dtypes, device=device)
 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:

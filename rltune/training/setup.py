@@ -270,6 +270,8 @@ def base_settings(config: RunConfig, named: Mapping[str, str] | None = None) -> 
     }
     parts["sampler"]["base_steps"] = 0  # all steps are the base model's
     parts["precision"] = [config.resources.precision, config.resources.prefix_precision]
+    if config.resources.decoder_precision != "same":
+        parts["precision"].append(config.resources.decoder_precision)
     return parts
 
 

@@ -107,3 +107,17 @@ def test_adapters_come_off_and_leave_the_very_weights(make_config: Make) -> None
     assert all(after[name] is before[name] for name in before)
     add_lora(network, rank=4, alpha=2, targets="attention", seed=0)  # and others go on
     assert lora_parameters(network)
+
+
+@pytest.mark.parametrize(("precision", "decoder"), [("bf16", "fp32"), ("fp32", "bf16")])
+def test_a_decoder_may_have_a_precision_of_its_own(make_config: Make, precision: str, decoder: str) -> None:
+    resources = {"precision": precision, "decoder_precision": decoder}
+    cache = ModelCache()
+    mixed = cache.model(make_config(resources=resources), CPU)
+    network_dtype = next(mixed.network.parameters()).dtype
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    image = mixed.decode(latents)
+    whole = cache.model(make_config(resources={"precision": decoder}), CPU)  # not what the cache held for the other
+    assert torch.equal(image, whole.decode(latents))
+    assert network_dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    assert next(whole.network.parameters()).dtype != network_dtype
