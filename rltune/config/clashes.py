@@ -64,6 +64,9 @@ def _worker_clashes(config: Settings) -> Iterator[Clash]:
     gpus, fewest, workers = resources.gpus_per_worker, resources.min_workers, resources.workers
     if gpus != "auto" and gpus > 1 and gpus != int(gpus):
         yield Clash("resources.gpus_per_worker", f"more than one GPU must be a whole number, got {gpus}", "round it up")
+    if resources.rewards_on == "second_gpu" and (gpus == "auto" or gpus < 2):
+        what = f"a worker has no second GPU where resources.gpus_per_worker is {gpus}"
+        yield Clash("resources.rewards_on", what, "write gpus_per_worker: 2", ("resources.gpus_per_worker",))
     if fewest is None:
         return
     if fewest > workers:

@@ -316,6 +316,9 @@ class ResourcesConfig(StrictModel):
     """CPUs per worker, which are its threads."""
     gpus_per_worker: Literal["auto"] | Annotated[Float, Field(ge=0)] = "auto"
     """GPUs per worker; a fraction shares one, and its memory; ``auto`` is one if the cluster has any."""
+    rewards_on: Literal["same", "second_gpu"] = "same"
+    """GPU that rewards run on: the denoiser's, or the worker's second, for models and rewards that do not fit on one
+    together; ``gpus_per_worker`` is then 2 or more. The gradient is carried across."""
     accelerator: Text | None = None
     """Type of accelerator that workers run on, as Ray names it (``H100``, ``A100-80G``); left out, any."""
     concurrent: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"

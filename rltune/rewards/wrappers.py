@@ -1,4 +1,4 @@
-"""Rewards made of rewards: turned round, relative to words, and scored in smaller batches.
+"""Rewards made of rewards: turned round, relative to words, scored in smaller batches or on another device.
 
 B: images in the batch. D: features. H, W: image rows and columns.
 """
@@ -163,6 +163,45 @@ class Frugal:
             logger.warning(
                 "reward %r: out of memory with %d images, going on with %d at a time", self._name, size, self._size
             )
+
+
+class Elsewhere:
+    """A reward that runs on a device of its own; images come to it, and scores and gradients go back to theirs.
+
+    Args:
+        reward: Moved to ``device``, where it stays.
+        device: Another than the images'.
+    """
+
+    def __init__(self, reward: Reward, device: torch.device) -> None:
+        self._reward, self._device = reward.to(device), device
+        self.is_differentiable, self.sees_group = reward.is_differentiable, reward.sees_group
+        self.value_range, self.metric_unit = reward.value_range, reward.metric_unit
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score RGB in [0, 1] -> ``(B,)`` float32 where the images are, differentiable where the reward is."""
+        return self._there(self._reward, images_B3HW, prompts)
+
+    def metric(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the reward's metric."""
+        return self._there(self._reward.metric, images_B3HW, prompts)
+
+    @property
+    def features(self) -> Score | None:
+        """The reward's own."""
+        return None if self._reward.features is None else partial(self._there, self._reward.features)
+
+    @property
+    def score_of(self) -> ScoreOf | None:
+        """The reward's own."""
+        return self._reward.score_of
+
+    def to(self, device: torch.device) -> "Elsewhere":
+        """Stay."""
+        return self
+
+    def _there(self, read: Score, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return read(images_B3HW.to(self._device), prompts).to(images_B3HW.device)
 
 
 def _parts(read: Score, images_B3HW: Tensor, prompts: Sequence[str], size: int) -> Tensor:

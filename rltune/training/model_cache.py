@@ -11,6 +11,7 @@ from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import remove_lora
 from rltune.rewards.base import Reward
+from rltune.rewards.wrappers import Elsewhere
 from rltune.training.rewards import build_rewards
 
 
@@ -40,8 +41,16 @@ class ModelCache:
         remove_lora(model.network)
         return model
 
-    def rewards(self, config: RunConfig, judges: tuple[str, ...], device: torch.device) -> dict[str, Reward]:
+    def rewards(
+        self, config: RunConfig, judges: tuple[str, ...], device: torch.device, *, is_apart: bool = False
+    ) -> dict[str, Reward]:
         """Return the rewards of an experiment and the rewards among its judges, by name.
+
+        Args:
+            config: The experiment.
+            judges: Names of rewards that are only measured.
+            device: Where they run.
+            is_apart: Whether that is another device than the images'.
 
         Raises:
             UserError: An option has a value that the reward does not take.
@@ -49,10 +58,12 @@ class ModelCache:
         """
         defining = {"reward", "options", "negate", "relative", "micro_batch"}
         sections = {name: section.model_dump_json(include=defining) for name, section in config.rewards.items()}
-        key = (tuple(sections.items()), judges, device)
+        key = (tuple(sections.items()), judges, device, is_apart)
         if key not in self._rewards:
             self._clear(self._rewards)
-            self._rewards[key] = build_rewards(config, judges, device)
+            rewards = build_rewards(config, judges, device)
+            apart: dict[str, Reward] = {name: Elsewhere(reward, device) for name, reward in rewards.items()}
+            self._rewards[key] = apart if is_apart else rewards
         return self._rewards[key]
 
     def embeddings(self, config: RunConfig, model: ModelFamily, prompts: Sequence[str]) -> PromptEmbeddings:

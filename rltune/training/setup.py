@@ -112,7 +112,8 @@ def build_run(config: RunConfig, cache: ModelCache | None = None) -> Run:
     prompts = [*train_prompts, *eval_images.prompts, sampler.negative_prompt]
     sampler = replace(sampler, embeddings=cache.embeddings(config, model, prompts))
     judges = tuple(judge for judge in config.evaluate.judges if judge not in JUDGES)
-    rewards = cache.rewards(config, judges, workers.device)
+    is_apart = config.resources.rewards_on == "second_gpu"
+    rewards = cache.rewards(config, judges, workers.second_gpu() if is_apart else workers.device, is_apart=is_apart)
     num_prompts, each = calibration_size(config)
     is_compared = any(compares_images(name, section) for name, section in config.rewards.items() if section.weight > 0)
     return Run(

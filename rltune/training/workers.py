@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from rltune.diffusion.memory import GIB
+from rltune.errors import UserError
 
 
 class Workers:
@@ -22,6 +23,21 @@ class Workers:
         self.rank = int(self._accelerator.process_index)
         self.count = int(self._accelerator.num_processes)
         self.device = cast(torch.device, self._accelerator.device)
+
+    def second_gpu(self) -> torch.device:
+        """Return the GPU after this worker's device; those of a worker follow one another.
+
+        Raises:
+            UserError: There is none.
+        """
+        after = (self.device.index or 0) + 1
+        count = torch.cuda.device_count() if self.device.type == "cuda" else 0
+        if after >= count:
+            raise UserError(
+                f"resources.rewards_on: second_gpu: the worker on {self.device} sees {count} GPUs; "
+                "write resources.gpus_per_worker: 2, on nodes that have them, or rewards_on: same"
+            )
+        return torch.device("cuda", after)
 
     @property
     def is_main(self) -> bool:

@@ -75,6 +75,13 @@ VALUES: list[tuple[str, list[str]]] = [
         "estimator: {draw: unifrom}",
         ["got 'unifrom'; did you mean 'uniform'? known: fixed, uniform, gaussian, per_step"],
     ),
+    (
+        "resources: {rewards_on: second_gpu}",
+        [
+            "resources.rewards_on: a worker has no second GPU where resources.gpus_per_worker is auto; write "
+            "gpus_per_worker: 2"
+        ],
+    ),
     ("resources: {gpus_per_worker: 1.5}", ["more than one GPU must be a whole number, got 1.5; round it up"]),
     ("resources: {precision: fp8}", ["must be 'auto', 'fp32' or 'bf16', got 'fp8'"]),
     ("resources: {concurrent: 0}", ["resources.concurrent: must be 'auto' or a whole number, at least 1, got 0"]),

@@ -1,4 +1,4 @@
-"""Rewards made of rewards: turned round, relative to words, in parts."""
+"""Rewards made of rewards: turned round, relative to words, in parts, on another device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rltune.errors import UserError
 from rltune.rewards.base import REWARDS, Card, Ready, Reward
-from rltune.rewards.wrappers import Frugal, Negate, Relative, features_of
+from rltune.rewards.wrappers import Elsewhere, Frugal, Negate, Relative, features_of
 
 PROMPTS = ["a", "bb", "ccc", "dd", "e"]
 
@@ -155,3 +156,42 @@ def test_a_wrapper_moves_what_it_wraps(wrap: Any) -> None:
 def test_a_reward_without_features_is_named() -> None:
     with pytest.raises(UserError, match="has no features to measure trust by; leave `trust` out"):
         features_of(Negate(REWARDS.build("brightness", {})), make_images(), PROMPTS)
+
+
+# ---- on another device
+
+
+class Weighted(Toy):
+    """Has a weight, as a network has; its device is the weight's."""
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images_B3HW.square().mean(dim=(1, 2, 3)) * torch.full((), 2.0, device=self.device)
+
+    def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images_B3HW.flatten(1) * torch.full((), 2.0, device=self.device)
+
+
+def test_a_reward_elsewhere_sees_images_there_and_answers_where_they_were() -> None:
+    first, second = torch.device("cuda:0"), torch.device("cuda:1")
+    with FakeTensorMode():  # knows devices that are not there, and refuses to compute across two
+        images = torch.rand(2, 3, 4, 4, device=first)
+        toy = Weighted()
+        apart = Elsewhere(Frugal(ready(toy), name="toy", micro_batch=1), second)
+        assert toy.device == second
+        assert apart.to(first) is apart
+        assert toy.device == second
+        found = [apart(images, ["a", "b"]), apart.metric(images, ["a", "b"]), features_of(apart, images, ["a", "b"])]
+        assert {part.device for part in found} == {first}
+        with pytest.raises(RuntimeError, match="device"):
+            toy(images, ["a", "b"])
+
+
+def test_a_reward_elsewhere_is_the_same_reward() -> None:
+    images, toy = make_images(), ready(Toy())
+    apart = Elsewhere(toy, torch.device("cpu"))
+    assert torch.equal(apart(images, PROMPTS), toy(images, PROMPTS))
+    assert torch.equal(apart.metric(images, PROMPTS), toy.metric(images, PROMPTS))
+    assert torch.equal(slope(apart, images), slope(toy, images))
+    assert (apart.value_range, apart.metric_unit, apart.is_differentiable, apart.sees_group) == (
+        toy.value_range, toy.metric_unit, toy.is_differentiable, toy.sees_group
+    )  # fmt: skip
