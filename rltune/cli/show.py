@@ -7,7 +7,8 @@ from shlex import quote
 
 from rich.table import Table
 
-from rltune.cli.tables import front_view, headline, status_view, usage_view
+from rltune.cli.front_table import front_view
+from rltune.cli.tables import headline, status_view, usage_view
 from rltune.cli.terminal import console
 from rltune.errors import UserError
 

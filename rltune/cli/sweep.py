@@ -7,7 +7,8 @@ from pathlib import Path
 from shlex import quote
 
 from rltune.cli.board import watch
-from rltune.cli.tables import front_view, gain_view, nothing_to_export, status_view
+from rltune.cli.front_table import front_view, gain_view, nothing_to_export
+from rltune.cli.tables import status_view
 from rltune.cli.terminal import console, errors, marked
 from rltune.config.conditions import condition_in_words
 from rltune.config.experiment import RunConfig

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from rltune.cli.tables import BEATEN_MARK, BREACH_MARK, PLUS_MINUS, front_view, gain_view, nothing_to_export
+from rltune.cli.front_table import BEATEN_MARK, PLUS_MINUS, front_view, gain_view, nothing_to_export
+from rltune.cli.tables import BREACH_MARK
 from rltune.runs.confirmations import Measured
 from rltune.runs.fronts import front_as_dict
 from rltune.runs.layout import BASE_TRIAL

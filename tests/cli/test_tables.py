@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import RenderableType
 
+from rltune.cli.front_table import front_view, gain_view
 from rltune.cli.tables import (
     format_duration,
     format_value,
-    front_view,
-    gain_view,
     progress_line,
     short_labels,
     status_view,
@@ -196,6 +195,26 @@ def test_knobs_that_do_not_fit_are_named_and_no_digit_is_cut(folder: RunFolder) 
         assert names == ["rank", "w brightnes", "w smoothnes", "lr"][4 - len(names) :]
         assert all(name not in table for name in names), width
     assert not names
+
+
+def test_settings_of_a_front_are_shown_whole_at_any_width(folder: RunFolder) -> None:
+    front = read_front(folder, experiment())
+    assert front is not None
+    (member,) = (member for member in front.members if member.trial == "001")
+    shown = {"rank", "w brightnes", "w smoothnes", "lr"}
+    for width in range(44, 130):
+        lines = render(front_view(front), width)
+        tables = "\n".join(lines).split("Beside each value")[0]
+        assert all(name in tables for name in shown), width
+        assert "\u2026" not in tables, width
+        assert all(format_value(value) in tables for value in member.values.values()), width
+        assert "not shown" not in words(lines)
+    narrow = render(front_view(front), 80)
+    heading = next(number for number, line in enumerate(narrow) if line.split()[:2] == ["trial", "rank"])
+    assert narrow[heading - 1] == ""
+    assert [line.split()[0] for line in narrow[heading + 1 : heading + 3]] == ["001", "Beside"][:2]
+    wide = render(front_view(front), 200)
+    assert sum("rank" in line for line in wide) == 1
 
 
 def test_gains_are_shown_with_paired_intervals() -> None:
