@@ -32,8 +32,8 @@ def test_kills_lose_nothing_and_change_nothing(
 ) -> None:
     path = write(
         rewards={"mine": {"reward": UNHURRIED}, "smoothness": {}},
-        optim={"lr": 0.002, "steps": 120, "batch": 4},
-        evaluate={"every": 5, "prompts": 2},
+        optim={"lr": 0.002, "steps": 80, "batch": 4},
+        evaluate={"every": 10, "prompts": 2},
     )
     run = tmp_path / "runs" / "tiny"
     metrics = run / "trials" / "001" / "metrics.jsonl"
@@ -68,7 +68,7 @@ def test_kills_lose_nothing_and_change_nothing(
     assert process.returncode == 0, output
     results = {result.trial: result for result in read_results(run / "results.jsonl")}
     assert sorted(results) == ["000", "001"]
-    assert [row["step"] for row in read_metrics(metrics)] == list(range(1, 121))
+    assert [row["step"] for row in read_metrics(metrics)] == list(range(1, 81))
 
     expected = trained_alone(path, tmp_path / "whole")
     metrics_of_trial = results["001"].metrics

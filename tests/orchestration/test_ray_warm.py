@@ -21,7 +21,7 @@ def test_a_warm_sweep_survives_and_ends_with_the_numbers_of_trials_trained_alone
 ) -> None:
     path = write(
         rewards={"mine": {"reward": "tests.orchestration.own_rewards:unhurried"}, "smoothness": {}},
-        optim={"lr": {"choice": [0.002, 0.005]}, "steps": 80, "batch": 4},
+        optim={"lr": {"choice": [0.002, 0.005]}, "steps": 60, "batch": 4},
         evaluate={"every": 10, "prompts": 2, "confirm": 0},
         search={"sampler": "grid"},
         resources={"executor": "warm", "concurrent": 1},
@@ -53,7 +53,7 @@ def test_a_warm_sweep_survives_and_ends_with_the_numbers_of_trials_trained_alone
     assert sorted(results) == ["000", "001", "002"]
     for trial in ("001", "002"):
         rows = read_metrics(run / "trials" / trial / "metrics.jsonl")
-        assert [row["step"] for row in rows] == list(range(1, 81))
+        assert [row["step"] for row in rows] == list(range(1, 61))
         expected = trained_alone(path, tmp_path / "whole" / trial, results[trial].values)
         metrics = results[trial].metrics
         assert metrics == {name: expected[name] for name in metrics}
