@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
+    SCMScheduler,
     TCDScheduler,
     UniPCMultistepScheduler,
 )
@@ -29,6 +33,8 @@ SHAPE = (2, 4, 3, 3)
 BETAS = {name: value for name, value in SD15_SCHEDULE.items() if name not in ("steps_offset", "set_alpha_to_one")}
 SDXL = {**BETAS, "prediction_type": "epsilon"}
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+
+FIRST = {"solver_order": 1, "disable_corrector": list(range(9)), "final_sigmas_type": "zero"}
 
 
 def network(x: Tensor, t: Tensor) -> Tensor:
@@ -75,7 +81,13 @@ def ours(table: ChainTable, num_steps: int) -> Tensor:
         (EulerAncestralDiscreteScheduler(**SDXL, timestep_spacing="trailing"), 1.0, {}),
         (EulerAncestralDiscreteScheduler(**{**SDXL, "prediction_type": "v_prediction"}), 1.0, {}),
         (DPMSolverMultistepScheduler(**BETAS, solver_order=1, final_sigmas_type="zero"), 0.0, {}),
+        (DPMSolverMultistepScheduler(**BETAS, solver_order=1, algorithm_type="sde-dpmsolver++"), 1.0, {}),
+        (DPMSolverMultistepScheduler(**FLOW, solver_order=1), 0.0, {}),
+        (UniPCMultistepScheduler(**BETAS, **FIRST), 0.0, {}),
+        (UniPCMultistepScheduler(**FLOW, **FIRST), 0.0, {}),
         (FlowMatchEulerDiscreteScheduler(shift=3.0), 0.0, {}),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True), 1.0, {}),
+        (FlowMatchLCMScheduler(shift=3.0), 1.0, {}),
         (LCMScheduler(**SD15_SCHEDULE), 1.0, {}),
         (TCDScheduler(**SD15_SCHEDULE), 0.3, {"eta": 0.3}),
         (TCDScheduler(**SD15_SCHEDULE), 0.0, {"eta": 0.0}),
@@ -99,6 +111,23 @@ def test_flow_sigmas_of_a_solver_are_a_flow_s(kind: Any) -> None:
     own.set_timesteps(6)
     torch.testing.assert_close(solver.noise_U, own.sigmas.double(), rtol=0, atol=0)
     torch.testing.assert_close(solver.b_T, solver.noise_U.diff(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4])
+def test_a_chain_of_angles_is_the_schedulers_own(num_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SCM's state is ours times sigma_data, and what it leaves is the last clean prediction."""
+    own = SCMScheduler(sigma_data=0.5)
+    grid = {"num_inference_steps": num_steps, **({} if num_steps == 2 else {"intermediate_timesteps": None})}
+    table = read_scheduler(own, num_steps=num_steps, eta=1.0, grid=grid)
+    *fresh, start = noises(num_steps)
+    queue = list(fresh)
+    monkeypatch.setattr("diffusers.schedulers.scheduling_scm.randn_tensor", lambda *_, **__: queue.pop(0))
+    own.set_timesteps(**grid)
+    x = 0.5 * start
+    for t in own.timesteps[:-1]:
+        x, clean = own.step(0.5 * network(x / 0.5, t), t, x, return_dict=False)
+    torch.testing.assert_close(ours(table, num_steps), clean / 0.5, rtol=1e-6, atol=1e-6)
+    assert table.path_weight(num_steps - 1, None) == pytest.approx(-float(table.timesteps_T[-1].sin()))
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
@@ -166,7 +195,15 @@ def test_log_probabilities_back_and_forth_are_those_of_the_posterior_at_eta_1() 
 
 
 REFUSED: list[tuple[Any, dict[str, Any], str]] = [
-    (HeunDiscreteScheduler(), {}, "a step of HeunDiscreteScheduler is not affine in one state; replace it"),
+    (HeunDiscreteScheduler(), {}, "HeunDiscreteScheduler is not affine in one state; write EulerDiscreteScheduler as"),
+    (FlowMatchHeunDiscreteScheduler(), {}, "FlowMatchHeun.* write FlowMatchEulerDiscreteScheduler as _class_name in"),
+    (DEISMultistepScheduler(**FLOW), {}, "DEIS.* write DPMSolverMultistepScheduler as _class_name in the model's"),
+    (DPMSolverMultistepScheduler(thresholding=True), {}, "thresholding makes a step non-affine"),
+    (UniPCMultistepScheduler(use_flow_sigmas=True), {}, "must be flow_prediction with use_flow_sigmas, got 'epsilon'"),
+    (SCMScheduler(), {"eta": 0.0}, "SCM draws every step anew, which is eta 1, got 0; write sampler.eta: 1"),
+    (FlowMatchLCMScheduler(), {"eta": 0.0}, "LCM draws every step anew, which is eta 1"),
+    (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), {}, "draws every step anew, which is eta 1"),
+    (FlowMatchLCMScheduler(scale_factors=[0.5], upscale_mode="bicubic"), {"eta": 1.0}, "scale_factors"),
     (EulerDiscreteScheduler(timestep_type="continuous"), {}, "continuous timesteps"),
     (EulerDiscreteScheduler(prediction_type="sample"), {}, "prediction_type must be epsilon or v_prediction"),
     (EulerDiscreteScheduler(), {"rule": "flow_grpo"}, "rule 'flow_grpo' is that of a flow model"),
@@ -179,7 +216,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("scheduler", "options", "message"), REFUSED, ids=lambda v: v if isinstance(v, str) else "")
 def test_what_is_no_such_table_is_refused(scheduler: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        read_scheduler(scheduler, num_steps=4, **{"eta": 0.0, **options})
+        read_scheduler(scheduler, num_steps=2, **{"eta": 0.0, **options})
 
 
 def test_a_pipeline_s_scheduler_is_left_as_it_is() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
-from rltune.diffusion.families.pipeline import JOINT, FlowFamily
+from rltune.diffusion.families.pipeline import JOINT, FlowFamily, cut_off
 
 EMBEDDED_GUIDANCE = 4.0
 """What FLUX.2-dev is told of guidance; its pipeline's default."""
@@ -95,6 +95,17 @@ class Flux2Dev(Flux2):
 
     embedded_guidance = EMBEDDED_GUIDANCE
     layers = (10, 20, 30)
+
+    def cut_off(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Return prompt -> the end of it that is cut off; a system message stands before it."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input  # the pipeline and all it imports
+
+        processor = self.pipeline.tokenizer
+        tokenizer = getattr(processor, "tokenizer", processor)  # published ones have a processor of text and images
+        chat = format_input(["<prompt>"], system_message=self.pipeline.system_message)
+        before, _ = processor.apply_chat_template(chat, tokenize=False)[0].split("<prompt>")
+        num_before = len(tokenizer(before, add_special_tokens=False).input_ids)
+        return cut_off(tokenizer, prompts, self.max_tokens - num_before + int(tokenizer.num_special_tokens_to_add()))
 
 
 @FAMILIES.register("Flux2KleinPipeline")

@@ -70,16 +70,25 @@ class PipelineFamily(ABC):
         """C."""
         return int(cast(Any, self.network).config.in_channels)
 
+    @property
+    def most_patches(self) -> int | None:
+        """Patches a side that the network knows places of; None for any number."""
+        return None
+
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
         """Return (C, H, W).
 
         Raises:
-            ValueError: A side is not a multiple of the autoencoder's downsampling times the network's patches.
+            ValueError: A side is not a multiple of the autoencoder's downsampling times the network's patches, or has
+                more patches than the network knows places of.
         """
         factor = int(self.pipeline.vae_scale_factor)
         divisor = factor * self.px_per_patch
         if height_px % divisor or width_px % divisor:
             raise ValueError(f"image sides must be multiples of {divisor} px, got {height_px} x {width_px}")
+        if self.most_patches is not None and max(height_px, width_px) > self.most_patches * divisor:
+            most = self.most_patches * divisor
+            raise ValueError(f"image sides must be at most {most} px, got {height_px} x {width_px}")
         return self.num_channels, height_px // factor, width_px // factor
 
     def read_table(self, *, num_steps: int, eta: float, shape: tuple[int, int, int]) -> ChainTable:
@@ -201,8 +210,12 @@ TWO_STREAM_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj",
 
 
 def own_or_ddim(scheduler: Any, *, num_steps: int, eta: float, own: Sequence[str]) -> ChainTable:
-    """Return the table of a scheduler whose class is among ``own``, else DDIM's on its noise schedule."""
-    if type(scheduler).__name__ in own:
+    """Return the table of a scheduler whose class is among ``own``, else DDIM's on its noise schedule.
+
+    Raises:
+        ValueError: It has no such schedule, which a flow model's has not.
+    """
+    if type(scheduler).__name__ in own or not hasattr(scheduler, "betas"):
         return read_scheduler(scheduler, num_steps=num_steps, eta=eta)
     return read_ddim_table(scheduler, num_steps=num_steps, eta=eta)
 

@@ -37,18 +37,10 @@ class StableDiffusion3(FlowFamily):
         """Return the pooled embedding of both CLIP encoders."""
         return cast(Tensor, text["pooled"]).float()
 
-    def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
-        """Return (C, H, W).
-
-        Raises:
-            ValueError: A side is not a multiple of a patch, or has more patches than the network knows places of.
-        """
-        shape = super().latent_shape(height_px, width_px)
-        most = int(self.pipeline.transformer.config.pos_embed_max_size) * self.px_per_patch
-        if max(shape[1:]) > most:
-            largest = most * int(self.pipeline.vae_scale_factor)
-            raise ValueError(f"image sides must be at most {largest} px, got {height_px} x {width_px}")
-        return shape
+    @property
+    def most_patches(self) -> int:
+        """Patches a side of the grid of places."""
+        return int(self.pipeline.transformer.config.pos_embed_max_size)
 
     def _run(self, x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
         output = self.pipeline.transformer(

@@ -54,14 +54,23 @@ def read_scheduler(
     name = type(scheduler).__name__
     if name not in READERS.names():
         raise ValueError(
-            f"a step of {name} is not affine in one state; replace it in the model's scheduler folder by one of "
-            f"{', '.join(READERS.names())}"
+            f"a step of {name} is not affine in one state; write {_instead(scheduler)} as _class_name in the model's "
+            f"scheduler/scheduler_config.json: it reads the same settings"
         )
     own = type(scheduler).from_config(scheduler.config)
     own.set_timesteps(**({"num_inference_steps": num_steps} if grid is None else grid))
-    if len(own.timesteps) != num_steps:
-        raise ValueError(f"{name} makes {len(own.timesteps)} steps of {num_steps}; take another number")
-    return READERS.get(name)(own, eta=eta, rule=rule)
+    table = READERS.get(name)(own, eta=eta, rule=rule)
+    if table.num_steps != num_steps:
+        raise ValueError(f"{name} makes {table.num_steps} steps of {num_steps}; take another number")
+    return table
+
+
+def _instead(scheduler: Any) -> str:
+    """Return the class of the nearest scheduler that has a reader."""
+    if scheduler.config.get("use_flow_sigmas"):
+        return "DPMSolverMultistepScheduler"
+    is_flow = type(scheduler).__name__.startswith("FlowMatch")
+    return "FlowMatchEulerDiscreteScheduler" if is_flow else "EulerDiscreteScheduler"
 
 
 def make_table(timesteps_T: torch.Tensor, columns: Sequence[Any], *, init_scale: float = 1.0) -> ChainTable:

@@ -1,4 +1,4 @@
-"""LCM and TCD: a clean prediction is noised again to the next level. Probed with unit vectors. ``T``: steps."""
+"""LCM, TCD, SCM, LCM of a flow: a clean prediction is noised again to the next level. ``T``: steps."""
 
 import sys
 from collections.abc import Iterator
@@ -20,8 +20,7 @@ def read_lcm(scheduler: Any, *, eta: float, rule: Rule) -> ChainTable:
         ValueError: eta is another.
     """
     only_posterior(rule, "LCM")
-    if eta != 1:
-        raise ValueError(f"LCM draws every step anew, which is eta 1, got {eta:g}; write sampler.eta: 1")
+    _only_anew(eta, "LCM")
     return _probed(scheduler, {})
 
 
@@ -30,6 +29,49 @@ def read_tcd(scheduler: Any, *, eta: float, rule: Rule) -> ChainTable:
     """Return TCD's table (arXiv:2402.19159); eta is its gamma, the share of the way back that is drawn anew."""
     only_posterior(rule, "TCD")
     return _probed(scheduler, {"eta": eta})
+
+
+@READERS.register("SCMScheduler")
+def read_scm(scheduler: Any, *, eta: float, rule: Rule) -> ChainTable:
+    """Return SANA-Sprint's table (arXiv:2503.09641): y = cos t x_0 + sin t n, f = cos t n - sin t x_0 (TrigFlow).
+
+    y is what the scheduler has divided by ``sigma_data``, as the network is given it. Timesteps are angles.
+
+    Raises:
+        ValueError: eta is not 1.
+    """
+    only_posterior(rule, "SCM")
+    _only_anew(eta, "SCM")
+    cos_U, sin_U = scheduler.timesteps.double().cos(), scheduler.timesteps.double().sin()
+    return _anew(scheduler.timesteps[:-1], cos_U[:-1], -sin_U[:-1], cos_U, sin_U)
+
+
+@READERS.register("FlowMatchLCMScheduler")
+def read_flow_lcm(scheduler: Any, *, eta: float, rule: Rule) -> ChainTable:
+    """Return the table of a flow whose every step but the last is drawn anew.
+
+    Raises:
+        ValueError: eta is not 1, the flow runs the other way, or the size of latents changes on the way.
+    """
+    only_posterior(rule, "LCM")
+    _only_anew(eta, "LCM")
+    if scheduler.config.get("invert_sigmas") or scheduler.config.get("scale_factors"):
+        raise ValueError(
+            "invert_sigmas and scale_factors are for other models; switch them off in the scheduler's config"
+        )
+    sigma_U = scheduler.sigmas.double()
+    return _anew(scheduler.timesteps, torch.ones_like(sigma_U[:-1]), -sigma_U[:-1], 1 - sigma_U, sigma_U)
+
+
+def _only_anew(eta: float, name: str) -> None:
+    if eta != 1:
+        raise ValueError(f"{name} draws every step anew, which is eta 1, got {eta:g}; write sampler.eta: 1")
+
+
+def _anew(timesteps_T: Tensor, d_T: Tensor, e_T: Tensor, signal_U: Tensor, noise_U: Tensor) -> ChainTable:
+    """Return the table of a clean prediction d x + e f that is noised to the next level."""
+    columns = (signal_U[1:] * d_T, signal_U[1:] * e_T, noise_U[1:], d_T, e_T, signal_U, noise_U)
+    return make_table(timesteps_T, columns)
 
 
 def _probed(scheduler: Any, options: dict[str, Any]) -> ChainTable:

@@ -39,8 +39,20 @@ def read_euler(scheduler: Any, *, eta: float, rule: Rule) -> ChainTable:
 @READERS.register("DPMSolverMultistepScheduler")
 @READERS.register("UniPCMultistepScheduler")
 def read_first_order(scheduler: Any, *, eta: float, rule: Rule) -> ChainTable:
-    """Return the table of the solver's first order on its own levels: a later order looks at the step before too."""
+    """Return the table of the solver's first order on its own levels: a later order looks at the step before too.
+
+    UniPC's corrector does so as well, and is left out. The first order of SDE-DPM-Solver++ is that of DPM-Solver++ at
+    eta 1.
+
+    Raises:
+        ValueError: It clips clean predictions, or the network predicts something that it does not know.
+    """
+    if scheduler.config.get("thresholding"):
+        raise ValueError("thresholding makes a step non-affine; switch it off in the scheduler's config")
     if scheduler.config.get("use_flow_sigmas"):
+        if scheduler.config.prediction_type != "flow_prediction":
+            kind = scheduler.config.prediction_type
+            raise ValueError(f"prediction_type must be flow_prediction with use_flow_sigmas, got {kind!r}")
         return read_flow(scheduler, eta=eta, rule=rule)
     only_posterior(rule, type(scheduler).__name__)
     return _variance_preserving(scheduler, scheduler.sigmas.double().numpy(), eta=eta, init_scale=1.0)

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 
 from rltune.diffusion.schedulers.base import READERS, Rule, make_table
+from rltune.diffusion.schedulers.consistency import read_flow_lcm
 from rltune.diffusion.table import ChainTable
 
 
@@ -17,8 +18,10 @@ def read_flow(scheduler: Any, *, eta: float, rule: Rule) -> ChainTable:
     level; its last step adds noise too, which the published code leaves out of training.
 
     Raises:
-        ValueError: ``invert_sigmas`` is on.
+        ValueError: ``invert_sigmas`` is on; ``stochastic_sampling`` is, and eta is not 1.
     """
+    if scheduler.config.get("stochastic_sampling"):
+        return read_flow_lcm(scheduler, eta=eta, rule=rule)
     if scheduler.config.get("invert_sigmas"):
         raise ValueError("invert_sigmas runs the flow the other way; switch it off in the scheduler's config")
     sigma_U = scheduler.sigmas.double().numpy()
