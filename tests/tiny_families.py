@@ -188,7 +188,7 @@ def aura_flow() -> AuraFlowPipeline:
         num_attention_heads=2,
         joint_attention_dim=32,
         caption_projection_dim=32,
-        pos_embed_max_size=256,
+        pos_embed_max_size=24**2,
     )
     encoder = {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4}
     return AuraFlowPipeline(
@@ -232,3 +232,8 @@ def fresh(make: Callable[[], Any]) -> Any:
 
 def family_of(pipeline: Any) -> ModelFamily:
     return FAMILIES.get(type(pipeline).__name__)(pipeline)
+
+
+def own_eta(model: ModelFamily) -> float:
+    """What the scheduler of one of them takes: SANA-Sprint's draws every step anew."""
+    return 1.0 if type(model).__name__ == "SanaSprint" else 0.0

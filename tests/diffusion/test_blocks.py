@@ -16,7 +16,7 @@ from rltune.diffusion.families.base import FAMILIES, ModelFamily
 from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.diffusion.memory import measure_call, stored_bytes
 from rltune.diffusion.sampler import Sampler
-from tests.tiny_families import PIPELINES, lively
+from tests.tiny_families import PIPELINES, lively, own_eta
 from tests.toys import fill, unet_toy
 
 PROMPTS = ["a cat", "two red birds on a branch"]
@@ -37,7 +37,7 @@ def adapted(name: str, dtype: torch.dtype) -> ModelFamily:
 
 
 def sampler_of(model: ModelFamily, shape: tuple[int, int, int], **settings: Any) -> Sampler:
-    table = model.read_table(num_steps=T, eta=0.0, shape=shape)
+    table = model.read_table(num_steps=T, eta=own_eta(model), shape=shape)
     return Sampler(model, PromptEmbeddings(model, PROMPTS), table, **{"guidance_scale": 1.0, **settings})
 
 
@@ -47,7 +47,8 @@ def latents(model: ModelFamily, shape: tuple[int, int, int]) -> Tensor:
 
 def gradient(sampler: Sampler, x_BCHW: Tensor, weight: Callable[[Tensor], Tensor] = torch.square) -> list[Tensor]:
     parameters = lora_parameters(sampler.model.network)
-    x_0 = sampler.latents(PROMPTS, x_BCHW, plan=GradientPlan.last(2, T), noise=None)
+    plan = GradientPlan.last(2, T)
+    x_0 = sampler.latents(PROMPTS, x_BCHW, plan=plan, noise=lambda _: torch.zeros_like(x_BCHW))
     found = torch.autograd.grad(weight(sampler.decode(x_0)).sum(), parameters, allow_unused=True)
     return [torch.zeros(()) if part is None else part for part in found]
 

@@ -13,7 +13,7 @@ from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.diffusion.outline import load_outline
 from rltune.diffusion.sampler import Sampler, guided_denoiser
-from tests.tiny_families import PIPELINES, family_of, fresh, made
+from tests.tiny_families import PIPELINES, family_of, fresh, made, own_eta
 from tests.toys import fill
 
 PROMPTS = ["a cat", "two red birds on a blue branch"]
@@ -37,10 +37,6 @@ def sampler_of(model: ModelFamily, embeddings: PromptEmbeddings, *, eta: float) 
     return Sampler(model, embeddings, model.read_table(num_steps=T, eta=eta, shape=shape), 2.0)
 
 
-def eta_of(name: str) -> float:
-    return 1.0 if name == "sana_sprint" else 0.0
-
-
 def drawn(model: ModelFamily, dtype: torch.dtype) -> tuple[Tensor, list[Tensor], Tensor]:
     """x_T, the noise of each step, and a weight for each pixel."""
     generator = torch.Generator().manual_seed(1)
@@ -62,7 +58,7 @@ def test_the_gradient_is_that_of_finite_differences_and_of_plain_autograd(name: 
     parameters = adapted(model)
     for parameter in parameters:
         parameter.data = parameter.data.double()
-    sampler = sampler_of(model, embeddings_of(name), eta=eta_of(name))
+    sampler = sampler_of(model, embeddings_of(name), eta=own_eta(model))
     x, noises, weight = drawn(model, torch.float64)
 
     def value() -> Tensor:
@@ -114,8 +110,8 @@ def test_a_folder_of_it_loads_samples_and_carries_gradient_in_both_precisions(na
         assert (outline.size_px, outline.latent_shape(32, 16)) == (model.size_px, model.latent_shape(32, 16))
         assert not any(parameter.requires_grad for parameter in model.network.parameters())
         parameters = adapted(model)
-        sampler = sampler_of(model, PromptEmbeddings(model), eta=eta_of(name))
-        table = outline.read_table(num_steps=T, eta=eta_of(name), shape=model.latent_shape(SIDE, SIDE))
+        sampler = sampler_of(model, PromptEmbeddings(model), eta=own_eta(model))
+        table = outline.read_table(num_steps=T, eta=own_eta(model), shape=model.latent_shape(SIDE, SIDE))
         assert torch.equal(table.b_T, sampler.table.b_T)
         x, noises, _ = drawn(model, torch.float32)
         image = sampler.decode(sampler.latents(PROMPTS, x, plan=GradientPlan.last(1, T), noise=noises.__getitem__))
