@@ -19,13 +19,14 @@ BEATEN_MARK = "~"
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 
 
-def front_view(front: Front) -> RenderableType:
+def front_view(front: Front, *, where: Sequence[str] = ()) -> RenderableType:
     """Return the front as a table, with what it was measured on, who does not hold its place, and its hypervolume.
 
-    Settings that do not fit beside the objectives stand below them.
+    Settings that do not fit beside the objectives stand below them. ``where`` are the conditions that trials meet.
     """
     paths = list(dict.fromkeys(path for member in front.members for path in member.values))
-    parts = [*_measured(front), *_marked(front), _volume(front)]
+    asked = [f"Of the trials with {', '.join(where)} in the search."] if where else []
+    parts = [*asked, *_measured(front), *_marked(front), _volume(front)]
     notes = Text(" ".join(parts), style="dim")
     table = FittedTable(
         lambda shown: _front_table_with(shown, front), paths, below=lambda shown: _settings_table_with(shown, front)

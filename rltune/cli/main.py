@@ -124,11 +124,25 @@ def status(
 
 
 @app.command()
-def front(run: RunArgument) -> None:
-    """Show the Pareto front, its hypervolume and its knee."""
+def front(
+    run: RunArgument,
+    objectives: Annotated[
+        str | None, typer.Option(help="What it is over, with commas between: any rewards and judges; else the run's.")
+    ] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="Only trials with 'diversity > 0.8', 'rank <= 4', and so on. Repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as front.json has it.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print it as front.csv has it.")] = False,
+) -> None:
+    """Show the Pareto front, its hypervolume, its knee, and the settings of its members."""
     from rltune.cli.show import show_front
+    from rltune.errors import UserError
 
-    show_front(run)
+    if as_json and as_csv:
+        raise UserError("--json and --csv: got both; give one")
+    names = [name.strip() for name in (objectives or "").split(",") if name.strip()]
+    show_front(run, objectives=names, where=where or [], form="json" if as_json else "csv" if as_csv else "table")
 
 
 @app.command()

@@ -1,16 +1,22 @@
 """Commands that only read: ``status``, ``front``, ``estimators``."""
 
+import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
+from typing import Literal
 
+import typer
 from rich.table import Table
 
 from rltune.cli.front_table import front_view
 from rltune.cli.tables import headline, status_view, usage_view
 from rltune.cli.terminal import console
 from rltune.errors import UserError
+
+FrontForm = Literal["table", "json", "csv"]
 
 
 def show_status(run: Path, *, with_usage: bool = False) -> None:
@@ -34,22 +40,33 @@ def show_status(run: Path, *, with_usage: bool = False) -> None:
     console.print(usage_view(status.usage))
 
 
-def show_front(run: Path) -> None:
+def show_front(run: Path, *, objectives: Sequence[str] = (), where: Sequence[str] = (), form: FrontForm) -> None:
     """Print the Pareto front of a run.
 
+    Args:
+        run: Its folder.
+        objectives: What it is over; the experiment's if left out.
+        where: Conditions that its trials meet.
+        form: As a table for readers, or as JSON or CSV for programs.
+
     Raises:
-        UserError: The base model has no result yet.
+        UserError: The base model has no result yet, or something named was not measured.
     """
-    from rltune.runs.fronts import read_front
+    from rltune.runs.fronts import front_as_csv, front_as_dict, read_front
     from rltune.runs.record import read_run
 
     folder, experiment = read_run(run)
-    front = read_front(folder, experiment)
+    front = read_front(folder, experiment, objectives=objectives, where=where)
     if front is None:
         raise UserError(
             f"{run}: the base model has no result yet, so there is no front; see: rltune status {quote(str(run))}"
         )
-    console.print(front_view(front))
+    if form == "json":
+        typer.echo(json.dumps(front_as_dict(front), indent=2))
+    elif form == "csv":
+        typer.echo(front_as_csv(front), nl=False)
+    else:
+        console.print(front_view(front, where=where))
 
 
 def show_estimators() -> None:

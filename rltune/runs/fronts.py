@@ -7,29 +7,67 @@ from dataclasses import replace
 from typing import Any
 
 from rltune.config.load import Experiment
+from rltune.errors import UserError
+from rltune.registry import suggest
 from rltune.runs.base_scores import BaseScores, load_scores
 from rltune.runs.confirmations import confirmed_front, read_confirmations
+from rltune.runs.filters import keep, parse_condition
 from rltune.runs.layout import RunFolder
 from rltune.runs.objectives import Front, Objectives, find_front
 from rltune.runs.record import base_folder, read_record
 from rltune.runs.results import TrialResult, read_results
 
 
-def read_front(folder: RunFolder, experiment: Experiment) -> Front | None:
+def read_front(
+    folder: RunFolder, experiment: Experiment, *, objectives: Sequence[str] = (), where: Sequence[str] = ()
+) -> Front | None:
     """Return a run's front from its folder alone, or None while the base model has no result.
 
     It is by the fresh measurements of its members where all of them have one.
+
+    Args:
+        folder: The run.
+        experiment: Its experiment.
+        objectives: What the front is over, any rewards and judges that were measured; the experiment's if left out.
+        where: Conditions on trials, such as ``diversity > 0.8``, by the numbers of the search; the others are left out.
+
+    Raises:
+        UserError: An objective or a condition names what was not measured.
     """
     reference = load_scores(base_folder(folder, read_record(folder)))
-    front = search_front(read_results(folder.results_file), experiment, reference)
+    if reference is None:
+        return None
+    results = read_results(folder.results_file)
+    results = keep(results, [parse_condition(text, results) for text in where])
+    front = search_front(results, experiment, reference, objectives=checked(objectives, reference))
     return front and (confirmed_front(front, experiment, read_confirmations(folder)) or front)
 
 
-def search_front(results: Sequence[TrialResult], experiment: Experiment, reference: BaseScores | None) -> Front | None:
+def checked(objectives: Sequence[str], reference: BaseScores) -> tuple[str, ...]:
+    """Return objectives that a reader asks for.
+
+    Raises:
+        UserError: One was not measured, or is named twice.
+    """
+    for name in objectives:
+        if name not in reference.values:
+            raise UserError(f"--objectives: {name!r} was not measured; {suggest(name, tuple(reference.values))}")
+        if objectives.count(name) > 1:
+            raise UserError(f"--objectives: {name!r} is named twice; name each once")
+    return tuple(objectives)
+
+
+def search_front(
+    results: Sequence[TrialResult],
+    experiment: Experiment,
+    reference: BaseScores | None,
+    *,
+    objectives: tuple[str, ...] = (),
+) -> Front | None:
     """Return the front by the evaluations that trials were chosen by, or None while the base model has no result."""
     if reference is None:
         return None
-    front = find_front(results, Objectives(experiment.shared.objective_names), reference.sizes)
+    front = find_front(results, Objectives(objectives or experiment.shared.objective_names), reference.sizes)
     return front and replace(front, num_prompts=experiment.shared.evaluate.prompts, unit_words=reference.unit_words)
 
 
