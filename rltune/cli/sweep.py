@@ -30,6 +30,7 @@ from rltune.orchestration.campaign import (
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.inspection import Inputs, weights_in_words
 from rltune.orchestration.known import known_names
+from rltune.orchestration.memory_check import memory_in_words
 from rltune.orchestration.plan import Plan
 from rltune.orchestration.workload import Workload
 from rltune.runs.status import read_status
@@ -220,6 +221,22 @@ def _prompts(experiment: Experiment, inputs: Inputs) -> dict[str, str]:
     return lines
 
 
+def _memory(plan: Plan) -> dict[str, str]:
+    """Say what a worker will take of memory; nothing where the base model is not on this machine."""
+    if plan.memory is None:
+        return {}
+    where = "GPU" if plan.workload.num_gpus_per_worker else "worker"
+    how = [
+        text
+        for text, is_so in (
+            ("blocks in checkpoints", plan.memory.has_blocks),
+            ("decoded in tiles", plan.memory.is_tiled),
+        )
+        if is_so
+    ]
+    return {"memory": "; ".join([f"about {memory_in_words(plan.memory)} a {where} at the most", *how])}
+
+
 def print_plan(plan: Plan, cluster: Cluster | None) -> None:
     """Print a plan, one fact a line."""
     experiment, work, inputs = plan.experiment, plan.workload, plan.inputs
@@ -235,6 +252,7 @@ def print_plan(plan: Plan, cluster: Cluster | None) -> None:
         "a trial": f"{work.num_steps} steps of {work.images_per_step} images, {work.num_evaluations} evaluations of "
         f"{work.images_per_evaluation}; {_workers(work)}",
         "images": f"{work.num_images:,} in all",
+        **_memory(plan),
         "objectives": ", ".join(config.objective_names),
         "runs on": where if cluster is None or cluster.num_nodes == 1 else f"{where}, {_nodes(work, cluster)}",
     }

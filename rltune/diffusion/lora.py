@@ -180,6 +180,11 @@ def _with_magnitude(weight: Tensor, update: Tensor, magnitude: Tensor) -> Tensor
     return (whole - weight.double()).to(torch.promote_types(weight.dtype, update.dtype))
 
 
+def adapted_weights(network: nn.Module) -> list[Tensor]:
+    """Return the frozen weights that adapters belong to."""
+    return [layer.get_base_layer().weight for layer in _lora_layers(network)]
+
+
 def fold_scale(state: dict[str, Tensor], *, scale: float) -> dict[str, Tensor]:
     """Return adapters whose update B A already contains ``scale``; DoRA's magnitudes stay as they are.
 

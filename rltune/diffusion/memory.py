@@ -1,14 +1,14 @@
 """How many activations fit: what the backward pass would store, and what memory is free."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from rltune.diffusion.blocks import Forward, run_blocks_by
 
@@ -70,6 +70,21 @@ class Stored:
     """With a checkpoint around every block: the blocks' inputs, and what lies outside of blocks."""
     largest: int
     """What the largest block adds to that while it is computed again."""
+    tensor: int = 0
+    """The largest tensor among it all."""
+
+
+@dataclass(frozen=True)
+class _BlockCount:
+    """What one block stores, for others like it."""
+
+    stored: tuple[int, ...]
+    """Numbers of the tensors, inputs first, that are stored and live on behind the block."""
+    others: int
+    """Bytes of what else is stored."""
+    largest: int
+    results: Any
+    """As the block returns them; tensors of them are drawn anew."""
 
 
 class _CallMeter:
@@ -79,14 +94,17 @@ class _CallMeter:
         self._weights = _weights(network)
         self._outside, self._counted = _Storages(), _Storages()
         self._block: _Storages | None = None
-        self._plain = self._largest = 0
+        self._plain = self._largest = self._tensor = 0
+        self._alike: dict[Hashable, _BlockCount] = {}
 
     @property
     def stored(self) -> Stored:
-        return Stored(self._plain, self._outside.bytes_besides(self._weights), self._largest)
+        return Stored(self._plain, self._outside.bytes_besides(self._weights), self._largest, self._tensor)
 
     def pack(self, tensor: Tensor) -> None:
         """Take note, and hold nothing: nobody goes back through this call."""
+        if tensor not in self._weights:
+            self._tensor = max(self._tensor, tensor.nbytes)
         if self._block is not None:
             self._block.add(tensor)
             return
@@ -97,22 +115,65 @@ class _CallMeter:
         inputs = _tensors((args, kwargs))
         for tensor in inputs:
             self._outside.add(tensor)
+        # without values, blocks that are alike need not run again: on the device meta every operation takes a while
+        key = _kind_of(forward, args, kwargs) if inputs and inputs[0].device.type == "meta" else None
+        known = self._alike.get(key)
+        if known is None:
+            known = self._run_block(forward, args, kwargs, inputs)
+            result = known.results
+            if key is not None:
+                self._alike[key] = known
+        else:
+            result = _drawn_anew(known.results)
+        lasting = (*inputs, *_tensors(result))
+        for number in known.stored:  # another block may store them again
+            self._count(lasting[number])
+        self._plain += known.others
+        self._largest = max(self._largest, known.largest)
+        return result
+
+    def _run_block(
+        self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], inputs: Sequence[Tensor]
+    ) -> _BlockCount:
         block = self._block = _Storages()
         try:
             result = forward(*args, **kwargs)
         finally:
             self._block = None
-        lasting = [tensor for tensor in (*inputs, *_tensors(result)) if tensor in block]
-        for tensor in lasting:  # another block may store them again
-            self._count(tensor)
-        self._plain += block.bytes_besides(self._counted, self._weights)
-        self._largest = max(self._largest, block.bytes_besides(self._outside, self._weights))
-        return result
+        lasting = [*inputs, *_tensors(result)]
+        stored = tuple(number for number, tensor in enumerate(lasting) if tensor in block)
+        kept = _Storages(lasting[number] for number in stored)
+        return _BlockCount(
+            stored,
+            others=block.bytes_besides(kept, self._weights),
+            largest=block.bytes_besides(self._outside, self._weights),
+            results=result,
+        )
 
     def _count(self, tensor: Tensor) -> None:
         if tensor not in self._counted and tensor not in self._weights:
             self._counted.add(tensor)
             self._plain += tensor.untyped_storage().nbytes()
+
+
+def _kind_of(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    """Return what two blocks and their arguments have in common where they store the same."""
+    block: nn.Module = forward.__self__  # type: ignore[attr-defined]  # a bound method
+    weights = tuple((weight.shape, weight.dtype, weight.requires_grad) for weight in block.parameters())
+    leaves = tuple(
+        (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else repr(leaf)
+        for leaf in tree_leaves((args, kwargs))
+    )
+    return type(block), weights, leaves
+
+
+def _drawn_anew(results: Any) -> Any:
+    """Return results as another block alike would give them: of the same shapes, in memory of their own."""
+
+    def draw(leaf: Any) -> Any:
+        return torch.empty_like(leaf).requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(draw, results)
 
 
 def measure_call(run: Callable[[], Tensor], network: nn.Module) -> Stored:
@@ -150,6 +211,11 @@ def free_bytes(device: torch.device) -> int:
         own = int(total * torch.cuda.get_per_process_memory_fraction(device)) - torch.cuda.memory_reserved(device)
         return int(SHARE_OF_FREE * max(0, min(free, own)))
     return int(SHARE_OF_FREE * _free_host_bytes() / len(os.sched_getaffinity(0)))
+
+
+def host_bytes() -> int:
+    """Return the memory of this machine, whatever is in use of it."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _free_host_bytes() -> int:

@@ -113,6 +113,8 @@ class Sampler:
     """Whether the image decoder keeps its activations."""
     tiling: Tiling | None = None
     """Tiles in which images are decoded where gradient flows; without gradient they are decoded whole."""
+    is_decoded_singly: bool = False
+    """Whether images without gradient are decoded one at a time, since few of them fit into memory."""
     use_bf16_prefix: bool = False
     """Run the steps without gradient in bfloat16: faster on hardware that has it, a trajectory that differs by it."""
 
@@ -148,7 +150,10 @@ class Sampler:
     def decode(self, x_BCHW: Tensor) -> Tensor:
         """Decode x_0 -> RGB in [0, 1] (B, 3, height, width)."""
         if not x_BCHW.requires_grad:
-            return self.model.decode(x_BCHW)
+            parts = x_BCHW.split(1) if self.is_decoded_singly else [x_BCHW]
+            return (
+                torch.cat([self.model.decode(part) for part in parts]) if len(parts) > 1 else self.model.decode(x_BCHW)
+            )
         if self.tiling is not None:
             return decode_in_tiles(self.model.decode, x_BCHW, self.tiling, is_kept=self.is_decoder_kept)
         if self.is_decoder_kept:

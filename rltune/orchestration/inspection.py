@@ -42,6 +42,8 @@ class Inputs:
     """Prompt -> the end of it that the text encoder does not read."""
     missing: Mapping[str, tuple[WeightsFile, ...]] = field(default_factory=dict)
     """Reward -> published files that are not on this machine."""
+    outline: ModelFamily | None = field(default=None, compare=False)
+    """The base model without values; None where it is not on this machine."""
 
 
 class Faults:
@@ -97,7 +99,7 @@ def inspect_experiment(
     prompts = _check_prompts(experiment, faults, folder)
     model = _check_base(experiment, faults, is_attached=is_attached)
     named = [prompt for found in prompts.values() for prompt in found.prompts]
-    return Inputs(prompts, model.cut_off(named) if model is not None else {}, missing)
+    return Inputs(prompts, model.cut_off(named) if model is not None else {}, missing, model)
 
 
 def _check_grid(experiment: Experiment) -> None:

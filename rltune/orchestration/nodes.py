@@ -8,6 +8,23 @@ from typing import Any
 ACCELERATOR_PREFIX = "accelerator_type:"
 """Ray's name for what a node's accelerators are: a resource of 1 under this and the type."""
 ROUNDING = 1e-9
+GPU_GIB: Mapping[str, float] = {
+    "P4": 8,
+    "K80": 12,
+    "P100": 16,
+    "T4": 16,
+    "A10G": 24,
+    "L4": 24,
+    "V100": 32,
+    "A100-40G": 40,
+    "L40S": 48,
+    "A100": 80,
+    "A100-80G": 80,
+    "H100": 80,
+    "H20": 141,
+    "H200": 141,
+}
+"""Type of accelerator, as Ray names it -> memory of one; the larger where there are several under a name."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,8 @@ class Node:
     num_gpus: float = 0.0
     accelerators: frozenset[str] | None = frozenset()
     """Types of its accelerators; None where they are not known, which no trial is refused for."""
+    gpu_gib: float | None = None
+    """Memory of its smallest GPU; None where that is not known."""
 
     def __str__(self) -> str:
         kinds = f" ({', '.join(sorted(self.accelerators))})" if self.accelerators else ""
@@ -56,15 +75,23 @@ def read_nodes(rows: Iterable[Mapping[str, Any]]) -> tuple[Node, ...]:
         Node(
             num_cpus=float(row["Resources"].get("CPU", 0.0)),
             num_gpus=float(row["Resources"].get("GPU", 0.0)),
-            accelerators=frozenset(
-                name.removeprefix(ACCELERATOR_PREFIX)
-                for name in row["Resources"]
-                if name.startswith(ACCELERATOR_PREFIX)
-            ),
+            accelerators=kinds,
+            gpu_gib=min((GPU_GIB[kind] for kind in kinds if kind in GPU_GIB), default=None),
         )
         for row in rows
         if row["Alive"]
+        for kinds in [_accelerators(row["Resources"])]
     )
+
+
+def _accelerators(resources: Iterable[str]) -> frozenset[str]:
+    return frozenset(name.removeprefix(ACCELERATOR_PREFIX) for name in resources if name.startswith(ACCELERATOR_PREFIX))
+
+
+def smallest_gpu_gib(nodes: Iterable[Node], need: WorkerNeed) -> float | None:
+    """Return the memory that a worker has on the smallest GPU it may come to; None where no GPU's is known."""
+    sizes = [node.gpu_gib for node in nodes if node.gpu_gib is not None and node.num_fitting(need)]
+    return min(sizes) * min(1.0, need.num_gpus) if sizes and need.num_gpus else None
 
 
 def count_slots(nodes: Iterable[Node], need: WorkerNeed) -> int:

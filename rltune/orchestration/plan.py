@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from rltune.config.load import Experiment
 from rltune.orchestration.claiming import check_claim
 from rltune.orchestration.inspection import Faults, Inputs, inspect_experiment
+from rltune.orchestration.memory_check import check_memory
 from rltune.orchestration.nodes import Node
 from rltune.orchestration.workload import Workload, work_out
 from rltune.runs.layout import RunFolder
+from rltune.training.forecast import Forecast
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class Plan:
     """Of its run."""
     workload: Workload
     inputs: Inputs
+    memory: Forecast | None = None
+    """What a worker takes at the first value of every distribution; None where the base model is not on this machine.
+    """
 
 
 def plan(experiment: Experiment, nodes: Sequence[Node], folder: RunFolder, *, is_attached: bool = False) -> Plan:
@@ -48,13 +53,22 @@ def plan(experiment: Experiment, nodes: Sequence[Node], folder: RunFolder, *, is
     if is_whole and workload is not None:
         with faults.noted():
             check_claim(folder, experiment, precision=workload.precision)
+    memory = None
+    if not faults and workload is not None and inputs.outline is not None:
+        with faults.noted():
+            memory = check_memory(experiment.shared, inputs.outline, workload, nodes, is_here=not is_attached)
     faults.raise_any(experiment.source)
     assert workload is not None  # or there was a fault
-    return Plan(experiment, folder, workload, inputs)
+    return Plan(experiment, folder, workload, inputs, memory)
 
 
 def this_machine() -> Node:
     """Return what a cluster that is started on this machine will have."""
     import torch
 
-    return Node(float(os.cpu_count() or 1), float(torch.cuda.device_count()), accelerators=None)
+    from rltune.diffusion.memory import GIB
+
+    count, sizes = torch.cuda.device_count(), list[float]()
+    if torch.cuda.is_available():
+        sizes = [torch.cuda.get_device_properties(number).total_memory / GIB for number in range(count)]
+    return Node(float(os.cpu_count() or 1), float(count), accelerators=None, gpu_gib=min(sizes, default=None))

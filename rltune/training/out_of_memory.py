@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rltune.diffusion.blocks import blocks_of
 from rltune.diffusion.tiles import TILE_PX
 from rltune.errors import OutOfMemory, RltuneError, is_out_of_memory
-from rltune.training.setup import Run
+from rltune.training.setup import Run, image_px
 
 
 @contextmanager
@@ -36,12 +36,6 @@ def _message(run: Run, error: Exception, is_evaluation: bool) -> str:
     return f"out of memory {what} on {run.workers.device}: {detail}; {', or '.join(_remedies(run, is_evaluation))}"
 
 
-def _image_px(run: Run) -> int:
-    """Return the longer side of the images."""
-    sampler, size_px = run.config.sampler, run.model.size_px
-    return max(sampler.height or size_px[0], sampler.width or size_px[1])
-
-
 def _remedies(run: Run, is_evaluation: bool) -> Iterator[str]:
     """What takes less memory, that which changes no result first."""
     config = run.config
@@ -54,7 +48,7 @@ def _remedies(run: Run, is_evaluation: bool) -> Iterator[str]:
             yield "write estimator.checkpoint: always"
         if config.resources.checkpoint_blocks is not True and blocks_of(run.model.network):
             yield "write resources.checkpoint_blocks: true"
-        if run.sampler.tiling is None and _image_px(run) > TILE_PX:
+        if run.sampler.tiling is None and max(image_px(config, run.model)) > TILE_PX:
             yield "write resources.decoder_tiles: true"
         if config.estimator.k is not None and config.estimator.k > 1:
             yield "lower estimator.k"

@@ -8,17 +8,12 @@ from torch import Tensor
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.blocks import blocks_of, checkpoint_blocks
-from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.memory import GIB, Stored, free_bytes, measure_call, stored_bytes
 from rltune.diffusion.sampler import Sampler
-from rltune.diffusion.tiles import Tiling
 from rltune.errors import UserError
-from rltune.training.setup import Run, image_shape
+from rltune.training.setup import Run
 
 logger = logging.getLogger(__name__)
-
-WHOLE_PX = 768
-"""Longest side of an image, or of those a model was made for, up to which ``decoder_tiles: auto`` decodes whole."""
 
 
 def with_room(run: Run, config: RunConfig) -> Sampler:
@@ -31,7 +26,7 @@ def with_room(run: Run, config: RunConfig) -> Sampler:
     Raises:
         UserError: Blocks are to be checkpointed, and the network names none.
     """
-    sampler = replace(run.sampler, tiling=tiling(config, run.model))
+    sampler = run.sampler
     mode = config.estimator.checkpoint
     step = None
     if mode == "auto" or (config.resources.checkpoint_blocks == "auto" and mode != "never"):
@@ -43,20 +38,6 @@ def with_room(run: Run, config: RunConfig) -> Sampler:
         return replace(sampler, num_kept=sampler.num_steps, is_decoder_kept=True)
     assert step is not None
     return _kept(run, config, sampler, step, has_blocks=has_blocks)
-
-
-def tiling(config: RunConfig, model: ModelFamily) -> Tiling | None:
-    """Return the tiles that images are decoded in while training; None for whole images.
-
-    Raises:
-        UserError: The image size is not one the model can make.
-    """
-    height_px = config.sampler.height or model.size_px[0]
-    width_px = config.sampler.width or model.size_px[1]
-    wanted = config.resources.decoder_tiles
-    if wanted == "auto":
-        wanted = max(height_px, width_px) > WHOLE_PX and max(model.size_px) > WHOLE_PX
-    return Tiling.of(height_px // image_shape(config, model)[1]) if wanted else None
 
 
 def _set_blocks(run: Run, config: RunConfig, step: Stored | None) -> bool:

@@ -16,6 +16,7 @@ from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import unfit_targets
 from rltune.diffusion.sampler import Sampler
+from rltune.diffusion.tiles import Tiling
 from rltune.errors import UserError
 from rltune.estimators.base import ESTIMATORS, Estimator
 from rltune.rewards.base import Reward
@@ -33,8 +34,11 @@ logger = logging.getLogger(__name__)
 NUM_CALIBRATION_IMAGES = 32
 """Images of the first training prompts, in turn, that the unit of a reward is measured on."""
 
-EVAL_BATCH = 16
-"""Images sampled at a time without gradient at least, where memory is not known to be short."""
+EVAL_BATCH, EVAL_BATCH_LARGE = 16, 4
+"""Images sampled at a time without gradient at least, where memory is not known to be short; the latter of large ones.
+"""
+LARGE_PX = 768
+"""Longest side of an image, and of those that its model was made for, above which it counts as large."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Run:
     @property
     def eval_batch(self) -> int:
         """Images sampled at a time without gradient."""
-        batch = max(EVAL_BATCH, self.micro_batch)
+        batch = max(EVAL_BATCH_LARGE if self.sampler.is_decoded_singly else EVAL_BATCH, self.micro_batch)
         return batch if self.max_eval_batch is None else min(batch, self.max_eval_batch)
 
     @property
@@ -202,8 +206,34 @@ def make_sampler(config: RunConfig, model: ModelFamily) -> Sampler:
         guidance_scale=config.sampler.guidance,
         num_base_steps=config.sampler.base_steps,
         guidance_gradient=config.estimator.guidance_gradient,
+        tiling=tiling(config, model),
+        is_decoded_singly=is_large(config, model),
         use_bf16_prefix=config.resources.prefix_precision == "bf16",
     )
+
+
+def is_large(config: RunConfig, model: ModelFamily) -> bool:
+    """Return whether images are so large, and the model made for such, that few of them fit into memory at a time."""
+    return max(image_px(config, model)) > LARGE_PX and max(model.size_px) > LARGE_PX
+
+
+def image_px(config: RunConfig, model: ModelFamily) -> tuple[int, int]:
+    """Return height and width of an experiment's images."""
+    return config.sampler.height or model.size_px[0], config.sampler.width or model.size_px[1]
+
+
+def tiling(config: RunConfig, model: ModelFamily) -> Tiling | None:
+    """Return the tiles that images are decoded in where gradient flows; None for whole images.
+
+    It follows from the model and the image size alone, never from what is free: tiles change numbers.
+
+    Raises:
+        UserError: The image size is not one the model can make.
+    """
+    wanted = config.resources.decoder_tiles
+    if not (is_large(config, model) if wanted == "auto" else wanted):
+        return None
+    return Tiling.of(image_px(config, model)[0] // image_shape(config, model)[1])
 
 
 def eval_image_set(config: RunConfig, model: ModelFamily) -> ImageSet:
@@ -221,10 +251,8 @@ def image_shape(config: RunConfig, model: ModelFamily) -> tuple[int, int, int]:
     Raises:
         UserError: The image size is not one the model can make.
     """
-    height_px = config.sampler.height or model.size_px[0]
-    width_px = config.sampler.width or model.size_px[1]
     try:
-        return model.latent_shape(height_px, width_px)
+        return model.latent_shape(*image_px(config, model))
     except ValueError as error:
         raise UserError(f"sampler.height/width: {error}") from error
 

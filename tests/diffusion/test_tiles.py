@@ -1,5 +1,6 @@
 """Tiles of a decoder: a partition of the image, an exact gradient, and one tile's activations at a time."""
 
+from dataclasses import replace
 from itertools import pairwise
 from unittest import mock
 
@@ -81,5 +82,8 @@ def test_the_gradient_is_that_of_the_same_image_and_less_is_stored(name: str) ->
     assert 0 < (image - whole).abs().max() < 1  # the tiles' own statistics
     with torch.no_grad():
         assert torch.equal(sampler.decode(x_BCHW.detach()), model.decode(x_BCHW))
+        two_BCHW = torch.cat([x_BCHW, x_BCHW.flip(-1)])
+        singly = replace(sampler, is_decoded_singly=True).decode(two_BCHW)
+        assert torch.equal(singly, torch.cat([model.decode(two_BCHW[:1]), model.decode(two_BCHW[1:])]))
     with mock.patch.object(tiles, "checkpoint", None):
         assert torch.equal(sampler.decode(x_BCHW.detach()), whole)  # as evaluation decodes

@@ -16,4 +16,4 @@ def test_nodes_that_are_alive_are_read() -> None:
         row({"CPU": 4.0}, is_alive=False),
         row({"node:__internal_head__": 1.0}),
     ]
-    assert read_nodes(rows) == (Node(16.0, 2.0, frozenset({"H100"})), Node(0.0, 0.0))
+    assert read_nodes(rows) == (Node(16.0, 2.0, frozenset({"H100"}), 80), Node(0.0, 0.0))

@@ -62,6 +62,17 @@ def test_a_run_that_cannot_go_on_is_refused_before_anything_starts(tmp_path: Pat
     assert {path: path.read_bytes() for path in first.folder.path.rglob("*") if path.is_file()} == before
 
 
+def test_the_memory_of_a_worker_is_foreseen_and_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    found = plan_of(tmp_path, GOOD, [Node(4, 1, None, 24.0)])
+    assert found.memory is not None
+    assert 1.5 < found.memory.peak_gib < 3
+    with pytest.raises(ExperimentError) as raised:
+        plan_of(tmp_path, GOOD, [Node(4, 1, None, 1.0)])
+    (fault,) = raised.value.faults
+    assert str(fault).startswith("memory: a worker needs ")
+    assert "the smallest GPU has 1.0; " in str(fault)
+
+
 def test_this_machine_has_its_cores() -> None:
     assert this_machine().num_cpus >= 1
     assert this_machine().accelerators is None  # of a type that nobody knows before Ray has looked

@@ -1,6 +1,7 @@
 """Room for activations: what is kept, computed again or decoded in tiles, and what none of that may change."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,18 +156,19 @@ def test_blocks_that_nobody_names_cannot_be_checkpointed(make_config: Make, monk
     ],
 )
 def test_tiles_follow_from_the_image_and_the_model(
-    make_config: Make, monkeypatch: pytest.MonkeyPatch, wanted: Any, native_px: int, size_px: int, is_tiled: bool
+    make_config: Make, wanted: Any, native_px: int, size_px: int, is_tiled: bool
 ) -> None:
     config = make_config(
-        resources={"decoder_tiles": wanted, "checkpoint_blocks": False},
-        sampler={"height": size_px, "width": size_px},
-        estimator={"checkpoint": "always"},
+        resources={"decoder_tiles": wanted}, sampler={"height": size_px, "width": size_px}, optim={"batch": 2}
     )
-    run = setup.build_run(config)
-    run.model.size_px = (native_px, native_px)
-    for free in (0, 100 * GIB):
-        monkeypatch.setattr(room, "free_bytes", lambda device, free=free: free)
-        assert with_room(run, config).tiling == (Tiling.of(2) if is_tiled else None)
+    model = setup.ModelCache().model(config, torch.device("cpu"))
+    model.size_px = (native_px, native_px)
+    sampler = setup.make_sampler(config, model)
+    assert sampler.tiling == (Tiling.of(2) if is_tiled else None)
+    is_large = min(native_px, size_px) > 768
+    assert sampler.is_decoded_singly == is_large  # in evaluation, whatever becomes of tiles
+    run = replace(setup.build_run(config), sampler=sampler)
+    assert run.eval_batch == (4 if is_large else 16)
 
 
 def test_the_decoder_is_not_measured_whole_where_it_runs_in_tiles(

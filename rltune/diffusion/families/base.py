@@ -62,6 +62,10 @@ class ModelFamily(Protocol):
         """
         ...
 
+    def blank_text(self) -> Conditioning:
+        """Return a conditioning without values, on the device ``meta``, such as a prompt of usual length has."""
+        ...
+
     def encode_negative(self, prompt: str) -> Conditioning | None:
         """Return what a negative prompt tells the network; None where it is embedded as any other prompt is."""
         ...

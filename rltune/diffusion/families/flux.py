@@ -20,6 +20,7 @@ EMBEDDED_GUIDANCE = 3.5
 class Flux(FlowFamily):
     """A FLUX.1 pipeline."""
 
+    usual_tokens = T5_TOKENS
     attention_layers = JOINT
     other_layers = (*TWO_STREAM_FEED_FORWARD, "proj_mlp")
 

@@ -28,6 +28,9 @@ class PipelineFamily(ABC):
     max_tokens: ClassVar[int | None] = None
     """Tokens of a prompt that are read, special ones included; None for the tokenizer's own limit."""
 
+    usual_tokens: ClassVar[int | None] = None
+    """Tokens of a prompt as the network gets them, where they are others than ``max_tokens``."""
+
     attention_layers: ClassVar[tuple[str, ...]] = ATTENTION
     """Endings of the layers that ``model.lora.targets: attention`` means."""
     other_layers: ClassVar[tuple[str, ...]] = ()
@@ -111,6 +114,16 @@ class PipelineFamily(ABC):
     @abstractmethod
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
         """Embed a few prompts by the pipeline's own method."""
+
+    def blank_text(self) -> Conditioning:
+        """Return a conditioning without values; the sizes are those that the network's configuration names."""
+        config = cast(Any, self.network).config
+        width = next(config[name] for name in TEXT_WIDTHS if config.get(name))
+        tokens = self.usual_tokens or self.max_tokens or int(self.pipeline.tokenizer.model_max_length)
+        row = {"text": torch.empty(tokens, width, device="meta")}
+        if config.get("pooled_projection_dim") is not None:
+            row["pooled"] = torch.empty(config.pooled_projection_dim, device="meta")
+        return row
 
     @contextmanager
     def encoders_here(self) -> Iterator[None]:
@@ -201,6 +214,8 @@ class FlowFamily(PipelineFamily):
         return float(config.base_shift + slope * (num_tokens - config.base_image_seq_len))
 
 
+TEXT_WIDTHS = ("joint_attention_dim", "cap_feat_dim", "caption_channels", "cross_attention_dim")
+"""Names under which networks keep the width of their text."""
 JOINT = tuple(
     f"attn.{name}"
     for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")

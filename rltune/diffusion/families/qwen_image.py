@@ -20,6 +20,7 @@ class QwenImage(FlowFamily):
 
     is_guidance_linear = False
     max_tokens = 1024
+    usual_tokens = 128
     attention_layers = JOINT
     other_layers = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 

@@ -11,6 +11,7 @@ from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
 from rltune.diffusion.families.pipeline import JOINT, TWO_STREAM_FEED_FORWARD, FlowFamily
 
 T5_TOKENS = 256
+CLIP_TOKENS = 77
 
 
 @FAMILIES.register("StableDiffusion3Pipeline")
@@ -20,7 +21,8 @@ class StableDiffusion3(FlowFamily):
     passes_sigmas = False
     attention_layers = (*JOINT, "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
     other_layers = TWO_STREAM_FEED_FORWARD
-    max_tokens = 77  # what CLIP reads; T5 reads on, so that no prompt's end is lost before T5_TOKENS
+    usual_tokens = CLIP_TOKENS + T5_TOKENS
+    max_tokens = CLIP_TOKENS  # what CLIP reads; T5 reads on, so that no prompt's end is lost before T5_TOKENS
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
         text, _, pooled, _ = self.pipeline.encode_prompt(

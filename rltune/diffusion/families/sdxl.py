@@ -24,6 +24,9 @@ OWN = (
 """Schedulers that are sampled as they ship; others by DDIM on the same noise schedule."""
 
 
+CLIP_TOKENS = 77
+
+
 @FAMILIES.register("StableDiffusionXLPipeline")
 class StableDiffusionXL(PipelineFamily):
     """An SDXL pipeline (arXiv:2307.01952)."""
@@ -41,6 +44,15 @@ class StableDiffusionXL(PipelineFamily):
             prompts, device=self._device, do_classifier_free_guidance=False
         )
         return [{"text": text[i], "pooled": pooled[i]} for i in range(len(prompts))]
+
+    def blank_text(self) -> Conditioning:
+        """Return text and pooled text without values."""
+        config = self.pipeline.unet.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim  # six sizes
+        return {
+            "text": torch.empty(CLIP_TOKENS, config.cross_attention_dim, device="meta"),
+            "pooled": torch.empty(pooled, device="meta"),
+        }
 
     def encode_negative(self, prompt: str) -> Conditioning | None:
         """Zeros for no negative prompt where the model was trained so, as the pipeline has it."""

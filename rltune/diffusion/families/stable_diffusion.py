@@ -92,6 +92,11 @@ class StableDiffusion:
         encoder.to("cpu")
         return [{"text": text_LD} for part_PLD in parts for text_LD in part_PLD]
 
+    def blank_text(self) -> Conditioning:
+        """Return ``text`` (L, D) without values."""
+        tokens, width = self.pipeline.tokenizer.model_max_length, self.pipeline.unet.config.cross_attention_dim
+        return {"text": torch.empty(tokens, width, device="meta")}
+
     def encode_negative(self, prompt: str) -> None:
         """A negative prompt is embedded as any other is."""
 

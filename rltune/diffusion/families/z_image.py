@@ -19,6 +19,7 @@ class ZImage(FlowFamily):
     """A Z-Image pipeline (arXiv:2511.22699). Its guidance_scale s is 1 + s here; Turbo wants guidance 1."""
 
     max_tokens = 512
+    usual_tokens = 96
     other_layers = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
     def _native_size(self) -> tuple[int, int]:

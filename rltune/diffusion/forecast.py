@@ -1,0 +1,151 @@
+"""What a model will need of memory, counted on its networks without values: nothing is loaded and nothing computed.
+
+B: images. C, H, W: latent channels, rows, columns.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from rltune.diffusion.families.base import ModelFamily
+from rltune.diffusion.lora import adapted_weights, add_lora, lora_parameters, remove_lora
+from rltune.diffusion.memory import Stored, measure_call
+from rltune.diffusion.sampler import GuidanceGradient, guided_denoiser
+from rltune.diffusion.tiles import Tiling
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a model and one micro-batch come to, in bytes where nothing else is said."""
+
+    network: int
+    """Its weights."""
+    num_parameters: int
+    """Of the network."""
+    decoder: int
+    """The image decoder's weights, its encoder's among them."""
+    num_adapted: int
+    """Parameters of the adapters, in float32."""
+    merged: int
+    """A second copy of the adapted layers, for steps without gradient; none below float32."""
+    step: Stored
+    """One call of the network with guidance, as an estimator differentiates it."""
+    decoding: Stored
+    """Decoding a micro-batch, or one tile of it."""
+    whole_image: Stored
+    """Decoding one image whole, as evaluation does."""
+
+
+def count(
+    model: ModelFamily,
+    *,
+    shape: tuple[int, int, int],
+    batch: int,
+    dtype: torch.dtype,
+    rank: int,
+    targets: Any,
+    guidance_scale: float,
+    guidance_gradient: GuidanceGradient = "both",
+    tiling: Tiling | None = None,
+) -> Counts:
+    """Return what a model comes to; its networks have no values, and no adapters before and after.
+
+    Attention is counted as kernels do it that never hold a matrix of tokens by tokens.
+
+    Args:
+        model: As ``load_outline`` returns it. Its networks are in ``dtype`` afterwards.
+        shape: Of latents (C, H, W).
+        batch: Images that are differentiated at a time.
+        dtype: Of the frozen weights.
+        rank: Of the adapters.
+        targets: Where adapters go: ``attention``, ``all``, or layers' names.
+        guidance_scale: Above 1 the network runs on two rows an image.
+        guidance_gradient: Which of them carry gradient.
+        tiling: Tiles that are decoded one by one.
+    """
+    # a diffusers model's own method warns of layers that are kept in float32, of which there are none here
+    network, decoder = (nn.Module.to(part, dtype=dtype) for part in (model.network, model.decoder))
+    sizes = {part: _weight_bytes(part) for part in (network, decoder)}
+    num_parameters = sum(parameter.numel() for parameter in network.parameters())
+    add_lora(network, rank=rank, alpha=rank, targets=model.lora_layers(targets), seed=0)
+    try:
+        row = model.blank_text()
+        denoise = guided_denoiser(
+            model, [row] * batch, row, META, guidance_scale=guidance_scale, gradient=guidance_gradient
+        )
+        x_BCHW = torch.empty(batch, *shape, device=META, requires_grad=True)
+        t = torch.empty((), device=META)
+        tile_BCHW = x_BCHW if tiling is None else _tile(x_BCHW, tiling)
+        with fused_attention():
+            step = measure_call(lambda: denoise(x_BCHW, t), network)
+            decoding = measure_call(lambda: model.decode(tile_BCHW), decoder)
+            whole_image = measure_call(lambda: model.decode(x_BCHW[:1]), decoder)
+        return Counts(
+            network=sizes[network],
+            num_parameters=num_parameters,
+            decoder=sizes[decoder],
+            num_adapted=sum(parameter.numel() for parameter in lora_parameters(network)),
+            merged=sum(weight.nbytes for weight in adapted_weights(network)) if dtype == torch.float32 else 0,
+            step=step,
+            decoding=decoding,
+            whole_image=whole_image,
+        )
+    finally:
+        remove_lora(network)
+
+
+def _weight_bytes(network: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+
+
+def _tile(x_BCHW: Tensor, tiling: Tiling) -> Tensor:
+    (top, bottom), (left, right) = (tiling.spans(side)[0] for side in x_BCHW.shape[2:])
+    return torch.empty(*x_BCHW.shape[:2], bottom - top, right - left, device=META, requires_grad=True)
+
+
+class _Fused(torch.autograd.Function):
+    """Attention as fused kernels store it: query, key, value, result, and one number a row."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # laid out as the query is, so that heads are put together again without a copy
+        is_alike = query.shape[-1] == value.shape[-1]
+        result = torch.empty_like(query) if is_alike else query.new_empty(*query.shape[:-1], value.shape[-1])
+        rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, result, rows)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        query, key, value, _, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+class _FusedAttention(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+        query, key, value = (named[name] for name in ("query", "key", "value"))
+        if query.device != META:
+            return func(*args, **kwargs)
+        if kwargs.get("enable_gqa") and key.shape[-3] != query.shape[-3]:
+            groups = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        return _Fused.apply(query, key, value)
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Let attention on the device ``meta`` be that of a fused kernel inside the block; there it would be spelt out."""
+    with _FusedAttention():
+        yield

@@ -1,0 +1,186 @@
+"""What memory a worker of an experiment will take at the most, before anything is loaded."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rltune.config.experiment import RunConfig
+from rltune.diffusion.families.base import ModelFamily
+from rltune.diffusion.forecast import Counts, count
+from rltune.diffusion.memory import GIB
+from rltune.diffusion.sampler import Sampler
+from rltune.diffusion.tiles import TILE_PX
+from rltune.rewards.base import REWARDS
+from rltune.runs.metrics import JUDGES
+from rltune.training.rewards import is_own
+from rltune.training.setup import EVAL_BATCH, EVAL_BATCH_LARGE, image_px, image_shape, make_sampler
+
+BYTES_PER_ADAPTED = 16
+"""Of an adapter's parameter in float32: itself, its gradient, and Adam's two moments."""
+PROCESS_BYTES = int(1.0 * GIB)
+"""Python and its libraries in memory; on a GPU CUDA's own and the allocator's gaps, which are half as much again."""
+REWARD_ACTIVATIONS = 0.3
+"""What a reward stores for an image, as a share of its weights: a CLIP of size H, 1.9 GiB, stores 0.6 GiB."""
+TEMPORARIES = 3
+"""Tensors as large as the largest that is stored, which a backward pass holds besides: gradients, a copy."""
+FORWARD_TENSORS = 4
+"""Those that decoding without gradient holds at a time."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+_counts: dict[str, Counts] = {}
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Memory that one worker takes where nothing is kept that could be computed again, in bytes."""
+
+    fixed: Mapping[str, int]
+    """What is there all the time."""
+    phases: Mapping[str, int]
+    """What comes on top, one at a time."""
+    precision: str
+    has_blocks: bool
+    """Whether the network's blocks are in checkpoints."""
+    is_tiled: bool
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most at any time."""
+        return sum(self.fixed.values()) + max(self.phases.values())
+
+    @property
+    def peak_gib(self) -> float:
+        """The same in GiB."""
+        return self.peak_bytes / GIB
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What the peak is made of, in GiB, the phase that is largest last."""
+        name = max(self.phases, key=lambda phase: self.phases[phase])
+        return {part: size / GIB for part, size in self.fixed.items()} | {name: self.phases[name] / GIB}
+
+
+def forecast(
+    config: RunConfig, model: ModelFamily, *, precision: str, is_on_gpu: bool, room_gib: float | None = None
+) -> Forecast:
+    """Return what a worker of an experiment takes.
+
+    Rewards are counted by the size of the files that they are published in; what the user's own take is not known.
+
+    Args:
+        config: One concrete experiment.
+        model: Its base model without values, as ``load_outline`` gives it.
+        precision: ``fp32`` or ``bf16``, ``auto`` resolved.
+        is_on_gpu: Whether workers have a GPU.
+        room_gib: Memory of a worker's device, which ``checkpoint_blocks: auto`` looks at; None where it is not known.
+
+    Raises:
+        UserError: The image size is not one the model can make.
+    """
+    wanted = config.resources.checkpoint_blocks
+    if wanted == "auto":
+        plain = _forecast(config, model, precision, is_on_gpu, has_blocks=False)
+        wanted = config.estimator.checkpoint != "never" and room_gib is not None and plain.peak_gib > 0.7 * room_gib
+        if not wanted:
+            return plain
+    return _forecast(config, model, precision, is_on_gpu, has_blocks=wanted)
+
+
+def _forecast(config: RunConfig, model: ModelFamily, precision: str, is_on_gpu: bool, *, has_blocks: bool) -> Forecast:
+    batch, sampler = micro_batch(config), make_sampler(config, model)
+    counts = _counted(config, sampler, DTYPES[precision], batch)
+    rewards = reward_bytes(config)
+    fixed = {
+        "network": counts.network,
+        "decoder": counts.decoder,
+        "adapters": BYTES_PER_ADAPTED * counts.num_adapted,
+        "rewards": rewards,
+        "process": PROCESS_BYTES * 3 // 2 if is_on_gpu else PROCESS_BYTES,
+    }
+    step = counts.step.outside + counts.step.largest if has_blocks else counts.step.plain
+    height_px, width_px = image_px(config, model)
+    images = 3 * 4 * height_px * width_px * batch
+    num_scored = min(batch, *(section.micro_batch or batch for section in config.rewards.values()))
+    drawn = max(EVAL_BATCH_LARGE if sampler.is_decoded_singly else EVAL_BATCH, batch)
+    decoded = 1 if sampler.is_decoded_singly else drawn
+    phases = {
+        "a training step": step + TEMPORARIES * counts.step.tensor,
+        "decoding": counts.decoding.plain + TEMPORARIES * (counts.decoding.tensor + images),
+        "scoring": int(REWARD_ACTIVATIONS * rewards * num_scored) + 2 * images,
+        "evaluation": counts.merged
+        + max(
+            FORWARD_TENSORS * counts.whole_image.tensor * decoded,
+            min(counts.step.largest, counts.step.plain) * drawn // batch,
+        ),
+    }
+    return Forecast(fixed, phases, precision, has_blocks, sampler.tiling is not None)
+
+
+def micro_batch(config: RunConfig) -> int:
+    """Return how many images a worker differentiates at a time, at most."""
+    share = -(-config.optim.batch // config.resources.workers)
+    return min(config.optim.micro_batch or share, share)
+
+
+def reward_bytes(config: RunConfig) -> int:
+    """Return the size of the published files that rewards and judges need, each file once."""
+    kinds = [config.kind_of(name) for name, section in config.rewards.items() if not is_own(name, section)]
+    kinds += [judge for judge in config.evaluate.judges if judge not in JUDGES and judge in REWARDS.names()]
+    files = {file for kind in kinds for file in REWARDS.card(kind).weights}
+    return int(1e6 * sum(file.size_mb for file in files))
+
+
+def _counted(config: RunConfig, sampler: Sampler, dtype: torch.dtype, batch: int) -> Counts:
+    """Count, or return what was counted of the same networks with the same settings."""
+    model = sampler.model
+    settings: dict[str, Any] = {
+        "shape": image_shape(config, model),
+        "batch": batch,
+        "rank": config.model.lora.rank,
+        "targets": config.model.lora.targets,
+        "guidance_scale": sampler.guidance_scale,
+        "guidance_gradient": sampler.guidance_gradient,
+        "tiling": sampler.tiling,
+    }
+    networks = [dict(getattr(part, "config", {})) for part in (model.network, model.decoder)]
+    key = json.dumps([networks, settings, str(dtype)], default=str, sort_keys=True)
+    if key not in _counts:
+        _counts[key] = count(model, dtype=dtype, **settings)
+    return _counts[key]
+
+
+Change = Callable[[RunConfig], RunConfig]
+
+
+def smaller(config: RunConfig, model: ModelFamily, found: Forecast) -> dict[str, Change]:
+    """Return settings that take less memory than ``found``, as they are written -> what they make of an experiment.
+
+    Those that change no result come first.
+    """
+
+    def changed(section: str, **values: Any) -> Change:
+        return lambda config: config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
+    sampler, (height_px, width_px) = make_sampler(config, model), image_px(config, model)
+    half = {"height": height_px // 2, "width": width_px // 2}
+    changes = {
+        "resources.checkpoint_blocks: true": (not found.has_blocks, changed("resources", checkpoint_blocks=True)),
+        "optim.micro_batch: 1": (micro_batch(config) > 1, changed("optim", micro_batch=1)),
+        "resources.precision: bf16": (found.precision == "fp32", changed("resources", precision="bf16")),
+        "resources.decoder_tiles: true": (
+            sampler.tiling is None and max(height_px, width_px) > TILE_PX,
+            changed("resources", decoder_tiles=True),
+        ),
+        "estimator.guidance_gradient: text": (
+            sampler.guidance_scale > 1 and sampler.guidance_gradient == "both",
+            changed("estimator", guidance_gradient="text"),
+        ),
+        f"sampler.height: {half['height']} and sampler.width: {half['width']}": (
+            min(height_px, width_px) >= TILE_PX,
+            changed("sampler", **half),
+        ),
+    }
+    return {name: change for name, (is_possible, change) in changes.items() if is_possible}
