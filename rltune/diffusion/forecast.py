@@ -50,6 +50,7 @@ def count(
     shape: tuple[int, int, int],
     batch: int,
     dtype: torch.dtype,
+    decoder_dtype: torch.dtype | None = None,
     rank: int,
     targets: Any,
     guidance_scale: float,
@@ -61,10 +62,11 @@ def count(
     Attention is counted as kernels do it that never hold a matrix of tokens by tokens.
 
     Args:
-        model: As ``load_outline`` returns it. Its networks are in ``dtype`` afterwards.
+        model: As ``load_outline`` returns it. Its networks are in these number formats afterwards.
         shape: Of latents (C, H, W).
         batch: Images that are differentiated at a time.
         dtype: Of the frozen weights.
+        decoder_dtype: Of the image decoder's; left out, the same.
         rank: Of the adapters.
         targets: Where adapters go: ``attention``, ``all``, or layers' names.
         guidance_scale: Above 1 the network runs on two rows an image.
@@ -72,7 +74,8 @@ def count(
         tiling: Tiles that are decoded one by one.
     """
     # a diffusers model's own method warns of layers that are kept in float32, of which there are none here
-    network, decoder = (nn.Module.to(part, dtype=dtype) for part in (model.network, model.decoder))
+    network = nn.Module.to(model.network, dtype=dtype)
+    decoder = nn.Module.to(model.decoder, dtype=decoder_dtype or dtype)
     sizes = {part: _weight_bytes(part) for part in (network, decoder)}
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     add_lora(network, rank=rank, alpha=rank, targets=model.lora_layers(targets), seed=0)

@@ -92,7 +92,8 @@ def add_lora(
         use_rslora=use_rslora,
         use_dora=use_dora,
     )
-    with torch.random.fork_rng():
+    gpus = sorted({weight.device.index for weight in network.parameters() if weight.device.type == "cuda"})
+    with torch.random.fork_rng(devices=gpus):  # all of them otherwise, with a warning
         torch.manual_seed(seed)
         cast(Any, network).add_adapter(config, adapter_name=ADAPTER)
     for parameter in lora_parameters(network):

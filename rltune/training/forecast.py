@@ -68,7 +68,8 @@ def forecast(
 ) -> Forecast:
     """Return what a worker of an experiment takes.
 
-    Rewards are counted by the size of the files that they are published in; what the user's own take is not known.
+    Rewards are counted by the size of the files that they are published in, unless they have a GPU of their own; what
+    the user's own take is not known.
 
     Args:
         config: One concrete experiment.
@@ -97,7 +98,7 @@ def _forecast(config: RunConfig, model: ModelFamily, precision: str, is_on_gpu: 
         "network": counts.network,
         "decoder": counts.decoder,
         "adapters": BYTES_PER_ADAPTED * counts.num_adapted,
-        "rewards": rewards,
+        "rewards": rewards if config.resources.rewards_on == "same" else 0,
         "process": PROCESS_BYTES * 3 // 2 if is_on_gpu else PROCESS_BYTES,
     }
     step = counts.step.outside + counts.step.largest if has_blocks else counts.step.plain
@@ -109,7 +110,7 @@ def _forecast(config: RunConfig, model: ModelFamily, precision: str, is_on_gpu: 
     phases = {
         "a training step": step + TEMPORARIES * counts.step.tensor,
         "decoding": counts.decoding.plain + TEMPORARIES * (counts.decoding.tensor + images),
-        "scoring": int(REWARD_ACTIVATIONS * rewards * num_scored) + 2 * images,
+        "scoring": int(REWARD_ACTIVATIONS * fixed["rewards"] * num_scored) + 2 * images,
         "evaluation": counts.merged
         + max(
             FORWARD_TENSORS * counts.whole_image.tensor * decoded,
@@ -144,6 +145,7 @@ def _counted(config: RunConfig, sampler: Sampler, dtype: torch.dtype, batch: int
         "guidance_scale": sampler.guidance_scale,
         "guidance_gradient": sampler.guidance_gradient,
         "tiling": sampler.tiling,
+        "decoder_dtype": DTYPES.get(config.resources.decoder_precision),
     }
     networks = [dict(getattr(part, "config", {})) for part in (model.network, model.decoder)]
     key = json.dumps([networks, settings, str(dtype)], default=str, sort_keys=True)
