@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import takewhile
 from pathlib import Path
 
 from rltune.config.rules import Known
@@ -72,7 +73,7 @@ def commands_of(page: Page) -> Iterator[list[str]]:
                 while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
                     words = words[1:]
                 if words:
-                    yield words
+                    yield list(takewhile(lambda word: word != ">", words))
     for span in page.spans():
         if re.match(r"(\.venv/bin/)?rltune ", span):
             yield shlex.split(span)
