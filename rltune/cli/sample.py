@@ -56,12 +56,12 @@ def sample_grid(
             f"sample: --base-steps must leave the LoRA some of the {sampler.steps} steps, got {sampler.base_steps}"
         )
     own = next((base_of(path.parent, config.model.base) for path in files), config.model.base)
-    model = config.model.model_copy(update={"base": base or own})
+    model = config.model.model_copy(update={"base": base, "config": None, "drop": ()} if base else {"base": own})
     config = config.model_copy(update={"sampler": sampler, "model": model})
     # a card has the run's own prompts: the file they were in may be another by now, or elsewhere
     held_out = prompts or (card or {}).get("prompts") or read_prompts(config.prompts.eval, where="prompts.eval")
     shown = list(prompts or held_out[:NUM_DEFAULT_PROMPTS])
-    if find_pipeline(config.model.base, config.model.revision) is None:
+    if find_pipeline(config.model.base, config.model.revision, config.model.config) is None:
         check_reach(config.model.base)  # in a second, where the hub's library would try for 40
     rows = draw_rows(config, files, shown, num_images=num_images, seed=seed)
     labels = ["base", *lora_labels(loras)]

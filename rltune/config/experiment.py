@@ -14,6 +14,8 @@ WHOLE_SWEEP = (
     "name",
     "model.base",
     "model.revision",
+    "model.config",
+    "model.drop",
     "prompts.eval",
     "evaluate",
     "objectives",

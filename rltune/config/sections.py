@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from rltune.config.strict import Bool, Float, Int, Options, StrictModel
+from rltune.config.strict import Bool, Float, Int, Options, PathText, StrictModel, Text
 
 
 def _at_home(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -17,47 +17,10 @@ def _at_home(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-Text = Annotated[str, Field(min_length=1)]
-PathText = Annotated[Text, AfterValidator(expanduser)]
-"""What may be a path; a ``~`` before it is spelt out here, for all who read it."""
 Beta = Annotated[Float, Field(ge=0, lt=1)]
 Prompts = PathText | Annotated[tuple[Text, ...], Field(min_length=1)]
 BUILTIN_PROMPTS = ("builtin", "builtin-heldout")
 """The prompt sets that ship with the built-in model; any other text is the path of a file."""
-
-
-class LoraConfig(StrictModel):
-    """The low-rank adapter that is trained; the base model stays as it is."""
-
-    rank: Int = Field(4, ge=1, le=1024)
-    """Rank of every adapter matrix: more can express more, and drifts further."""
-    alpha: Literal["rank"] | Annotated[Float, Field(gt=0)] = "rank"
-    """LoRA alpha; the update is scaled by alpha / rank. ``rank`` means alpha = rank, a scale of 1."""
-    targets: Literal["attention", "all"] | Annotated[tuple[Text, ...], Field(min_length=1)] = "attention"
-    """Layers that get an adapter: ``attention``, ``all``, or a list of module names."""
-    rslora: Bool = False
-    """Scale the update by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
-    start: PathText | None = None
-    """A LoRA to start from, a file or a folder, in the layout of rltune, diffusers, kohya or PEFT; of the same rank,
-    and of layers among ``targets``. Gains are still over the base model without it."""
-    dora: Bool = False
-    """Train the norm of every row of the adapted weights besides (DoRA); a step takes longer."""
-
-    @property
-    def alpha_value(self) -> float:
-        """Alpha as a number."""
-        return float(self.rank if self.alpha == "rank" else self.alpha)
-
-
-class ModelConfig(StrictModel):
-    """What is fine-tuned."""
-
-    base: PathText = "builtin"
-    """``builtin``, a Hugging Face id, or a local folder in diffusers format."""
-    revision: Text | None = None
-    """Branch, tag or commit of a Hugging Face id; the default branch if left out."""
-    lora: LoraConfig = LoraConfig()
-    """The adapter that is trained."""
 
 
 class PromptsConfig(StrictModel):

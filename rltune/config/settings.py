@@ -5,12 +5,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from rltune.config.model_section import ModelConfig
 from rltune.config.sections import (
     ConstraintConfig,
     EstimatorConfig,
     EvaluateConfig,
     MixtureConfig,
-    ModelConfig,
     OptimConfig,
     PromptsConfig,
     RegularizeConfig,
@@ -19,9 +19,8 @@ from rltune.config.sections import (
     SamplerConfig,
     SearchConfig,
     StopConfig,
-    Text,
 )
-from rltune.config.strict import EmptyIfNone, Int, StrictModel
+from rltune.config.strict import EmptyIfNone, Int, StrictModel, Text
 
 NAME_PATTERN = "[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 NAME_RULE = "1 to 100 letters, digits, '.', '_' or '-', a letter or digit first"

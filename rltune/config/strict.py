@@ -1,8 +1,19 @@
 """What every section of an experiment is made of: a frozen model that knows its keys, and numbers that are numbers."""
 
+from os.path import expanduser
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, StrictFloat, StrictInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    model_validator,
+)
 
 Bool = StrictBool
 """true or false; 1 and "yes" are not."""
@@ -10,6 +21,9 @@ Int = StrictInt
 """A whole number; 1.0, true and "1" are not."""
 Float = StrictFloat
 """A finite number, whole or not; true and "1" are not."""
+Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(expanduser)]
+"""What may be a path; a ``~`` before it is spelt out here, for all who read it."""
 
 
 def _empty_if_none(value: Any) -> Any:

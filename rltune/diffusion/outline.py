@@ -2,18 +2,20 @@
 
 import inspect
 import json
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from rltune.assets import BUILTIN_PIPELINE_DIR
 from rltune.diffusion.families.base import FAMILIES, ModelFamily
-from rltune.errors import UnknownNameError, UserError
+from rltune.diffusion.single_file import ENDING, holds, published_config, read_header
+from rltune.errors import RltuneError, UnknownNameError, UserError
 
 INDEX = "model_index.json"
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -23,26 +25,66 @@ RENAMED = {"Lumina2Text2ImgPipeline": "Lumina2Pipeline"}
 """What published pipelines call their class -> what diffusers calls it now."""
 
 
-def find_pipeline(base: str, revision: str | None = None) -> Path | None:
+def find_pipeline(base: str, revision: str | None = None, config: str | None = None) -> Path | None:
     """Return the folder of ``builtin``, of a pipeline here, or of one in the Hugging Face cache; asks no network.
 
-    None where ``base`` may be the name of a model on the hub that is not in the cache.
+    Of a checkpoint in one file, it is the folder of the pipeline that has its settings. None where ``base`` may be the
+    name of a model on the hub that is not in the cache.
+
+    Args:
+        base: What the user calls it.
+        revision: Of a model on the hub.
+        config: What the user names for the settings of a checkpoint in one file.
 
     Raises:
-        UserError: It is a path, and there is no pipeline at it.
+        UserError: It is a path, and there is no pipeline at it, or the settings of a file are not on this machine.
     """
     folder = BUILTIN_PIPELINE_DIR if base == "builtin" else Path(base)
+    if folder.is_file() and folder.suffix == ENDING:
+        return _find_config(folder, config)
+    if config is not None:
+        what = "is for the settings of a checkpoint in one file, which model.base is not"
+        raise UserError(f"model.config: {what}, got {config!r}; leave it out")
     if folder.is_dir():
         if not (folder / INDEX).is_file():
             raise UserError(f"model.base: the folder has no {INDEX}, got {base!r}; give that of a diffusers pipeline")
         return folder
     if folder.exists() or not may_be_hub_id(base):
         what = "this is a file" if folder.exists() else "no such folder"
-        raise UserError(f"model.base: {what}, got {base!r}; give a pipeline's folder, builtin, or a hub's OWNER/NAME")
+        raise UserError(
+            f"model.base: {what}, got {base!r}; give a pipeline's folder, a {ENDING} checkpoint, builtin, or a hub's "
+            "OWNER/NAME"
+        )
+    return _cached(base, revision)
+
+
+def _cached(name: str, revision: str | None = None) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(base, INDEX, revision=revision)
+    found = try_to_load_from_cache(name, INDEX, revision=revision)
     return Path(found).parent if isinstance(found, str) else None
+
+
+def _find_config(file: Path, config: str | None) -> Path:
+    """Return the folder with the settings of a checkpoint in one file: the one named, or what diffusers would take."""
+    try:
+        tensors = read_header(file)
+    except ValueError as error:
+        raise UserError(f"model.base: {error}; copy or fetch {str(file)!r} anew") from error
+    where = config or published_config(tensors)
+    if (Path(where) / INDEX).is_file():
+        return Path(where)
+    if config is not None and (Path(config).exists() or not may_be_hub_id(config)):
+        raise UserError(f"model.config: no folder with a {INDEX}, got {config!r}; give that of a diffusers pipeline")
+    found = _cached(where)
+    if found is None:
+        fetch = f"'rltune models fetch {config or shlex.quote(str(file))}'"
+        raise UserError(
+            f"model.{'config' if config else 'base'}: {str(file)!r} has weights alone, and its settings and "
+            f"tokenizers, those of {where}, are not on this machine; run {fetch}, or name the folder of a pipeline of "
+            "its kind as model.config"
+        )
+    return found
 
 
 def may_be_hub_id(base: str) -> bool:
@@ -57,28 +99,29 @@ def may_be_hub_id(base: str) -> bool:
     return base.count("/") == 1 and not base.startswith(".")
 
 
-def load_outline(folder: Path, *, base: str) -> ModelFamily:
+def load_outline(folder: Path, *, base: str, drop: Sequence[str] = ()) -> ModelFamily:
     """Return the family of the pipeline in ``folder`` with networks that have no values, and without text encoders.
 
     It knows sizes, layers, schedule and tokenizer, and draws nothing.
 
     Args:
         folder: As ``find_pipeline`` returns it.
-        base: What the user calls it, for messages.
+        base: What the user calls it, for messages; of a checkpoint in one file, its path.
+        drop: Components to do without.
 
     Raises:
-        UserError: A file is missing or is not what it should be.
+        UserError: A file is missing or is not what it should be, or a component cannot be done without.
         UnknownNameError: The family is one that rltune does not know.
     """
     class_name, index = read_index(folder, base=base)
     family, pipeline_class = classes_of(class_name, base=base)
     takes = inspect.signature(pipeline_class.__init__).parameters
-    parts: dict[str, Any] = {name: None for name in UNREAD if name in takes}
-    parts |= {"requires_safety_checker": False} if "requires_safety_checker" in takes else {}
+    parts = left_out(family, takes, drop)
+    held = read_header(Path(base)) if Path(base).is_file() else {}
     for name in takes.keys() - parts.keys():
         library, kind = kind_of(index.get(name))
         try:
-            parts |= {name: _part(folder / name, library, kind)} if kind is not None else {}
+            parts |= {name: _part(folder / name, library, kind, held)} if kind is not None else {}
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
             raise UserError(
                 f"model.base: {name} of {base!r} cannot be read ({short(error)}); {remedy(base)}"
@@ -88,6 +131,39 @@ def load_outline(folder: Path, *, base: str) -> ModelFamily:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         what = f"{base!r} is no whole {class_name} ({short(error)})"
         raise UserError(f"model.base: {what}; {remedy(base)}") from error
+
+
+def left_out(family: Any, takes: Iterable[str], drop: Sequence[str] = ()) -> dict[str, Any]:
+    """Return what a pipeline's class is given in the place of components that are not loaded.
+
+    Args:
+        family: Of the model.
+        takes: Names of the arguments of the pipeline's class.
+        drop: Components that the user does without; their tokenizers go, too.
+
+    Raises:
+        UserError: The family cannot do without one.
+    """
+    parts: dict[str, Any] = {name: None for name in UNREAD if name in takes}
+    parts |= {"requires_safety_checker": False} if "requires_safety_checker" in takes else {}
+    able = family.droppable
+    for name in drop:
+        if name not in able:
+            remedy = f"it can do without {', '.join(able)}" if able else "leave it out, this model needs all it has"
+            raise UserError(f"model.drop: a {family.__name__} cannot do without its {name}, got {name!r}; {remedy}")
+        parts |= {name: None, name.replace("text_encoder", "tokenizer"): None}
+    return parts
+
+
+def network_kinds(index: Mapping[str, Any]) -> dict[str, Any]:
+    """Return name -> class of the components of an index that have weights."""
+    kinds: dict[str, Any] = {}
+    for name, entry in index.items():
+        library, kind = kind_of(entry)
+        if kind is not None and library in ("diffusers", "transformers"):
+            found = getattr(diffusers if library == "diffusers" else transformers, kind, None)
+            kinds |= {name: found} if isinstance(found, type) and issubclass(found, nn.Module) else {}
+    return kinds
 
 
 def read_index(folder: Path, *, base: str) -> tuple[str, dict[str, Any]]:
@@ -138,7 +214,7 @@ def kind_of(entry: Any) -> tuple[str, str | None]:
     return str(library), kind if isinstance(kind, str) and library else None
 
 
-def _part(folder: Path, library: str, kind: str) -> Any:
+def _part(folder: Path, library: str, kind: str, held: Mapping[str, Tensor]) -> Any:
     if library not in ("diffusers", "transformers"):
         return None
     found: Any = getattr(diffusers if library == "diffusers" else transformers, kind)
@@ -147,21 +223,44 @@ def _part(folder: Path, library: str, kind: str) -> Any:
     is_network = isinstance(found, type) and issubclass(found, nn.Module)
     if not is_network:
         return found.from_pretrained(str(folder))
-    if not any(path for ending in WEIGHTS for path in folder.glob(ending)):
-        raise FileNotFoundError("it has no weights")
+    if not held or not holds(held, folder.name, found):
+        check_weights(folder)
     if library == "transformers":
         return nn.Module()
     with torch.device("meta"):
         return found.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
 
+def check_weights(folder: Path) -> None:
+    """Check that a component's weights are there and as long as they should be; reads no values.
+
+    Raises:
+        FileNotFoundError: There are none, or an index names a part that is not there.
+        ValueError: A file is cut.
+    """
+    files = [path for ending in WEIGHTS for path in folder.glob(ending)]
+    if not files:
+        raise FileNotFoundError("it has no weights")
+    for path in folder.glob("*.index.json"):
+        for name in set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{name}, a part of its weights, is missing")
+    for path in files:
+        if path.suffix == ENDING:
+            read_header(path)
+
+
 def remedy(base: str) -> str:
     """Return what to do about weights that are not whole; for a path, no download is of use."""
+    if Path(base).is_file():
+        return "copy the file anew, or name the folder of a pipeline of its kind as model.config"
     is_folder = Path(base).is_dir() or not may_be_hub_id(base)
     return "copy the folder anew, whole" if is_folder else f"run 'rltune models fetch {base}'"
 
 
 def short(error: Exception) -> str:
-    """Return an error's kind and first line."""
+    """Return an error's kind and first line; of one of rltune's own, what it says."""
+    if isinstance(error, RltuneError):
+        return str(error)
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"

@@ -13,7 +13,6 @@ from torch import Tensor
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment
 from rltune.diffusion.families.base import ModelFamily
-from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import load_lora_state
 from rltune.errors import RltuneError, RunError
 from rltune.export.base import DEFAULT_FORMATS, EXPORT_FORMATS, Adapter, ExportFormat
@@ -201,7 +200,7 @@ def _prove(draft: _Draft, name: str, form: ExportFormat, files: Sequence[Path]) 
     rounding = {}
     for number_format, dtype in HALVES.items():
         if number_format == "bfloat16" or draft.device.type != "cpu":  # where float16 takes thirty times as long
-            half = load_model(config.model.base, revision=config.model.revision, dtype=dtype, device=draft.device)
+            half = load_base_model(config, draft.device, dtype=dtype)
             rounding[number_format] = rounding_of(form, source, half, draft.trained)
     exported = Exported(
         draft.result.trial, target, reload.difference, reload.effect, rounding, format=name, how_to_load=how_to_load

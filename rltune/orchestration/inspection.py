@@ -242,15 +242,15 @@ def _check_base(experiment: Experiment, faults: Faults, *, is_attached: bool) ->
 
 def _outline(config: RunConfig, *, is_attached: bool) -> ModelFamily | None:
     base, revision = config.model.base, config.model.revision
-    folder = find_pipeline(base, revision)
+    folder = find_pipeline(base, revision, config.model.config)
     if folder is None and not is_attached:
         check_reach(base)
     if folder is None:
         return None
     try:
-        return load_outline(folder, base=base)
+        return load_outline(folder, base=base, drop=config.model.drop)
     except UserError as error:
-        if isinstance(error, UnknownNameError) or base == "builtin" or Path(base).is_dir():
+        if isinstance(error, UnknownNameError) or base == "builtin" or Path(base).exists():
             raise
         if not is_attached:
             check_reach(base, str(error))  # what is not in the cache comes with the weights

@@ -128,10 +128,10 @@ def base_of(export: Path, named: str) -> str:
         named: What its card calls the base model.
     """
     record = read_record(RunFolder(export.resolve().parent.parent))
-    if record is None or Path(named).expanduser().is_dir():
+    if record is None or Path(named).expanduser().exists():
         return named
     pins = (pin for pin in record.pins if (pin.setting, pin.named) == ("model.base", named))
-    return next((pin.path for pin in pins if Path(pin.path).is_dir() and named != "builtin"), named)
+    return next((pin.path for pin in pins if pin.path and Path(pin.path).exists() and named != "builtin"), named)
 
 
 def settled(config: RunConfig, record: Record | None) -> RunConfig:

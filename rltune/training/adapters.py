@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from rltune.config.sections import LoraConfig
+from rltune.config.model_section import LoraConfig
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import add_lora
 from rltune.diffusion.lora_start import Factors, check_start, read_lora, start_from

@@ -76,13 +76,9 @@ class ModelCache:
 
     @staticmethod
     def _model_key(config: RunConfig, device: torch.device | None) -> Hashable:
-        return (
-            config.model.base,
-            config.model.revision,
-            config.resources.precision,
-            config.resources.decoder_precision,
-            device,
-        )
+        model, resources = config.model, config.resources
+        named = (model.base, model.revision, model.config, model.drop)
+        return (*named, resources.precision, resources.decoder_precision, device)
 
     @staticmethod
     def _clear(*kinds: dict[Any, Any]) -> None:
@@ -91,16 +87,23 @@ class ModelCache:
             kind.clear()
 
 
-def load_base_model(config: RunConfig, device: torch.device) -> ModelFamily:
-    """Load the base model of an experiment in its precision and its decoder's, without adapters.
+def load_base_model(config: RunConfig, device: torch.device, *, dtype: torch.dtype | None = None) -> ModelFamily:
+    """Load the base model of an experiment without adapters, in its precision and its decoder's, or all in another.
 
     Raises:
         UserError: The weights are not there.
     """
-    dtype = _dtype(config.resources.precision, device)
-    precision = config.resources.decoder_precision
-    dtypes = dtype if precision == "same" else {"default": dtype, "vae": _dtype(precision, device)}
-    return load_model(config.model.base, revision=config.model.revision, dtype=dtypes, device=device)
+    model, own = config.model, _dtype(config.resources.precision, device)
+    decoder = config.resources.decoder_precision
+    dtypes = own if decoder == "same" else {"default": own, "vae": _dtype(decoder, device)}
+    return load_model(
+        model.base,
+        revision=model.revision,
+        config=model.config,
+        drop=model.drop,
+        dtype=dtype or dtypes,
+        device=device,
+    )
 
 
 def _dtype(precision: str, device: torch.device) -> torch.dtype:

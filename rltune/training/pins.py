@@ -41,7 +41,7 @@ def find_pins(experiment: Experiment, before: Sequence[Pin] = ()) -> tuple[Pin, 
     """
     for pin in before:
         _known.update({(file, (row[0], row[1], row[2])): row[3] for file, row in pin.files.items()})
-    pins = [_base_pin(experiment.shared), *_start_pins(experiment)]
+    pins = [*_base_pins(experiment.shared), *_start_pins(experiment)]
     for name in experiment.shared.rewards:
         pins += _reward_pins(experiment, name)
     for judge in experiment.shared.evaluate.judges:
@@ -62,20 +62,29 @@ def _at(settings: Any, path: str) -> Any:
     return settings if isinstance(settings, str) else None
 
 
-def _base_pin(config: RunConfig) -> Pin:
-    base = config.model.base
+def _base_pins(config: RunConfig) -> Iterator[Pin]:
+    base, file = config.model.base, Path(config.model.base).expanduser()
+    if not file.is_file():
+        yield _pipeline_pin("model.base", base, config.model.revision)
+        return
+    yield _pin("model.base", base, file, [file])
+    if config.model.config is not None:
+        yield _pipeline_pin("model.config", config.model.config, None)
+
+
+def _pipeline_pin(setting: str, base: str, revision: str | None) -> Pin:
     folder = BUILTIN_PIPELINE_DIR if base == "builtin" else Path(base).expanduser()
     if folder.is_dir():
         inside = (Path(top) / name for top, name in _walk(folder))
-        return _pin("model.base", base, folder, [path for path in inside if path.suffix.lower() not in NOT_WEIGHTS])
+        return _pin(setting, base, folder, [path for path in inside if path.suffix.lower() not in NOT_WEIGHTS])
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(base, "model_index.json", revision=config.model.revision)
+        found = try_to_load_from_cache(base, "model_index.json", revision=revision)
     except HFValidationError:  # a folder that is not there
         found = None
-    return Pin("model.base", base, Path(found).parent.name if isinstance(found, str) else "")
+    return Pin(setting, base, Path(found).parent.name if isinstance(found, str) else "")
 
 
 def _start_pins(experiment: Experiment) -> Iterator[Pin]:

@@ -280,6 +280,10 @@ def base_settings(config: RunConfig, named: Mapping[str, str] | None = None) -> 
     for key in ("every", "confirm", "select"):
         del parts["evaluate"][key]
     parts["model"] = named.get("model.base") or [config.model.base, config.model.revision]
+    if config.model.config is not None:
+        parts["model_config"] = named.get("model.config") or config.model.config
+    if config.model.drop:
+        parts["model_drop"] = list(config.model.drop)
     parts["prompts"] = {
         name: _prompts_digest(read_prompts(source, where=f"prompts.{name}"))
         for name, source in (("train", config.prompts.train), ("eval", config.prompts.eval))

@@ -12,7 +12,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rltune.config.sections import LoraConfig as Settings
+from rltune.config.model_section import LoraConfig as Settings
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.diffusion.lora_start import read_lora

@@ -12,15 +12,15 @@ import torch
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.outline import RENAMED, find_pipeline, load_outline
 from rltune.errors import UserError
+from tests.tiny import hollow
 
 
 @pytest.fixture
 def bare(tiny_pipeline: Path, tmp_path: Path) -> Path:
-    """The tiny pipeline's folder with weights that cannot be read."""
+    """The tiny pipeline's folder without the values of its weights."""
     folder = tmp_path / "bare"
     shutil.copytree(tiny_pipeline, folder)
-    for path in folder.rglob("*.safetensors"):
-        path.write_bytes(b"")
+    hollow(folder)
     return folder
 
 
@@ -54,6 +54,19 @@ def test_what_is_cut_off_has_no_part_in_the_embedding(tiny_pipeline: Path) -> No
         assert not torch.equal(whole["text"], other["text"])
 
 
+SHARDS = json.dumps({"weight_map": {"a": "diffusion_pytorch_model.safetensors", "b": "x-2.safetensors"}})
+
+
+def half_of(file: str, share: float = 0.7) -> Callable[[Path], object]:
+    """A file as a download leaves it that was broken off."""
+
+    def cut(folder: Path) -> None:
+        content = (folder / file).read_bytes()
+        (folder / file).write_bytes(content[: int(share * len(content))])
+
+    return cut
+
+
 def spoil_index(text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / "model_index.json").write_text(text)
 
@@ -75,6 +88,12 @@ def spoil_index(text: str) -> Callable[[Path], object]:
             lambda folder: (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
             "vae of .* it has no weights",
         ),
+        (
+            half_of("unet/diffusion_pytorch_model.safetensors"),
+            r"unet of .*\.safetensors is not whole, it has \d+ of",
+        ),
+        (half_of("text_encoder/model.safetensors", 0.0), "text_encoder of .*is no safetensors file, or a part of one"),
+        (lambda folder: (folder / "vae" / "x.safetensors.index.json").write_text(SHARDS), "x-2.safetensors, a part of"),
     ],
 )
 def test_a_folder_that_is_no_whole_pipeline_is_one_message(

@@ -15,6 +15,7 @@ from rltune.orchestration.inspection import Faults, Inputs, inspect_experiment
 from rltune.rewards.weights import WeightsFile
 from rltune.runs.layout import RunFolder
 from rltune.training.prompts import cut_in_words
+from tests.tiny import hollow
 
 Inspect = Callable[..., Inputs]
 
@@ -127,8 +128,7 @@ def pipeline(tiny_pipeline: Path, tmp_path: Path) -> Path:
     """The tiny pipeline with a decoder that enlarges by 16, and without a byte of weights."""
     folder = tmp_path / "pipeline"
     shutil.copytree(tiny_pipeline, folder)
-    for path in folder.rglob("*.safetensors"):
-        path.write_bytes(b"")
+    hollow(folder)
     config = json.loads((folder / "vae" / "config.json").read_text())
     config |= {"block_out_channels": [8] * 5, "down_block_types": ["DownEncoderBlock2D"] * 5}
     (folder / "vae" / "config.json").write_text(json.dumps(config | {"up_block_types": ["UpDecoderBlock2D"] * 5}))

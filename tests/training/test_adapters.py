@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from peft.tuners.lora import LoraLayer
 
-from rltune.config.sections import LoraConfig
+from rltune.config.model_section import LoraConfig
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import lora_state
 from rltune.training.adapters import attach_lora

@@ -30,6 +30,8 @@ class ModelFamily(Protocol):
     """Component the adapters belong to in a LoRA file: ``unet`` or ``transformer``."""
     size_px: tuple[int, int]
     """Height and width the model was trained for."""
+    droppable: tuple[str, ...]
+    """Text encoders that the pipeline can do without."""
     is_guidance_linear: bool
     """Whether ``guide`` is f_neg + g (f_text - f_neg)."""
 

@@ -22,6 +22,7 @@ class PipelineFamily(ABC):
     """Everything of a family but how prompts are encoded and how the network is called; each may be another's own."""
 
     lora_prefix = "transformer"
+    droppable: tuple[str, ...] = ()
     is_guidance_linear = True
     px_per_patch = 2
     """Latent rows and columns that the network takes together; sides must be a multiple."""

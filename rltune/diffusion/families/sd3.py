@@ -3,12 +3,13 @@
 B: images. C, H, W: latent channels, rows, columns.
 """
 
+from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor
 
 from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
-from rltune.diffusion.families.pipeline import JOINT, TWO_STREAM_FEED_FORWARD, FlowFamily
+from rltune.diffusion.families.pipeline import JOINT, TWO_STREAM_FEED_FORWARD, FlowFamily, cut_off
 
 T5_TOKENS = 256
 CLIP_TOKENS = 77
@@ -19,10 +20,16 @@ class StableDiffusion3(FlowFamily):
     """A Stable Diffusion 3 pipeline (arXiv:2403.03206); padding is attended to, as in diffusers."""
 
     passes_sigmas = False
+    droppable = ("text_encoder_3",)  # zeros stand for T5's part then, as in the pipeline
     attention_layers = (*JOINT, "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
     other_layers = TWO_STREAM_FEED_FORWARD
     usual_tokens = CLIP_TOKENS + T5_TOKENS
-    max_tokens = CLIP_TOKENS  # what CLIP reads; T5 reads on, so that no prompt's end is lost before T5_TOKENS
+
+    def cut_off(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Return prompt -> the end of it that T5 does not read, or, where it is left out, CLIP."""
+        if self.pipeline.text_encoder_3 is None:
+            return super().cut_off(prompts)
+        return cut_off(self.pipeline.tokenizer_3, prompts, T5_TOKENS)
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
         text, _, pooled, _ = self.pipeline.encode_prompt(

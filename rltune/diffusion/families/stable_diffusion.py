@@ -30,6 +30,7 @@ class StableDiffusion:
     """A Stable Diffusion pipeline: CLIP text encoder, UNet, KL autoencoder, DDIM on the pipeline's own schedule."""
 
     lora_prefix = "unet"
+    droppable: tuple[str, ...] = ()
     is_guidance_linear = True
     collate = staticmethod(stack)
     guide = staticmethod(linear_guidance)

@@ -1,0 +1,46 @@
+"""The section ``model`` of an experiment: what is fine-tuned, and the adapter."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rltune.config.strict import Bool, Float, Int, PathText, StrictModel, Text
+
+
+class LoraConfig(StrictModel):
+    """The low-rank adapter that is trained; the base model stays as it is."""
+
+    rank: Int = Field(4, ge=1, le=1024)
+    """Rank of every adapter matrix: more can express more, and drifts further."""
+    alpha: Literal["rank"] | Annotated[Float, Field(gt=0)] = "rank"
+    """LoRA alpha; the update is scaled by alpha / rank. ``rank`` means alpha = rank, a scale of 1."""
+    targets: Literal["attention", "all"] | Annotated[tuple[Text, ...], Field(min_length=1)] = "attention"
+    """Layers that get an adapter: ``attention``, ``all``, or a list of module names."""
+    rslora: Bool = False
+    """Scale the update by alpha / sqrt(rank) instead of alpha / rank (rsLoRA)."""
+    start: PathText | None = None
+    """A LoRA to start from, a file or a folder, in the layout of rltune, diffusers, kohya or PEFT; of the same rank,
+    and of layers among ``targets``. Gains are still over the base model without it."""
+    dora: Bool = False
+    """Train the norm of every row of the adapted weights besides (DoRA); a step takes longer."""
+
+    @property
+    def alpha_value(self) -> float:
+        """Alpha as a number."""
+        return float(self.rank if self.alpha == "rank" else self.alpha)
+
+
+class ModelConfig(StrictModel):
+    """What is fine-tuned."""
+
+    base: PathText = "builtin"
+    """``builtin``, a Hugging Face id, a local folder in diffusers format, or a checkpoint in one .safetensors file."""
+    revision: Text | None = None
+    """Branch, tag or commit of a Hugging Face id; the default branch if left out."""
+    config: PathText | None = None
+    """For a checkpoint in one file: folder or Hugging Face id of a pipeline of its kind, which has its settings, its
+    tokenizers and what the file lacks; the published model's if left out."""
+    drop: tuple[Text, ...] = ()
+    """Text encoders to do without: ``[text_encoder_3]``, T5, of Stable Diffusion 3 and 3.5."""
+    lora: LoraConfig = LoraConfig()
+    """The adapter that is trained."""
