@@ -150,7 +150,8 @@ def export(
     run: RunArgument,
     pick: Annotated[str, typer.Option(help="knee, best:OBJECTIVE, or a trial.")] = "knee",
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="Whose files: diffusers if left out, or peft. Repeatable.")
+        list[str] | None,
+        typer.Option("--format", help="Whose files: diffusers if left out, comfyui, or peft. Repeatable."),
     ] = None,
 ) -> None:
     """Write a trial's LoRA as files that other tools load, load them again and compare before saying so."""
