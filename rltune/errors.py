@@ -28,6 +28,12 @@ class UnknownNameError(UserError):
     """A name that no registry knows; the message lists the known ones."""
 
 
+def gated_remedy(repo: str) -> str:
+    """Return what to do about a model of the Hugging Face hub that is for those who have accepted its licence."""
+    page = f"https://huggingface.co/{repo}"
+    return f"accept its licence at {page}, then run 'hf auth login' on this machine or set HF_TOKEN"
+
+
 @dataclass(frozen=True)
 class Fault:
     """One fault of an experiment: where it is, what is wrong with it, what to do."""

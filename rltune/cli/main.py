@@ -268,7 +268,11 @@ def list_models(context: typer.Context) -> None:
 def fetch(
     names: Annotated[
         list[str],
-        typer.Argument(help="Rewards, or base models as OWNER/NAME of the Hugging Face hub.", metavar="NAME"),
+        typer.Argument(
+            help="Rewards, base models as OWNER/NAME of the Hugging Face hub, or .safetensors checkpoints, whose "
+            "settings are fetched.",
+            metavar="NAME",
+        ),
     ],
 ) -> None:
     """Fetch what rewards or base models need and is not on this machine yet."""

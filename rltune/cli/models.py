@@ -56,11 +56,12 @@ class BaseModel:
 def show_models() -> None:
     """Print what weights there are: files of rewards, base models, and the families that can be trained."""
     from rltune.diffusion.families.base import FAMILIES
+    from rltune.diffusion.outline import RENAMED
 
     families = FAMILIES.names()
     console.print(FileTable(published_files()))
     console.print()
-    console.print(_base_table([_builtin(), *cached_base_models()], families))
+    console.print(_base_table([_builtin(), *cached_base_models()], (*families, *RENAMED)))
     console.print()
     for line in (
         f"base models that can be trained are of the class {', '.join(families)}",
@@ -109,7 +110,8 @@ def fetch_models(names: Sequence[str]) -> None:
     """Fetch the files of rewards and base models that are not here, telling what becomes of each.
 
     Args:
-        names: Of registered rewards, or ids of base models on the Hugging Face hub.
+        names: Of registered rewards, ids of base models on the Hugging Face hub, or checkpoints in one file, whose
+            settings are fetched.
 
     Raises:
         UnknownNameError: A name is neither; nothing was fetched.
@@ -119,7 +121,10 @@ def fetch_models(names: Sequence[str]) -> None:
         _check_name(name)
     failures: list[str] = []
     for name in dict.fromkeys(names):
-        failures += _fetch_base(name) if "/" in name else _fetch_reward(name)
+        if _is_checkpoint(name):
+            failures += _fetch_settings(Path(name))
+        else:
+            failures += _fetch_base(name) if "/" in name else _fetch_reward(name)
     if failures:
         raise RunError("not everything could be fetched\n" + "\n".join(f"  {failure}" for failure in failures))
 
@@ -127,7 +132,7 @@ def fetch_models(names: Sequence[str]) -> None:
 def _check_name(name: str) -> None:
     from rltune.rewards.base import REWARDS
 
-    if name == "builtin" or name in REWARDS.names():
+    if name == "builtin" or name in REWARDS.names() or _is_checkpoint(name):
         return
     if name.count("/") != 1 or not all(name.split("/")):
         raise UnknownNameError(
@@ -156,6 +161,27 @@ def _fetch_reward(name: str) -> Iterator[str]:
             yield f"{name}: {error}"
 
 
+def _is_checkpoint(name: str) -> bool:
+    return name.endswith(".safetensors") and Path(name).is_file()
+
+
+def _fetch_settings(file: Path) -> Iterator[str]:
+    """Fetch the settings and tokenizers that a checkpoint in one file is read with, and give a message if not."""
+    from huggingface_hub import snapshot_download
+
+    from rltune.diffusion.single_file import published_config, read_header
+
+    repo = ""
+    try:
+        repo = published_config(read_header(file))
+        if (refusal := check_hub(repo, INDEX)) is not None:
+            raise refusal
+        _say(f"{file}: fetching the settings of {repo}, without weights")
+        _say(f"{file}: fetched, {snapshot_download(repo, allow_patterns=list(SMALL_FILES))}")
+    except Exception as error:  # noqa: BLE001 - the hub, its transport and the disk raise their own kinds
+        yield f"the settings of {file} could not be fetched{f' from {repo}' if repo else ''}: {explain(error, repo)}"
+
+
 def _fetch_base(name: str) -> Iterator[str]:
     """Fetch what diffusers needs of a pipeline, and give a message if that does not work."""
     if any(model.name == name and not model.lacking for model in cached_base_models()):
@@ -164,7 +190,7 @@ def _fetch_base(name: str) -> Iterator[str]:
     try:
         _download_base(name)
     except Exception as error:  # noqa: BLE001 - the hub, its transport and the disk raise their own kinds
-        yield f"{name} could not be fetched: {explain(error)}"
+        yield f"{name} could not be fetched: {explain(error, name)}"
 
 
 def _download_base(name: str) -> None:
@@ -172,8 +198,10 @@ def _download_base(name: str) -> None:
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
     from rltune.diffusion.families.base import FAMILIES
+    from rltune.diffusion.outline import current_name
 
-    check_hub(name, INDEX)
+    if (refusal := check_hub(name, INDEX)) is not None:
+        raise refusal
     try:
         path = Path(hf_hub_download(name, INDEX))
     except RemoteEntryNotFoundError as error:
@@ -181,7 +209,7 @@ def _download_base(name: str) -> None:
     index = _read_index(path)
     if index is None:
         raise UserError(f"its {INDEX} is not whole")
-    FAMILIES.get(_class_of(index))  # before gigabytes that nothing here could use
+    FAMILIES.get(current_name(_class_of(index)))  # before gigabytes that nothing here could use
     allowed = [*SMALL_FILES, *(f"{component}/*.safetensors" for component in _components(index))]
     files = snapshot_download(name, allow_patterns=allowed, ignore_patterns=list(OTHER_VARIANTS), dry_run=True)
     bare = _without_weights(_components(index), [file.filename for file in files])

@@ -22,7 +22,7 @@ from rltune.diffusion.outline import (
     short,
 )
 from rltune.diffusion.single_file import load_parts
-from rltune.errors import UserError
+from rltune.errors import UserError, gated_remedy
 
 
 def load_model(
@@ -66,7 +66,7 @@ def load_model(
             source = str(folder)
         pipeline = pipeline_class.from_pretrained(source, revision=revision, variant=variant, dtype=dtype, **extra)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, UserError) as error:
-        raise UserError(f"model.base: {base!r} could not be loaded ({short(error)}); {remedy(base)}") from error
+        raise UserError(f"model.base: {base!r} could not be loaded ({short(error)}); {remedy(base, error)}") from error
     model = family(pipeline)
     model.to(device or torch.device("cpu"))
     return model
@@ -96,6 +96,9 @@ def _hub_class_name(base: str, revision: str | None) -> str:
     try:
         return str(diffusers.DiffusionPipeline.load_config(base, revision=revision)["_class_name"])
     except (OSError, ValueError, LookupError, TypeError) as error:
+        what = remedy(base, error)
+        if what == gated_remedy(base):
+            raise UserError(f"model.base: {base!r} is given to those who have asked for it; {what}") from error
         raise UserError(
             f"model.base: {base!r} is neither a folder here nor a model that could be read from the Hugging Face "
             f"cache or hub; download it once with 'rltune models fetch {base}', or name a local folder or 'builtin'"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rltune.assets import BUILTIN_PIPELINE_DIR
 from rltune.diffusion.families.base import FAMILIES, ModelFamily
 from rltune.diffusion.single_file import ENDING, holds, published_config, read_header
-from rltune.errors import RltuneError, UnknownNameError, UserError
+from rltune.errors import RltuneError, UnknownNameError, UserError, gated_remedy
 
 INDEX = "model_index.json"
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -185,7 +185,7 @@ def classes_of(class_name: str, *, base: str) -> tuple[Callable[..., ModelFamily
     Raises:
         UnknownNameError: There is no such family; the message lists those there are.
     """
-    name = RENAMED.get(class_name, class_name)
+    name = current_name(class_name)
     try:
         return FAMILIES.get(name), getattr(diffusers, name)
     except UnknownNameError as error:
@@ -193,6 +193,11 @@ def classes_of(class_name: str, *, base: str) -> tuple[Callable[..., ModelFamily
         raise UnknownNameError(
             f"model.base: {base!r} is a {class_name}, which rltune cannot train; give one of {known}"
         ) from error
+
+
+def current_name(class_name: str) -> str:
+    """Return what diffusers calls a pipeline's class that an index names."""
+    return RENAMED.get(class_name, class_name)
 
 
 def find_variant(folder: Path, index: dict[str, Any]) -> str | None:
@@ -250,12 +255,28 @@ def check_weights(folder: Path) -> None:
             read_header(path)
 
 
-def remedy(base: str) -> str:
-    """Return what to do about weights that are not whole; for a path, no download is of use."""
+def remedy(base: str, error: BaseException | None = None) -> str:
+    """Return what to do about weights that are not whole or that the hub did not give; for a path, no download is."""
+    from huggingface_hub.errors import GatedRepoError
+
+    while error is not None:
+        if isinstance(error, GatedRepoError):
+            return gated_remedy(base)
+        error = error.__cause__ or error.__context__
     if Path(base).is_file():
         return "copy the file anew, or name the folder of a pipeline of its kind as model.config"
     is_folder = Path(base).is_dir() or not may_be_hub_id(base)
-    return "copy the folder anew, whole" if is_folder else f"run 'rltune models fetch {base}'"
+    if is_folder:
+        return "copy the folder anew, whole"
+    return f"{'its download was broken off, ' if _is_incomplete(base) else ''}run 'rltune models fetch {base}'"
+
+
+def _is_incomplete(base: str) -> bool:
+    """Whether the hub's cache has part of a file of a model."""
+    from huggingface_hub import constants
+
+    blobs = Path(constants.HF_HUB_CACHE) / f"models--{base.replace('/', '--')}" / "blobs"
+    return any(blobs.glob("*.incomplete"))
 
 
 def short(error: Exception) -> str:

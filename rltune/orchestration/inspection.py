@@ -18,7 +18,7 @@ from rltune.diffusion.lora import unfit_targets
 from rltune.diffusion.outline import INDEX, find_pipeline, load_outline
 from rltune.errors import ExperimentError, Fault, RltuneError, RunError, UnknownNameError, UserError
 from rltune.rewards.base import REWARDS
-from rltune.rewards.weights import WeightsFile, check_hub, format_size, is_offline
+from rltune.rewards.weights import WeightsFile, check_hub, explain, format_size, is_offline
 from rltune.runs.layout import RunFolder
 from rltune.runs.metrics import JUDGES
 from rltune.runs.record import read_record, with_own_prompts
@@ -258,14 +258,16 @@ def _outline(config: RunConfig, *, is_attached: bool) -> ModelFamily | None:
 
 
 def check_reach(base: str, why: str = "") -> None:
-    """Check that there is a way to the hub, which a base model that is not here would come from.
+    """Check that there is a way to the hub, which a base model that is not here would come from, and that it gives it.
 
     Raises:
-        UserError: There is none.
+        UserError: There is none, or the model is gated, private or unknown there.
     """
     try:
-        check_hub(base, INDEX)
+        refusal = check_hub(base, INDEX)
     except RunError as error:
         what = why or f"model.base: no such folder, and not in the Hugging Face cache, got {base!r}"
         remedy = "" if why else f"; run 'rltune models fetch {base}' where there is a network, or name a folder"
         raise UserError(f"{what}{remedy} ({error})") from error
+    if refusal is not None:
+        raise UserError(f"model.base: {base!r} cannot be had: {explain(refusal, base)}") from refusal

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from rltune.errors import RltuneError, RunError, UserError
+from rltune.errors import RltuneError, RunError, UserError, gated_remedy
 
 CACHE_VARIABLE = "RLTUNE_CACHE"
 """Folder of the files that are not on the Hugging Face hub; ``~/.cache/rltune`` if not set."""
@@ -73,7 +73,7 @@ class WeightsFile:
         try:
             return self._download()
         except Exception as error:  # the hub, its transport and the disk raise their own kinds
-            raise RunError(f"{self.file} could not be fetched: {explain(error)}") from error
+            raise RunError(f"{self.file} could not be fetched: {explain(error, self.repo)}") from error
 
     def check(self, path: Path) -> None:
         """Compare the file at ``path`` with the pinned digest, if there is one.
@@ -169,7 +169,7 @@ def locate(reward: str, weights: WeightsFile, given: Any = None, *, option: str 
         ) from error
 
 
-def check_hub(repo: str, file: str) -> None:
+def check_hub(repo: str, file: str) -> Exception | None:
     """Ask the hub for a file's metadata, so that a machine without a network need not wait for retries.
 
     ``hf_hub_download`` retries a failed connection five times: on a machine without a network it gave up after 23 s,
@@ -177,12 +177,16 @@ def check_hub(repo: str, file: str) -> None:
     hub: its name is unknown, or the connection is refused or has no route. A connection that is only slow (a timeout)
     or a hub that answers anything at all, an error too, is left to ``hf_hub_download`` and its patience.
 
+    Returns:
+        What the hub says where it does not give the repository: it is gated, private or not there. None otherwise.
+
     Raises:
         RunError: There is no way to the hub, or the user has said so.
     """
     if is_offline():
         raise RunError("HF_HUB_OFFLINE is set")
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     url = hf_hub_url(repo, file)
     for is_last in (False, True):
@@ -191,12 +195,13 @@ def check_hub(repo: str, file: str) -> None:
         except Exception as error:
             reason = _unreachable(error)
             if reason is None:
-                return
+                return error if isinstance(error, RepositoryNotFoundError) else None
             if is_last:
                 raise RunError(f"no way to {urlsplit(url).hostname}: {reason}") from error
             time.sleep(RETRY_S)
         else:
-            return
+            return None
+    return None
 
 
 def is_offline() -> bool:
@@ -244,15 +249,15 @@ def _system_error(error: BaseException) -> OSError | None:
     return found
 
 
-def explain(error: Exception) -> str:
-    """Return what went wrong in one line; libraries say it in several."""
+def explain(error: Exception, repo: str = "") -> str:
+    """Return what went wrong, in asking the hub for ``repo`` if so, in one line; libraries say it in several."""
     import requests
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
     if isinstance(error, RltuneError):
         return str(error)
     if isinstance(error, GatedRepoError):
-        return "its owner gives access on request; ask for it on its page, then run 'hf auth login'"
+        return f"its owner gives it to those who ask; {gated_remedy(repo)}"
     if isinstance(error, RepositoryNotFoundError):
         return "there is no such repository on the hub, or it is private: then run 'hf auth login'"
     if isinstance(error, EntryNotFoundError) and not isinstance(error, FileNotFoundError):

@@ -21,6 +21,7 @@ from rltune.rewards.base import REWARDS
 from rltune.rewards.weights import WeightsFile
 from tests.cli.conftest import Call
 from tests.cli.test_tables import render
+from tests.original_layout import write_original
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -347,6 +348,50 @@ def test_a_base_model_that_could_not_be_used_is_not_fetched(
     assert code == 1
     assert f"  some/model could not be fetched: {reason}" in err
     assert repository["downloaded"] is None
+
+
+def test_a_gated_model_says_where_its_licence_is_accepted(
+    call: Call, repository: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "check_hub", lambda repo, file: gated(repo))
+    code, _, err = call("fetch", "some/model")
+    assert code == 1
+    assert err == (
+        "error not everything could be fetched\n"
+        "  some/model could not be fetched: its owner gives it to those who ask; "
+        "accept its licence at https://huggingface.co/some/model, then run 'hf auth login' on this machine or set "
+        "HF_TOKEN\n"
+    )
+    assert repository["downloaded"] is None
+
+
+def gated(repo: str) -> Exception:
+    import httpx2
+
+    request = httpx2.Request("HEAD", f"https://huggingface.co/{repo}/resolve/main/model_index.json")
+    return huggingface_hub.errors.GatedRepoError("401 Client Error.", response=httpx2.Response(401, request=request))
+
+
+def test_the_settings_of_a_checkpoint_in_one_file_are_fetched_without_weights(
+    call: Call, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, asked = write_original(tiny_pipeline, tmp_path / "my model.safetensors"), []
+
+    def snapshot(repo: str, allow_patterns: list[str]) -> str:
+        asked.append(repo)
+        assert not any(fnmatch(name, pattern) for name in SD if "safetensors" in name for pattern in allow_patterns)
+        assert any(fnmatch("tokenizer/merges.txt", pattern) for pattern in allow_patterns)
+        return "/there"
+
+    monkeypatch.setattr(models, "check_hub", lambda repo, file: None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    code, out, err = call("fetch", str(file))
+    assert (code, err, asked) == (0, "", ["stable-diffusion-v1-5/stable-diffusion-v1-5"])
+    assert out == f"{file}: fetching the settings of {asked[0]}, without weights\n{file}: fetched, /there\n"
+    file.write_bytes(file.read_bytes()[:-1])
+    code, _, err = call("fetch", str(file))
+    assert code == 1
+    assert "my model.safetensors is not whole, it has" in err
 
 
 def test_a_base_model_without_a_network_is_named(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

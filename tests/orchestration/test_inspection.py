@@ -5,10 +5,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx2
 import pytest
+from huggingface_hub.errors import GatedRepoError
 
 from rltune.config.load import load_experiment
-from rltune.errors import ExperimentError, RunError
+from rltune.diffusion.loading import load_model
+from rltune.errors import ExperimentError, RunError, UserError
 from rltune.orchestration import inspection
 from rltune.orchestration.claiming import claim_run
 from rltune.orchestration.inspection import Faults, Inputs, inspect_experiment
@@ -116,6 +119,26 @@ def test_a_model_of_the_hub_that_cannot_come_is_a_fault(inspect: Inspect, asked:
     assert asked == ["me/mine/model_index.json"]
 
 
+def test_a_gated_model_is_a_fault_with_the_way_to_it(
+    inspect: Inspect, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = httpx2.Request("HEAD", "https://huggingface.co/me/mine/resolve/main/model_index.json")
+    refusal = GatedRepoError("401 Client Error.", response=httpx2.Response(401, request=request))
+    monkeypatch.setattr(inspection, "check_hub", lambda repo, file: refusal)
+    (fault,) = faults_of(inspect, "rewards: {brightness: }\nmodel: {base: me/mine}")
+    way = (
+        "accept its licence at https://huggingface.co/me/mine, then run 'hf auth login' on this machine or set HF_TOKEN"
+    )
+    assert fault == f"model.base: 'me/mine' cannot be had: its owner gives it to those who ask; {way}"
+
+    def load_config(*_: object, **__: object) -> None:
+        raise OSError("me/mine is not a local folder and is not a valid model identifier") from refusal
+
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", load_config)
+    with pytest.raises(UserError, match=f"^model.base: 'me/mine' is given to those who have asked for it; {way}$"):
+        load_model("me/mine")
+
+
 def test_this_machines_caches_say_nothing_of_a_cluster_that_is_attached_to(inspect: Inspect, asked: list[str]) -> None:
     text = "rewards: {imagereward: }\nmodel: {base: me/mine}\n"
     assert inspect(text, is_attached=True).missing
@@ -169,6 +192,11 @@ def test_half_a_model_in_the_cache_is_a_fault_only_where_the_rest_cannot_come(
     text = "rewards: {brightness: }\nmodel: {base: me/mine}"
     (fault,) = faults_of(inspect, text)
     assert "unet of 'me/mine' cannot be read (FileNotFoundError: it has no weights); run 'rltune models fetch" in fault
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(pipeline))
+    (pipeline / "models--me--mine" / "blobs").mkdir(parents=True)
+    (pipeline / "models--me--mine" / "blobs" / "1234.incomplete").touch()
+    (fault,) = faults_of(inspect, text)
+    assert "(FileNotFoundError: it has no weights); its download was broken off, run 'rltune models fetch me/" in fault
     monkeypatch.setattr(inspection, "check_hub", lambda repo, file: None)
     inspect(text)
 

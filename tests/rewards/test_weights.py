@@ -242,11 +242,34 @@ def hub_answer(kind: type[Any], status: int) -> Exception:
     return error
 
 
+GATED = (
+    r"its owner gives it to those who ask; accept its licence at https://huggingface\.co/some/model, then run "
+    r"'hf auth login' on this machine or set HF_TOKEN"
+)
+
+
+@pytest.mark.parametrize("kind", [hub_errors.GatedRepoError, hub_errors.RepositoryNotFoundError])
+def test_a_repository_that_is_not_given_is_known_before_it_is_asked_for_files(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Any]
+) -> None:
+    answer: list[Exception] = []
+
+    def metadata(url: str, timeout: float) -> None:
+        raise answer[0]
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", metadata)
+    answer[:] = [hub_answer(kind, 401)]
+    assert module.check_hub("some/model", "x") is answer[0]
+    answer[:] = [hub_answer(hub_errors.HfHubHTTPError, 503)]
+    assert module.check_hub("some/model", "x") is None
+
+
 @pytest.mark.parametrize(
     ("kind", "status", "reason"),
     [
         (hub_errors.RepositoryNotFoundError, 401, "there is no such repository on the hub, or it is private"),
-        (hub_errors.GatedRepoError, 403, "its owner gives access on request; ask for it on its page"),
+        (hub_errors.GatedRepoError, 403, GATED),
         (hub_errors.RemoteEntryNotFoundError, 404, "the repository has no such file"),
         (hub_errors.HfHubHTTPError, 503, "huggingface.co answers 503"),
     ],
