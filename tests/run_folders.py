@@ -34,8 +34,13 @@ VALUES = {
 }
 
 
+OWN = {"sampler.steps": 20, "sampler.guidance": 5.0, "sampler.eta": 0.0}
+"""What the built-in model is sampled with."""
+
+
 def experiment(raw: Mapping[str, Any] = SEARCHED, **sections: Any) -> Experiment:
-    return parse_experiment(write_yaml({**raw, **sections}), "mix.yaml")
+    """An experiment as a plan hands it on: settled."""
+    return parse_experiment(write_yaml({**raw, **sections}), "mix.yaml").settled(OWN)
 
 
 def result(

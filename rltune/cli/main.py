@@ -174,8 +174,9 @@ def sample(
     base: Annotated[
         str | None, typer.Option(help="Base model; that of the first LoRA's run if left out.", callback=_at_home)
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the run's, else 20.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; the run's, else 5.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the run's, else the model's.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; the run's, else the model's.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt; the run's, else none.")] = None,
     base_steps: Annotated[
         int | None, typer.Option(min=0, help="First steps left to the base model; the run's, else 0.")
     ] = None,
@@ -192,6 +193,7 @@ def sample(
         base=base,
         num_steps=steps,
         guidance=guidance,
+        negative=negative,
         num_base_steps=base_steps,
         num_images=images,
         seed=seed,

@@ -3,11 +3,14 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rltune.cli.terminal import console
 from rltune.errors import UserError
 from rltune.records import check_schema
+
+if TYPE_CHECKING:
+    from rltune.config.experiment import RunConfig
 
 NUM_DEFAULT_PROMPTS = 4
 
@@ -20,6 +23,7 @@ def sample_grid(
     base: str | None,
     num_steps: int | None,
     guidance: float | None,
+    negative: str | None = None,
     num_base_steps: int | None = None,
     num_images: int,
     seed: int,
@@ -31,11 +35,9 @@ def sample_grid(
             left to the LoRAs.
     """
     from rltune.cli.output_file import check_output, save_picture
-    from rltune.config.experiment import RunConfig
     from rltune.diffusion.lora_files import find_lora_file
     from rltune.diffusion.outline import find_pipeline
     from rltune.orchestration.inspection import check_reach
-    from rltune.runs.record import base_of
     from rltune.training.grids import draw_rows, labelled_grid
     from rltune.training.prompts import read_prompts
     from rltune.training.quiet import quiet_libraries
@@ -48,16 +50,8 @@ def sample_grid(
     if len(bases) > 1:
         raise UserError(f"sample: the LoRAs belong to different base models, {sorted(bases)}; sample them apart")
     card = next((card for card in cards if card), None)
-    config = RunConfig.model_validate(card["experiment"]) if card else _plain_config()
-    update: dict[str, Any] = {"steps": num_steps, "guidance": guidance, "base_steps": num_base_steps}
-    sampler = config.sampler.model_copy(update={name: value for name, value in update.items() if value is not None})
-    if sampler.base_steps >= sampler.steps:
-        raise UserError(
-            f"sample: --base-steps must leave the LoRA some of the {sampler.steps} steps, got {sampler.base_steps}"
-        )
-    own = next((base_of(path.parent, config.model.base) for path in files), config.model.base)
-    model = config.model.model_copy(update={"base": base, "config": None, "drop": ()} if base else {"base": own})
-    config = config.model_copy(update={"sampler": sampler, "model": model})
+    update = {"steps": num_steps, "guidance": guidance, "negative": negative, "base_steps": num_base_steps}
+    config = _config_of(card, files, base, {name: value for name, value in update.items() if value is not None})
     # a card has the run's own prompts: the file they were in may be another by now, or elsewhere
     held_out = prompts or (card or {}).get("prompts") or read_prompts(config.prompts.eval, where="prompts.eval")
     shown = list(prompts or held_out[:NUM_DEFAULT_PROMPTS])
@@ -88,11 +82,27 @@ def lora_labels(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _plain_config() -> Any:
-    """Return defaults for LoRAs that come without a run; nothing is scored, so the reward does not matter."""
-    from rltune.config.experiment import RunConfig
+def _config_of(
+    card: dict[str, Any] | None, files: Sequence[Path], base: str | None, update: dict[str, Any]
+) -> "RunConfig":
+    """Return the experiment that LoRAs come from, or defaults for those that come without one, sampled as is asked.
 
-    return RunConfig.model_validate({"rewards": {"brightness": {}}})
+    Raises:
+        UserError: No step is left to the LoRAs.
+    """
+    from rltune.config.experiment import RunConfig
+    from rltune.runs.record import base_of
+
+    # without a card nothing is scored, so the reward does not matter
+    config = RunConfig.model_validate(card["experiment"] if card else {"rewards": {"brightness": {}}})
+    sampler = config.sampler.model_copy(update=update)
+    if sampler.steps is not None and sampler.base_steps >= sampler.steps:
+        raise UserError(
+            f"sample: --base-steps must leave the LoRA some of the {sampler.steps} steps, got {sampler.base_steps}"
+        )
+    own = next((base_of(path.parent, config.model.base) for path in files), config.model.base)
+    model = config.model.model_copy(update={"base": base, "config": None, "drop": ()} if base else {"base": own})
+    return config.model_copy(update={"sampler": sampler, "model": model})
 
 
 def _read_card(path: Path) -> dict[str, Any] | None:

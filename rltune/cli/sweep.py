@@ -33,6 +33,7 @@ from rltune.orchestration.known import known_names
 from rltune.orchestration.memory_check import memory_in_words
 from rltune.orchestration.plan import Plan
 from rltune.orchestration.workload import Workload
+from rltune.runs.record import is_written
 from rltune.runs.status import read_status
 from rltune.training.heldout import fresh_prompts
 from rltune.training.prompts import cut_in_words, shortened
@@ -141,7 +142,34 @@ def _method(experiment: Experiment) -> str:
     )
     depth = "" if k is None else f", K {k}"
     name = "estimator searched" if name == "searched" else name
-    return f"{name} on the {config.model.base} model, {config.sampler.steps} sampling steps{depth}"
+    steps = "" if config.sampler.steps is None else f", {config.sampler.steps} sampling steps"
+    return f"{name} on the {config.model.base} model{steps}{depth}"
+
+
+def _sampler(plan: Plan) -> str:
+    """Say how images are drawn, and what of it is the model's own, decided or not."""
+    section, space = plan.experiment.shared.sampler, plan.experiment.space
+    given = {
+        "steps": section.steps,
+        "guidance": section.guidance,
+        "embedded_guidance": section.embedded_guidance,
+        "eta": section.eta,
+        "rule": None if section.rule == "posterior" else section.rule,
+        "negative": repr(section.negative) if section.negative else None,
+    }
+    given |= {name: "searched" for name in given if f"sampler.{name}" in space}
+    parts = [
+        f"{name} {value:g}" if isinstance(value, float | int) else f"{name} {value}"
+        for name, value in given.items()
+        if value is not None
+    ]
+    own = [
+        path.removeprefix("sampler.") for path in plan.experiment.defaults if not is_written(path, plan.experiment.raw)
+    ]
+    parts += [f"of which {', '.join(own)} the model's own"] if own else []
+    if open_names := [path.removeprefix("sampler.") for path in plan.undecided]:
+        parts.append(f"{', '.join(open_names)} the model's own, decided when its files are on this machine")
+    return ", ".join(parts)
 
 
 def _rewards(experiment: Experiment) -> str:
@@ -245,6 +273,7 @@ def print_plan(plan: Plan, cluster: Cluster | None) -> None:
     lines = {
         "experiment": config.name,
         "method": _method(experiment),
+        "sampler": _sampler(plan),
         "rewards": _rewards(experiment),
         **_prompts(experiment, inputs),
         "searched": _searched(experiment),
@@ -260,6 +289,8 @@ def print_plan(plan: Plan, cluster: Cluster | None) -> None:
         lines["at the end"] = confirmed
     if first := _first_trials(config):
         lines["first"] = first
+    if inputs.notes:
+        lines["note"] = "; ".join(inputs.notes)
     if inputs.missing:
         lines["weights"] = weights_in_words(inputs.missing)
     if cluster is not None and cluster.dashboard_url:

@@ -21,21 +21,7 @@ def find_clashes(config: Settings, known: Known, *, must_find_files: bool) -> li
 
 
 def _clashes(config: Settings) -> Iterator[Clash]:
-    k, base_steps = config.estimator.k, config.sampler.base_steps
-    num_steps = config.sampler.steps - base_steps
-    if num_steps < 1:
-        what = f"must leave at least one of the {config.sampler.steps} steps (sampler.steps), got {base_steps}"
-        yield Clash("sampler.base_steps", what, "lower it", ("sampler.steps",))
-    elif k is not None and k > num_steps:
-        minus = f" minus {base_steps} base steps" if base_steps else ""
-        what = f"K must not exceed the {config.sampler.steps} sampling steps (sampler.steps){minus}, got {k}"
-        others = ("sampler.steps", "sampler.base_steps")
-        yield Clash("estimator.k", what, f"lower it to {num_steps} or raise sampler.steps", others)
-    height, width = config.sampler.height, config.sampler.width
-    if (height is None) != (width is None):
-        given, other = ("height", "width") if width is None else ("width", "height")
-        what = f"needs sampler.{other} beside it, got {height or width} alone"
-        yield Clash(f"sampler.{given}", what, "give both or neither", (f"sampler.{other}",))
+    yield from _sampler_clashes(config)
     yield from _worker_clashes(config)
     yield from _batch_clashes(config)
     yield from _reward_clashes(config)
@@ -49,6 +35,34 @@ def _clashes(config: Settings) -> Iterator[Clash]:
     yield from _name_clashes(config)
     yield from _constraint_clashes(config)
     yield from _stopping_clashes(config)
+
+
+def _sampler_clashes(config: Settings) -> Iterator[Clash]:
+    """What does not go together in the section ``sampler``; what is the model's own is not known everywhere."""
+    sampler, k = config.sampler, config.estimator.k
+    if sampler.steps is not None:
+        num_steps = sampler.steps - sampler.base_steps
+        if num_steps < 1:
+            what = f"must leave at least one of the {sampler.steps} steps (sampler.steps), got {sampler.base_steps}"
+            yield Clash("sampler.base_steps", what, "lower it", ("sampler.steps",))
+        elif k is not None and k > num_steps:
+            minus = f" minus {sampler.base_steps} base steps" if sampler.base_steps else ""
+            what = f"K must not exceed the {sampler.steps} sampling steps (sampler.steps){minus}, got {k}"
+            others = ("sampler.steps", "sampler.base_steps")
+            yield Clash("estimator.k", what, f"lower it to {num_steps} or raise sampler.steps", others)
+    if sampler.eta is not None and sampler.eta > 1 and sampler.rule == "posterior":
+        what = f"rule: posterior takes an eta from 0 to 1, got {sampler.eta:g}"
+        yield Clash("sampler.eta", what, "lower it, or write rule: flow_grpo for a flow model", ("sampler.rule",))
+    if sampler.eta == 0 and sampler.rule == "flow_grpo":
+        what = "rule: flow_grpo says how noise is added, got eta 0, which adds none"
+        yield Clash("sampler.eta", what, "write eta: 0.7, or delete the rule", ("sampler.rule",))
+    if sampler.negative and sampler.guidance is not None and sampler.guidance <= 1:
+        what = f"no negative prompt is read where sampler.guidance is 1 or less, got {sampler.negative!r}"
+        yield Clash("sampler.negative", what, "raise sampler.guidance, or delete it", ("sampler.guidance",))
+    if (sampler.height is None) != (sampler.width is None):
+        given, other = ("height", "width") if sampler.width is None else ("width", "height")
+        what = f"needs sampler.{other} beside it, got {sampler.height or sampler.width} alone"
+        yield Clash(f"sampler.{given}", what, "give both or neither", (f"sampler.{other}",))
 
 
 def _executor_clashes(config: Settings, known: Known) -> Iterator[Clash]:

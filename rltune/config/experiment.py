@@ -1,7 +1,8 @@
 """A whole experiment, every value concrete and all of them together right; the rules are in ``clashes.py``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 from pydantic import ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
@@ -35,10 +36,23 @@ class Context:
     known: Known = field(default_factory=Known)
     must_find_files: bool = False
     """Check that prompt files exist; only where the user is, a worker may run elsewhere."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted path, a section and a key -> what a setting is that the experiment leaves open."""
 
 
 class RunConfig(Settings):
     """An experiment in which every value is concrete: one training run."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _open_settings(cls, value: Any, info: ValidationInfo) -> Any:
+        context = info.context if isinstance(info.context, Context) else Context()
+        for path, default in context.defaults.items() if isinstance(value, Mapping) else ():
+            section, key = path.split(".")
+            given = value.get(section) or {}  # what is no section is a fault of its own
+            if isinstance(given, Mapping) and given.get(key) is None:
+                value = {**value, section: {**given, key: default}}
+        return value
 
     @model_validator(mode="after")
     def _sections_fit(self, info: ValidationInfo) -> Self:

@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -29,6 +29,10 @@ class Experiment:
     """The file's content after overrides, distributions as they were written. Not to be changed."""
     space: Mapping[str, Distribution]
     """Dotted path -> distribution, in the file's order; empty if every value is concrete."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Dotted path -> what a setting is that the file leaves open: the base model's own. ``settled`` gives them."""
+    lines: Mapping[Path, int] = field(default_factory=dict, compare=False, repr=False)
+    """Path -> line in the file, for messages."""
 
     @property
     def is_searched(self) -> bool:
@@ -126,9 +130,28 @@ class Experiment:
         if weights and not math.isclose(sum(weights), 1, abs_tol=1e-6):  # float32 weights sum to within 1e-7 each
             raise ValueError(f"weights on the simplex must sum to 1, got {weights}")
         data = replaced(self.raw, _split(values), _split(self.space))
-        if clashes := faults_of_run(data, Context()):
+        context = Context(defaults=self.defaults)
+        if clashes := faults_of_run(data, context):
             raise ExperimentError(self.source, [Fault(c.where, c.what, c.remedy) for c in clashes])
-        return RunConfig.model_validate(data)
+        return RunConfig.model_validate(data, context=context)
+
+    def settled(self, defaults: Mapping[str, Any], known: Known | None = None) -> "Experiment":
+        """Return the experiment with values for what it leaves open, right everywhere in its space.
+
+        Args:
+            defaults: Dotted path -> value.
+            known: As for ``load_experiment``.
+
+        Raises:
+            ExperimentError: Lists what does not go together with them.
+        """
+        context = Context(known or Known(), defaults=defaults)
+        draft = Draft(self.source, dict(self.raw), dict(self.lines))
+        for clash in faults_of_space(self.raw, _split(self.space), context, ()):
+            draft.report(clash.where, clash.what, clash.remedy)
+        if draft.faults:
+            raise ExperimentError(self.source, draft.faults)
+        return replace(self, defaults=dict(defaults))
 
     def to_yaml(self) -> str:
         """Return YAML text that loads as this experiment again, overrides included."""
@@ -204,7 +227,7 @@ def parse_experiment(
         draft.report(clash.where, clash.what, clash.remedy)
     if draft.faults:
         raise ExperimentError(source, draft.faults)
-    return Experiment(source, draft.raw, _dotted(draft.space))
+    return Experiment(source, draft.raw, _dotted(draft.space), lines=draft.lines)
 
 
 def _one_fault(path: str | FilePath, what: str, remedy: str) -> ExperimentError:

@@ -64,6 +64,8 @@ class Together:
 RULES = (
     Together(("sampler.steps", "sampler.base_steps", "estimator.k")),
     Together(("sampler.height", "sampler.width")),
+    Together(("sampler.rule", "sampler.eta")),
+    Together(("sampler.guidance", "sampler.negative")),
     Together(("optim.batch", "prompts.images_per_prompt"), divisors=("prompts.images_per_prompt",)),
     Together(("optim.batch", "optim.micro_batch", "mixture.method")),
     Together(("optim.steps", "optim.queries", "optim.batch")),

@@ -35,24 +35,6 @@ class PromptsConfig(StrictModel):
     """Images of each prompt in a training batch; policy gradients compare them with one another."""
 
 
-class SamplerConfig(StrictModel):
-    """How an image is drawn, in training as in evaluation."""
-
-    steps: Int = Field(20, ge=1, le=1000)
-    """Denoising steps T per image."""
-    guidance: Float = Field(5.0, ge=0, le=100)
-    """Classifier-free guidance scale; 1 or less switches it off, as in diffusers, and halves the cost."""
-    eta: Float = Field(0.0, ge=0, le=1)
-    """Noise put back at each step: 0 is deterministic DDIM, 1 is ancestral sampling. Policy gradients need some."""
-    base_steps: Int = Field(0, ge=0, le=999)
-    """How many of the first steps the base model takes alone, without adapters, in training, evaluation and
-    ``rltune sample``."""
-    height: Int | None = Field(None, ge=8, le=8192, multiple_of=8)
-    """Image height in pixels; the model's own if left out."""
-    width: Int | None = Field(None, ge=8, le=8192, multiple_of=8)
-    """Image width in pixels; the model's own if left out."""
-
-
 class EstimatorConfig(StrictModel):
     """How the reward's gradient is estimated."""
 

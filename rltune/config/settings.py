@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rltune.config.model_section import ModelConfig
+from rltune.config.sampling import SamplerConfig
 from rltune.config.sections import (
     ConstraintConfig,
     EstimatorConfig,
@@ -16,7 +17,6 @@ from rltune.config.sections import (
     RegularizeConfig,
     ResourcesConfig,
     RewardConfig,
-    SamplerConfig,
     SearchConfig,
     StopConfig,
 )

@@ -117,6 +117,8 @@ def load_outline(folder: Path, *, base: str, drop: Sequence[str] = ()) -> ModelF
     family, pipeline_class = classes_of(class_name, base=base)
     takes = inspect.signature(pipeline_class.__init__).parameters
     parts = left_out(family, takes, drop)
+    settings = {name: index[name] for name in takes.keys() & index.keys() - parts.keys()}
+    parts |= {name: value for name, value in settings.items() if isinstance(value, bool | int | float | str)}
     held = read_header(Path(base)) if Path(base).is_file() else {}
     for name in takes.keys() - parts.keys():
         library, kind = kind_of(index.get(name))

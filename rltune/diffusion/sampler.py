@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rltune.diffusion.chain import NO_GRADIENT, Denoiser, GradientPlan, Observer, StepNoise, run_chain
 from rltune.diffusion.embeddings import PromptEmbeddings
-from rltune.diffusion.families.base import Conditioning, ModelFamily
+from rltune.diffusion.families.base import EMBEDDED_GUIDANCE, Conditioning, ModelFamily, TextBatch
 from rltune.diffusion.lora import MergedLora, adapters_off
 from rltune.diffusion.table import ChainTable
 from rltune.diffusion.tiles import Tiling, decode_in_tiles
@@ -31,6 +31,7 @@ def guided_denoiser(
     device: torch.device,
     *,
     guidance_scale: float,
+    embedded_guidance: float | None = None,
     gradient: GuidanceGradient = "both",
 ) -> Denoiser:
     """Return the network with classifier-free guidance (arXiv:2207.12598), combined as the model's family does.
@@ -42,16 +43,24 @@ def guided_denoiser(
         device: Where the network runs.
         guidance_scale: g; at 1 the negative branch cancels, and there or below there is no guidance, as in diffusers,
             and that branch is not run.
+        embedded_guidance: What the network itself is told of guidance, in both branches; None for one that is not.
         gradient: ``both`` is the derivative of the combination. ``text`` runs the negative branch without gradient,
             which leaves g df_text where it is linear; ``text_rescaled`` leaves df_text, so that the gradient's size
             does not follow g. Both are other estimators, and cheaper; the value is the same.
     """
-    text = model.collate(rows, device)
+
+    def collate(rows: Sequence[Conditioning]) -> TextBatch:
+        batch = model.collate(rows, device)
+        if embedded_guidance is None:
+            return batch
+        return {**batch, EMBEDDED_GUIDANCE: torch.full((len(rows),), embedded_guidance, device=device)}
+
+    text = collate(rows)
     if guidance_scale <= 1.0:
         return lambda x_BCHW, t: model.predict(x_BCHW, t, text)
     without = [negative] * len(rows)
-    both = model.collate([*without, *rows], device)
-    negatives = model.collate(without, device) if gradient != "both" else None
+    both = collate([*without, *rows])
+    negatives = collate(without) if gradient != "both" else None
 
     def denoise(x_BCHW: Tensor, t: Tensor) -> Tensor:
         negative_BCHW, text_BCHW = model.predict(torch.cat([x_BCHW, x_BCHW]), t, both).chunk(2)
@@ -104,6 +113,8 @@ class Sampler:
     table: ChainTable
     guidance_scale: float
     negative_prompt: str = ""
+    embedded_guidance: float | None = None
+    """What the network is told of guidance, where it is told any."""
     num_base_steps: int = 0
     """First steps that the base model takes, adapters off: combined generation."""
     guidance_gradient: GuidanceGradient = "both"
@@ -133,6 +144,7 @@ class Sampler:
             self.embeddings.negative(self.negative_prompt),
             x_BCHW.device,
             guidance_scale=self.guidance_scale,
+            embedded_guidance=self.embedded_guidance,
             gradient=self.guidance_gradient,
         )
         chain = Chain(self, denoise, self.table, x_BCHW, noise, rows)

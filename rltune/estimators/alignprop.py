@@ -83,6 +83,10 @@ class AlignProp:
             if 1 <= drawn <= num_steps:
                 return drawn
 
+    def deepest(self, num_steps: int) -> int:
+        """Return the greatest K that may be drawn."""
+        return self._k(num_steps) if self.draw in ("fixed", "uniform") else num_steps
+
     def _k(self, num_steps: int) -> int:
         if self.k is not None:
             return self.k

@@ -164,6 +164,15 @@ class Estimator(Protocol):
         ...
 
 
+@runtime_checkable
+class Truncated(Protocol):
+    """An estimator that trains the last K steps of a chain by the image that they end in."""
+
+    def deepest(self, num_steps: int) -> int:
+        """Return the greatest K that it may draw for a chain of so many steps."""
+        ...
+
+
 class EstimatorState(Protocol):
     """What an estimator learns besides the adapters; it is saved in checkpoints."""
 

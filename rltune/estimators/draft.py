@@ -31,6 +31,10 @@ class DRaFT:
         """
         check_count("k", self.k, 1, num_steps)
 
+    def deepest(self, num_steps: int) -> int:
+        """Return K."""
+        return self.k
+
     def train(self, round: Round) -> None:
         """Backpropagate through the last K steps."""
         follow(round, GradientPlan.last(self.k, round.sampler.num_steps))
@@ -59,6 +63,10 @@ class DRaFTLV:
             ValueError: ``n`` is negative, or large.
         """
         check_settings(self)
+
+    def deepest(self, num_steps: int) -> int:
+        """Return 1."""
+        return 1
 
     def train(self, round: Round) -> None:
         """Backpropagate through the last step of every trajectory and of its copies."""

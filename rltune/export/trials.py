@@ -25,7 +25,8 @@ from rltune.training.adapters import attach_lora
 from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import draw_images, save_grid, to_uint8
 from rltune.training.model_cache import load_base_model
-from rltune.training.setup import eval_image_set, make_sampler
+from rltune.training.sampling import make_sampler
+from rltune.training.setup import eval_image_set
 
 NUM_CHECKED_IMAGES = 4
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

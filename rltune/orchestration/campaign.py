@@ -141,16 +141,32 @@ def run_campaign(
     folder = RunFolder(storage / experiment.shared.name)
     with standing_where_started(folder):
         is_attached = find_address(address) is not None
-        known = None if is_attached else plan(experiment, [this_machine()], folder)  # before Ray takes its seconds
+        # before Ray takes its seconds
+        known = None if is_attached else plan(experiment, [this_machine()], folder, may_fetch=True)
         with folder.lock(), writing(folder.path), connect(address) as cluster:
             if known is None:
-                known = plan(experiment, cluster.nodes, folder, is_attached=True)
-            planned = replace(known, workload=work_out(experiment, cluster.nodes))
+                known = plan(experiment, cluster.nodes, folder, is_attached=True, may_fetch=True)
+            _check_decided(known)
+            planned = replace(known, workload=work_out(known.experiment, cluster.nodes))
             found = _run(planned, cluster, notify, display)
             if exports and found.picks:
                 quiet_libraries()
                 export_trials(found.picks, folder, found.experiment, on_export=notify)
             return found
+
+
+def _check_decided(known: Plan) -> None:
+    """Check that a run can be recorded: what it leaves open must not depend on when the model is there.
+
+    Raises:
+        UserError: It leaves open what is the model's own, and nobody here knows that.
+    """
+    if known.undecided:
+        base = known.experiment.shared.model.base
+        raise UserError(
+            f"{', '.join(known.undecided)}: the model's own, and the files of {base!r} are not here to say them; "
+            f"write them, or run 'rltune models fetch {base}'"
+        )
 
 
 def _run(planned: Plan, cluster: Cluster, notify: Notify, display: Display) -> Found:

@@ -17,15 +17,17 @@ from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import unfit_targets
 from rltune.diffusion.outline import INDEX, find_pipeline, load_outline
 from rltune.errors import ExperimentError, Fault, RltuneError, RunError, UnknownNameError, UserError
+from rltune.orchestration.last_step import last_step_note
 from rltune.rewards.base import REWARDS
 from rltune.rewards.weights import WeightsFile, check_hub, explain, format_size, is_offline
 from rltune.runs.layout import RunFolder
 from rltune.runs.metrics import JUDGES
 from rltune.runs.record import read_record, with_own_prompts
 from rltune.training.adapters import read_start
-from rltune.training.prompts import PromptSet, load_prompts
+from rltune.training.prompts import PromptSet, cut_in_words, load_prompts
 from rltune.training.rewards import check_reward, try_reward
-from rltune.training.setup import check_options, image_shape, make_estimator, make_sampler
+from rltune.training.sampling import image_shape, make_sampler
+from rltune.training.setup import check_options, make_estimator
 from rltune.training.tracking import check_trackers
 
 OWN_WEIGHTS = frozenset({"weights", "head", "model", "clip", "vocab"})
@@ -44,6 +46,8 @@ class Inputs:
     """Reward -> published files that are not on this machine."""
     outline: ModelFamily | None = field(default=None, compare=False)
     """The base model without values; None where it is not on this machine."""
+    notes: tuple[str, ...] = ()
+    """What is not wrong, but seldom wanted."""
 
 
 class Faults:
@@ -99,7 +103,13 @@ def inspect_experiment(
     prompts = _check_prompts(experiment, faults, folder)
     model = _check_base(experiment, faults, is_attached=is_attached)
     named = [prompt for found in prompts.values() for prompt in found.prompts]
-    return Inputs(prompts, model.cut_off(named) if model is not None else {}, missing, model)
+    if model is None:
+        return Inputs(prompts, missing=missing)
+    negatives = [config.sampler.negative for config in experiment.corners(("sampler.negative",))]
+    cut = cut_in_words(model.cut_off(negatives), negatives)
+    notes = [f"sampler.negative: {cut}"] if cut else []
+    notes += [note for note in [last_step_note(experiment, model)] if note]
+    return Inputs(prompts, model.cut_off(named), missing, model, tuple(notes))
 
 
 def _check_grid(experiment: Experiment) -> None:

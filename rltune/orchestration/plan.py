@@ -9,6 +9,7 @@ from rltune.orchestration.claiming import check_claim
 from rltune.orchestration.inspection import Faults, Inputs, inspect_experiment
 from rltune.orchestration.memory_check import check_memory
 from rltune.orchestration.nodes import Node
+from rltune.orchestration.settling import settle, still_open
 from rltune.orchestration.workload import Workload, work_out
 from rltune.runs.layout import RunFolder
 from rltune.training.forecast import Forecast
@@ -19,6 +20,7 @@ class Plan:
     """An experiment that nothing is known to be wrong with, and what it comes to on given nodes."""
 
     experiment: Experiment
+    """With the model's own values where it leaves the sampler open, as far as they are known."""
     folder: RunFolder
     """Of its run."""
     workload: Workload
@@ -27,8 +29,20 @@ class Plan:
     """What a worker takes at the first value of every distribution; None where the base model is not on this machine.
     """
 
+    @property
+    def undecided(self) -> tuple[str, ...]:
+        """Sampler settings that are the model's own and not known here: its files are not on this machine."""
+        return still_open(self.experiment)
 
-def plan(experiment: Experiment, nodes: Sequence[Node], folder: RunFolder, *, is_attached: bool = False) -> Plan:
+
+def plan(
+    experiment: Experiment,
+    nodes: Sequence[Node],
+    folder: RunFolder,
+    *,
+    is_attached: bool = False,
+    may_fetch: bool = False,
+) -> Plan:
     """Return what an experiment comes to, once nothing is known to be wrong with it at any value that may be tried.
 
     Looks at its options, prompts, base model, weights, at the run folder where there is one, and at the nodes. Loads
@@ -40,10 +54,12 @@ def plan(experiment: Experiment, nodes: Sequence[Node], folder: RunFolder, *, is
         folder: Of its run, which need not be there; the prompts of a run that was started are its own copies.
         is_attached: Whether it runs on a cluster that this process does not start: what lies in this machine's caches
             then says nothing.
+        may_fetch: Whether to ask the hub what a model is sampled with that is not on this machine.
 
     Raises:
         ExperimentError: Lists every fault that was found.
     """
+    experiment = settle(experiment, folder, may_fetch=may_fetch)
     faults = Faults()
     inputs = inspect_experiment(experiment, folder, faults, is_attached=is_attached)
     is_whole = not faults  # a workload needs no more than sizes, but rewards must be known to be counted

@@ -8,7 +8,7 @@ import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import chdir, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -280,7 +280,8 @@ def with_values(experiment: Experiment, values: Mapping[str, Any]) -> Experiment
                 section[name] = {}
             section = section[name]
         section[last] = value
-    return parse_experiment(write_yaml(raw), experiment.source, must_find_files=False)
+    written = parse_experiment(write_yaml(raw), experiment.source, must_find_files=False)
+    return replace(written, defaults=experiment.defaults)
 
 
 def settings_of(experiment: Experiment) -> dict[str, Any]:
@@ -306,14 +307,14 @@ def leaves(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_written(path: str, raw: Any) -> bool:
-    """Return whether an experiment's file has a setting, or a value in place of its section."""
+    """Return whether an experiment's file has a setting, or a value in place of its section; null is none."""
     for name in path.split("."):
         if not isinstance(raw, Mapping):
             return raw is not None
         if name not in raw:
             return False
         raw = raw[name]
-    return True
+    return raw is not None
 
 
 def may_change(path: str) -> bool:

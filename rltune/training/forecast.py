@@ -16,7 +16,8 @@ from rltune.diffusion.tiles import TILE_PX
 from rltune.rewards.base import REWARDS
 from rltune.runs.metrics import JUDGES
 from rltune.training.rewards import is_own
-from rltune.training.setup import EVAL_BATCH, EVAL_BATCH_LARGE, image_px, image_shape, make_sampler
+from rltune.training.sampling import image_px, image_shape, make_sampler
+from rltune.training.setup import EVAL_BATCH, EVAL_BATCH_LARGE
 
 BYTES_PER_ADAPTED = 16
 """Of an adapter's parameter in float32: itself, its gradient, and Adam's two moments."""

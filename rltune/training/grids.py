@@ -19,7 +19,7 @@ from rltune.training.captions import lettering
 from rltune.training.evaluation import Pixels, to_uint8
 from rltune.training.model_cache import load_base_model
 from rltune.training.prompts import cut_in_words
-from rltune.training.setup import image_shape, make_sampler
+from rltune.training.sampling import image_shape, make_sampler
 from rltune.training.streams import Stream, noise
 
 logger = logging.getLogger(__name__)

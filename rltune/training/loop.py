@@ -82,7 +82,7 @@ def train_run(
     run = replace(build_run(config, cache), max_eval_batch=max_eval_batch)
     run.sampler.embeddings.add(run.drawn_prompts)  # in one stay of the text encoder on the device
     _note(run, trial_dir, "loaded")
-    base = _reference(run, base_dir / (key or base_key(config)), is_base_coming)
+    base = _reference(run, base_dir / (key or base_key(run.config)), is_base_coming)
     training = _prepare(run, base, trial_dir, reporter)
     progress = _resume(training, resume_from)
     if not run.workers.is_main:
@@ -90,7 +90,7 @@ def train_run(
     for text in odd_targets(training.mixture) if progress.step == 0 else ():
         note_event(trial_dir, text)
     metrics_file = MetricsFile(trial_dir / "metrics.jsonl", resume_step=progress.step)
-    with closing(TrackedMetrics(metrics_file, config, trial_dir, resume_step=progress.step)) as rows:
+    with closing(TrackedMetrics(metrics_file, run.config, trial_dir, resume_step=progress.step)) as rows:
         is_trained = _loop(training, progress, rows)
     _note(run, trial_dir, "trained")
     return is_trained
@@ -160,7 +160,7 @@ def base_run(
     run = replace(build_run(config, cache), max_eval_batch=max_eval_batch)
     _note(run, trial_dir, "loaded")
     _note_cut_prompts(run, trial_dir)
-    base = _reference(run, base_dir / (key or base_key(config)))
+    base = _reference(run, base_dir / (key or base_key(run.config)))
     if run.workers.is_main:
         with writing(trial_dir):
             save_samples(run, base.pixels_NHW3, trial_dir / "samples" / "base.png")

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from rltune.diffusion.blocks import blocks_of
 from rltune.diffusion.tiles import TILE_PX
 from rltune.errors import OutOfMemory, RltuneError, is_out_of_memory
-from rltune.training.setup import Run, image_px
+from rltune.training.sampling import image_px
+from rltune.training.setup import Run
 
 
 @contextmanager

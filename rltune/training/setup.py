@@ -12,11 +12,10 @@ import torch
 from rltune.config.clashes import group_clashes
 from rltune.config.experiment import RunConfig
 from rltune.config.rules import Known
-from rltune.diffusion.embeddings import PromptEmbeddings
+from rltune.config.sampling import SamplerConfig
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import unfit_targets
 from rltune.diffusion.sampler import Sampler
-from rltune.diffusion.tiles import Tiling
 from rltune.errors import UserError
 from rltune.estimators.base import ESTIMATORS, Estimator
 from rltune.rewards.base import Reward
@@ -26,6 +25,7 @@ from rltune.training.heldout import search_prompts
 from rltune.training.model_cache import ModelCache
 from rltune.training.prompts import read_prompts
 from rltune.training.rewards import check_reward, compares_images, is_own
+from rltune.training.sampling import image_shape, make_sampler, settled_by
 from rltune.training.streams import Stream, drawn_prompts
 from rltune.training.workers import Workers
 
@@ -34,11 +34,12 @@ logger = logging.getLogger(__name__)
 NUM_CALIBRATION_IMAGES = 32
 """Images of the first training prompts, in turn, that the unit of a reward is measured on."""
 
+ADDED = ("embedded_guidance", "negative", "rule")
+"""Settings of the sampler that count for ``base_settings`` only where they are not the default."""
+
 EVAL_BATCH, EVAL_BATCH_LARGE = 16, 4
 """Images sampled at a time without gradient at least, where memory is not known to be short; the latter of large ones.
 """
-LARGE_PX = 768
-"""Longest side of an image, and of those that its model was made for, above which it counts as large."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,6 @@ def build_run(config: RunConfig, cache: ModelCache | None = None) -> Run:
     Raises:
         UserError: Weights, prompts or a setting are not usable on this machine.
     """
-    check_options(config)
     if config.resources.threads_per_worker != "auto":  # Ray has set OMP_NUM_THREADS to the worker's share
         torch.set_num_threads(config.resources.threads_per_worker)
     workers = Workers()
@@ -110,6 +110,8 @@ def build_run(config: RunConfig, cache: ModelCache | None = None) -> Run:
     model = cache.model(config, workers.device)
     if faults := unfit_targets(model.network, config.model.lora.targets):
         raise UserError(f"model.lora.targets: {'; '.join(faults)}")
+    config = settled_by(model, config)
+    check_options(config)
     sampler = make_sampler(config, model)
     eval_images = eval_image_set(config, model)
     train_prompts = read_prompts(config.prompts.train, where="prompts.train")
@@ -171,7 +173,7 @@ def check_options(config: RunConfig) -> None:
 
 
 def make_estimator(config: RunConfig) -> Estimator:
-    """Return an experiment's estimator, its settings checked against the sampling steps.
+    """Return an experiment's estimator, its settings checked against the sampling steps where their number is known.
 
     Raises:
         UserError: A name or an option is unknown, or a setting is out of its range.
@@ -182,58 +184,11 @@ def make_estimator(config: RunConfig) -> Estimator:
     options |= section.options
     try:
         estimator = ESTIMATORS.build(section.name, options)
-        estimator.check(config.sampler.steps - config.sampler.base_steps)
+        if config.sampler.steps is not None:
+            estimator.check(config.sampler.steps - config.sampler.base_steps)
     except (ValueError, TypeError) as error:  # an option of another type fails where it is compared
         raise UserError(f"estimator: {section.name}: {error}") from error
     return estimator
-
-
-def make_sampler(config: RunConfig, model: ModelFamily) -> Sampler:
-    """Return a model with an experiment's sampler settings; activations are not kept until there is room.
-
-    Raises:
-        UserError: The model's noise schedule has no such steps.
-    """
-    try:
-        shape = image_shape(config, model)
-        table = model.read_table(num_steps=config.sampler.steps, eta=config.sampler.eta, shape=shape)
-    except ValueError as error:
-        raise UserError(f"sampler: {config.model.base!r}: {error}") from error
-    return Sampler(
-        model=model,
-        embeddings=PromptEmbeddings(model),
-        table=table,
-        guidance_scale=config.sampler.guidance,
-        num_base_steps=config.sampler.base_steps,
-        guidance_gradient=config.estimator.guidance_gradient,
-        tiling=tiling(config, model),
-        is_decoded_singly=is_large(config, model),
-        use_bf16_prefix=config.resources.prefix_precision == "bf16",
-    )
-
-
-def is_large(config: RunConfig, model: ModelFamily) -> bool:
-    """Return whether images are so large, and the model made for such, that few of them fit into memory at a time."""
-    return max(image_px(config, model)) > LARGE_PX and max(model.size_px) > LARGE_PX
-
-
-def image_px(config: RunConfig, model: ModelFamily) -> tuple[int, int]:
-    """Return height and width of an experiment's images."""
-    return config.sampler.height or model.size_px[0], config.sampler.width or model.size_px[1]
-
-
-def tiling(config: RunConfig, model: ModelFamily) -> Tiling | None:
-    """Return the tiles that images are decoded in where gradient flows; None for whole images.
-
-    It follows from the model and the image size alone, never from what is free: tiles change numbers.
-
-    Raises:
-        UserError: The image size is not one the model can make.
-    """
-    wanted = config.resources.decoder_tiles
-    if not (is_large(config, model) if wanted == "auto" else wanted):
-        return None
-    return Tiling.of(image_px(config, model)[0] // image_shape(config, model)[1])
 
 
 def eval_image_set(config: RunConfig, model: ModelFamily) -> ImageSet:
@@ -243,18 +198,6 @@ def eval_image_set(config: RunConfig, model: ModelFamily) -> ImageSet:
         UserError: Prompts are missing, or the image size is not one the model can make.
     """
     return ImageSet(search_prompts(config), config.evaluate.images_per_prompt, image_shape(config, model))
-
-
-def image_shape(config: RunConfig, model: ModelFamily) -> tuple[int, int, int]:
-    """Return (C, H, W) of the latents of an experiment's images.
-
-    Raises:
-        UserError: The image size is not one the model can make.
-    """
-    try:
-        return model.latent_shape(*image_px(config, model))
-    except ValueError as error:
-        raise UserError(f"sampler.height/width: {error}") from error
 
 
 def base_key(config: RunConfig, named: Mapping[str, str] | None = None) -> str:
@@ -302,6 +245,9 @@ def base_settings(config: RunConfig, named: Mapping[str, str] | None = None) -> 
         setting: digest for setting, digest in named.items() if setting.endswith(".reward") or "judges" in setting
     }
     parts["sampler"]["base_steps"] = 0  # all steps are the base model's
+    for name in ADDED:  # so that measurements keep the name they had before there were these
+        if parts["sampler"][name] == SamplerConfig.model_fields[name].default:
+            del parts["sampler"][name]
     parts["precision"] = [config.resources.precision, config.resources.prefix_precision]
     if config.resources.decoder_precision != "same":
         parts["precision"].append(config.resources.decoder_precision)

@@ -19,7 +19,7 @@ from rltune.training import grids
 from rltune.training.evaluation import EVAL_SEED, ImageSet, draw_images, to_uint8
 from rltune.training.grids import LABEL_PX, MARGIN_PX, MIN_IMAGE_PX, draw_rows, labelled_grid
 from rltune.training.model_cache import load_base_model
-from rltune.training.setup import image_shape, make_sampler
+from rltune.training.sampling import image_shape, make_sampler
 
 PROMPTS = ["a snail", "an octopus on a hill"]
 Config = Callable[..., RunConfig]

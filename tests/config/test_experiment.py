@@ -95,7 +95,7 @@ def test_a_dictionary_from_ray_meets_the_same_rules(sections: dict[str, Any], me
 
 
 def test_a_worker_does_not_know_which_estimator_needs_what() -> None:
-    sections = {"rewards": {"a": {}}, "estimator": {"name": "policy", "checkpoint": "serial"}}
+    sections = {"rewards": {"a": {}}, "estimator": {"name": "policy", "checkpoint": "serial"}, "sampler": {"eta": 0}}
     RunConfig.model_validate(sections)  # a sampler without noise, and no serial mode: its caller has checked them
     known = Known(policy_estimators=("policy",), serial_estimators=("other",))
     with pytest.raises(ValidationError, match=r"sampler\.eta: (.|\n)*estimator\.checkpoint: "):
@@ -130,7 +130,13 @@ def test_a_reward_is_what_its_key_says_unless_it_says_otherwise() -> None:
 
 def test_several_clashes_are_raised_together() -> None:
     with pytest.raises(ValidationError, match=r"estimator\.k: (.|\n)*optim\.batch: (.|\n)*search\.grace: "):
-        run(estimator={"k": 21}, optim={"batch": 1}, resources={"workers": 2}, search={"prune": True, "grace": 21})
+        run(
+            sampler={"steps": 20},
+            estimator={"k": 21},
+            optim={"batch": 1},
+            resources={"workers": 2},
+            search={"prune": True, "grace": 21},
+        )
 
 
 def test_a_run_cannot_be_changed() -> None:

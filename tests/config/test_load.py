@@ -92,7 +92,7 @@ def test_concrete_wants_exactly_the_space(change: dict[str, Any], message: str) 
 
 
 def test_a_sampled_value_is_validated_like_a_written_one() -> None:
-    experiment = parse_experiment(ONE_REWARD + "estimator: {k: {int: [1, 4]}}", "a.yaml")
+    experiment = parse_experiment(ONE_REWARD + "sampler: {steps: 20}\nestimator: {k: {int: [1, 4]}}", "a.yaml")
     with pytest.raises(ExperimentError, match=r"estimator\.k: K must not exceed the 20 sampling steps"):
         experiment.concrete({"estimator.k": 21})
     with pytest.raises(ExperimentError, match=r"estimator\.k: must be a whole number from 1 to 1000, got 'x'"):

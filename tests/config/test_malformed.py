@@ -172,7 +172,7 @@ VALUES: list[tuple[str, list[str]]] = [
         ],
     ),
     (
-        "estimator: {name: ddpo}",
+        "estimator: {name: ddpo}\nsampler: {eta: 0.0}",
         ["sampler.eta: ddpo learns from the noise of sampling, got eta 0; write eta: 1.0"],
     ),
     (
@@ -290,7 +290,10 @@ VALUES: list[tuple[str, list[str]]] = [
     ),
     ("estimator: {k: {int: [1, 5], step: 0}}", ["estimator.k.step: must be a whole number, at least 1, got 0"]),
     ("estimator: {k: {float: [1, 4]}}", ["k.float[0]: must be a whole", "k.float[1]: must be a whole"]),
-    ("estimator: {k: {int: [1, 40]}}", ["estimator.k.int[1]: K must not exceed the 20 sampling steps"]),
+    (
+        "sampler: {steps: 20}\nestimator: {k: {int: [1, 40]}}",
+        ["estimator.k.int[1]: K must not exceed the 20 sampling steps"],
+    ),
     ("model: {lora: {rank: {choice: []}}}", ["model.lora.rank.choice: must be a list of at least one value, got []"]),
     ("model: {lora: {rank: {choice: 4}}}", ["model.lora.rank.choice: must be a list of at least one value, got 4"]),
     ("model: {lora: {rank: {choice: [4, 4]}}}", ["model.lora.rank.choice[1]: stands here twice, got 4; delete one"]),
@@ -649,6 +652,7 @@ optim:
 estimator:
   k: {int: [1, 30]}
   draw: {choice: [fixed, random]}
+sampler: {steps: 20}
 resources: {workers: 2, executor: worm}
 seed: 1
 seed: 2
@@ -662,8 +666,8 @@ seed: 2
         "x.yaml:7 optim.stepz",
         "x.yaml:9 estimator.k.int[1]",
         "x.yaml:10 estimator.draw.choice[1]",
-        "x.yaml:11 resources.executor",
-        "x.yaml:13 seed",
+        "x.yaml:12 resources.executor",
+        "x.yaml:14 seed",
     ]
 
 

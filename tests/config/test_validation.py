@@ -1,5 +1,8 @@
 """Corners of a space: what one distribution breaks alone, what two break only together, and what none breaks."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 
 from rltune.config.load import parse_experiment
@@ -15,9 +18,13 @@ METHODS = Known(
 )
 
 
-def faults_in(text: str, *, rewards: str = "{a: {}, b: {}}", known: Known | None = None) -> list[str]:
+def faults_in(
+    text: str, *, rewards: str = "{a: {}, b: {}}", known: Known | None = None, defaults: Mapping[str, Any] | None = None
+) -> list[str]:
     try:
-        parse_experiment(f"rewards: {rewards}\n" + text, "x.yaml", known=known)
+        experiment = parse_experiment(f"rewards: {rewards}\n" + text, "x.yaml", known=known)
+        if defaults is not None:
+            experiment.settled(defaults, known)
     except ExperimentError as error:
         return [str(fault) for fault in error.faults]
     return []
@@ -74,12 +81,56 @@ def test_an_option_and_the_end_of_a_range_of_numbers_are_tried_together() -> Non
 
 
 def test_a_setting_that_is_left_out_under_a_condition_is_tried_with_the_others() -> None:
-    """Left out, T is 20: too few for K = 16 after 5 base steps."""
+    """Left out, T is the model's own 20: too few for K = 16 after 5 base steps."""
+    own = {"sampler.steps": 20}
     text = "estimator: {name: {choice: [cut, alignprop]}, k: {choice: [1, 16]}}\n"
     text += "sampler: {steps: {choice: [30, 40], when: {estimator.name: cut}}, base_steps: {choice: [0, 5]}}"
-    (fault,) = faults_in(text)
+    assert not faults_in(text)
+    (fault,) = faults_in(text, defaults=own)
     assert "K must not exceed the 20 sampling steps (sampler.steps) minus 5 base steps, got 16" in fault
-    assert not faults_in(text.replace("[1, 16]", "[1, 15]"))
+    assert not faults_in(text.replace("[1, 16]", "[1, 15]"), defaults=own)
+
+
+@pytest.mark.parametrize(
+    ("text", "own", "message"),
+    [
+        ("estimator: {k: 5}", {"sampler.steps": 4}, "x.yaml:2 estimator.k: K must not exceed the 4 sampling steps"),
+        ("estimator: {k: {int: [1, 5]}}", {"sampler.steps": 4}, "x.yaml:2 estimator.k.int[1]: K must not exceed the 4"),
+        ("sampler: {steps: null}\nestimator: {k: 5}", {"sampler.steps": 4}, "x.yaml:3 estimator.k: K must not exceed"),
+        ("estimator: {name: policy}", {"sampler.eta": 0.0}, "sampler.eta: policy learns from the noise of sampling"),
+        ("sampler: {negative: blurry}", {"sampler.guidance": 1.0}, "x.yaml:2 sampler.negative: no negative prompt is"),
+        ("sampler: {rule: flow_grpo}", {"sampler.eta": 0.0}, "x.yaml:2 sampler.eta: rule: flow_grpo says how noise is"),
+    ],
+)
+def test_what_clashes_with_the_models_own_values_is_a_fault_at_its_line(
+    text: str, own: dict[str, Any], message: str
+) -> None:
+    assert not faults_in(text, known=METHODS)
+    (fault,) = faults_in(text, known=METHODS, defaults=own)
+    assert fault.startswith(message)
+
+
+def test_an_eta_above_1_needs_the_rule_that_has_a_meaning_for_it() -> None:
+    assert not faults_in("sampler: {eta: 1.5, rule: flow_grpo}")
+    assert only_fault("sampler: {eta: 1.5}") == (
+        "x.yaml:2 sampler.eta: rule: posterior takes an eta from 0 to 1, got 1.5; lower it, or write rule: flow_grpo "
+        "for a flow model"
+    )
+    (fault,) = faults_in("sampler: {eta: {choice: [0.7, 1.5]}, rule: {choice: [flow_grpo, posterior]}}")
+    assert fault.startswith("x.yaml:2 sampler.eta.choice[1]: rule: posterior takes")
+    assert "sampler.eta: must be a number from 0 to 10, got 11" in only_fault("sampler: {eta: 11, rule: flow_grpo}")
+
+
+def test_an_experiment_has_the_models_own_values_only_where_it_says_nothing() -> None:
+    own = {"sampler.steps": 4, "sampler.guidance": 1.0, "sampler.eta": 1.0}
+    experiment = parse_experiment("rewards: {a: }\nsampler: {steps: 12, eta: null}", "x.yaml")
+    assert experiment.shared.sampler.eta is None
+    sampler = experiment.settled(own).shared.sampler
+    assert (sampler.steps, sampler.guidance, sampler.eta, sampler.embedded_guidance) == (12, 1.0, 1.0, None)
+    assert parse_experiment("rewards: {a: }\nsampler: ", "x.yaml").settled(own).shared.sampler.steps == 4
+    searched = parse_experiment("rewards: {a: }\nsampler: {steps: {choice: [8, 2]}}", "x.yaml").settled(own)
+    assert [searched.concrete({"sampler.steps": steps}).sampler.steps for steps in (8, 2)] == [8, 2]
+    assert searched.shared.sampler.guidance == 1.0
 
 
 def test_many_weights_that_may_be_zero_are_tried_quickly() -> None:

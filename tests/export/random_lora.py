@@ -14,7 +14,8 @@ from rltune.export.base import Adapter
 from rltune.export.proof import Trained
 from rltune.training.evaluation import draw_images
 from rltune.training.model_cache import load_base_model
-from rltune.training.setup import eval_image_set, make_sampler
+from rltune.training.sampling import make_sampler
+from rltune.training.setup import eval_image_set
 
 CPU = torch.device("cpu")
 

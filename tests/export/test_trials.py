@@ -26,7 +26,8 @@ from rltune.training.evaluation import draw_images, to_uint8
 from rltune.training.loop import base_run, train_run
 from rltune.training.model_cache import load_base_model
 from rltune.training.reporter import FolderReporter
-from rltune.training.setup import eval_image_set, make_sampler
+from rltune.training.sampling import make_sampler
+from rltune.training.setup import eval_image_set
 from tests.run_folders import experiment, result
 from tests.tiny import EVAL_PROMPTS, TRAIN_PROMPTS
 

@@ -18,6 +18,8 @@ class AuraFlow(FlowFamily):
 
     passes_sigmas = False
     max_tokens = 256
+    default_steps = 50
+    default_guidance = 3.5
     attention_layers = JOINT
     other_layers = tuple(
         f"{stream}.{layer}" for stream in ("ff", "ff_context") for layer in ("linear_1", "linear_2", "out_projection")

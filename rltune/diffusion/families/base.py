@@ -4,11 +4,13 @@ B: images. P: prompts. L, D: text tokens and width. C, H, W: latent channels, ro
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from rltune.diffusion.schedulers.base import Rule
 from rltune.diffusion.table import ChainTable
 from rltune.registry import Registry
 
@@ -19,6 +21,69 @@ Conditioning = Mapping[str, Tensor]
 """What one prompt tells the network: no batch axis, of any length, on the CPU, in the text encoder's own dtype."""
 TextBatch = Mapping[str, Any]
 """What the prompts of B images tell it, as ``predict`` takes it: tensors with a leading B, or lists of B tensors."""
+
+
+EMBEDDED_GUIDANCE = "guidance"
+"""Name, in a ``TextBatch``, of the guidance that a network is told, ``(B,)`` float32; only where it is told one."""
+OWN_ETA = {
+    "EulerAncestralDiscreteScheduler": 1.0,
+    "FlowMatchLCMScheduler": 1.0,
+    "LCMScheduler": 1.0,
+    "SCMScheduler": 1.0,
+    "TCDScheduler": 0.3,
+}
+"""Class of a scheduler that adds noise of itself -> the eta that its own step has; others have 0."""
+FEW_STEP_SCHEDULERS = ("LCMScheduler", "TCDScheduler")
+"""Schedulers that only models distilled to a few steps ship with."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a model is sampled with where an experiment does not say."""
+
+    steps: int
+    guidance: float
+    """As ``sampler.guidance``; 1 is none."""
+    eta: float = 0.0
+    embedded_guidance: float | None = None
+    """The number that the network is told; None where it is told none."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a pipeline's files say, weights aside."""
+
+    base: str
+    """What the user calls it."""
+    pipeline: Mapping[str, Any]
+    """``model_index.json``"""
+    scheduler: Mapping[str, Any]
+    """Its configuration, with ``_class_name``."""
+    network: Mapping[str, Any]
+    """The denoising network's configuration."""
+
+    @property
+    def own_eta(self) -> float:
+        """The eta of the scheduler's own step."""
+        is_sde = self.scheduler.get("stochastic_sampling") or "sde" in self.scheduler.get("algorithm_type", "")
+        return 1.0 if is_sde else OWN_ETA.get(self.scheduler.get("_class_name", ""), 0.0)
+
+    @property
+    def is_stable_diffusion_turbo(self) -> bool:
+        """Whether a Stable Diffusion or SDXL pipeline is one for a few steps, by its scheduler.
+
+        The Turbo models ship Euler's with trailing timesteps; those that are trained to zero terminal SNR have them
+        too, but predict v.
+        """
+        name, kind = self.scheduler.get("_class_name", ""), self.scheduler.get("prediction_type", "epsilon")
+        is_trailing = self.scheduler.get("timestep_spacing") == "trailing" and kind == "epsilon"
+        return name in FEW_STEP_SCHEDULERS or (is_trailing and name.startswith("Euler"))
+
+
+def described(pipeline: Any, network: Any, *, base: str) -> Described:
+    """Return what the files of a loaded pipeline say."""
+    scheduler = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+    return Described(base, dict(pipeline.config), scheduler, dict(network.config))
 
 
 class ModelFamily(Protocol):
@@ -35,6 +100,15 @@ class ModelFamily(Protocol):
     is_guidance_linear: bool
     """Whether ``guide`` is f_neg + g (f_text - f_neg)."""
 
+    @classmethod
+    def defaults_of(cls, files: Described) -> Defaults:
+        """Return what a model of this family is sampled with where an experiment does not say."""
+        ...
+
+    def defaults(self, base: str) -> Defaults:
+        """Return the same for this model, which the user calls ``base``."""
+        ...
+
     @property
     def network(self) -> nn.Module:
         """The denoising network that adapters are attached to."""
@@ -49,8 +123,14 @@ class ModelFamily(Protocol):
         """The network that makes images of latents."""
         ...
 
-    def read_table(self, *, num_steps: int, eta: float, shape: tuple[int, int, int]) -> ChainTable:
-        """Return the coefficient table of this pipeline's sampler for latents of ``shape`` (C, H, W)."""
+    def read_table(
+        self, *, num_steps: int, eta: float, shape: tuple[int, int, int], rule: Rule = "posterior"
+    ) -> ChainTable:
+        """Return the coefficient table of this pipeline's sampler for latents of ``shape`` (C, H, W).
+
+        Raises:
+            ValueError: Its schedule has no such steps, or no such rule.
+        """
         ...
 
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:

@@ -16,6 +16,8 @@ class Chroma(FlowFamily):
     """A Chroma pipeline."""
 
     max_tokens = 512
+    default_steps = 35
+    default_guidance = 5.0
     attention_layers = JOINT
     other_layers = (*TWO_STREAM_FEED_FORWARD, "proj_mlp")
 

@@ -3,17 +3,16 @@
 B: images. C, H, W: latent channels, rows, columns. N: image tokens.
 """
 
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
+from rltune.diffusion.families.base import FAMILIES, Conditioning, Defaults, Described, TextBatch
 from rltune.diffusion.families.pipeline import JOINT, TWO_STREAM_FEED_FORWARD, FlowFamily, cut_off, pack, unpack
 
 T5_TOKENS = 512
-EMBEDDED_GUIDANCE = 3.5
-"""What FLUX.1-dev is told of guidance; its pipeline's default. A LoRA is to be used at what it was trained at."""
 
 
 @FAMILIES.register("FluxPipeline")
@@ -23,6 +22,19 @@ class Flux(FlowFamily):
     usual_tokens = T5_TOKENS
     attention_layers = JOINT
     other_layers = (*TWO_STREAM_FEED_FORWARD, "proj_mlp")
+    default_steps = 28
+    default_embedded_guidance = 3.5
+
+    @classmethod
+    def defaults_of(cls, files: Described) -> Defaults:
+        """Return dev's, or schnell's, whose network is told no guidance."""
+        own = super().defaults_of(files)
+        return replace(own, embedded_guidance=None) if cls.is_distilled(files) else own
+
+    @classmethod
+    def is_distilled(cls, files: Described) -> bool:
+        """Whether it is schnell."""
+        return not files.network.get("guidance_embeds", False)
 
     @property
     def num_channels(self) -> int:
@@ -44,13 +56,11 @@ class Flux(FlowFamily):
     def _run(self, x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
         B, _, H, W = x_BCHW.shape
         device = x_BCHW.device
-        guidance = None
-        if self.pipeline.transformer.config.guidance_embeds:
-            guidance = torch.full((B,), EMBEDDED_GUIDANCE, device=device, dtype=torch.float32)
+        is_told = self.pipeline.transformer.config.guidance_embeds
         output = self.pipeline.transformer(
             hidden_states=pack(x_BCHW),
             timestep=t.expand(B) / 1000,
-            guidance=guidance,
+            guidance=self.told_guidance(text, x_BCHW) if is_told else None,
             pooled_projections=text["pooled"],
             encoder_hidden_states=text["text"],
             txt_ids=torch.zeros(text["text"].shape[1], 3, device=device, dtype=x_BCHW.dtype),

@@ -9,11 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
+from rltune.diffusion.families.base import FAMILIES, Conditioning, Described, TextBatch
 from rltune.diffusion.families.pipeline import JOINT, FlowFamily, cut_off
-
-EMBEDDED_GUIDANCE = 4.0
-"""What FLUX.2-dev is told of guidance; its pipeline's default."""
 
 
 class Flux2(FlowFamily):
@@ -22,7 +19,7 @@ class Flux2(FlowFamily):
     max_tokens = 512
     attention_layers = (*JOINT, "attn.to_qkv_mlp_proj")
     other_layers = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
-    embedded_guidance: float | None = None
+    default_steps = 50
     layers: tuple[int, ...]
     """Of the language model, whose outputs are the text."""
 
@@ -60,13 +57,10 @@ class Flux2(FlowFamily):
         zero = torch.zeros(1, dtype=torch.int64)
         image_ids = torch.cartesian_prod(zero, torch.arange(H), torch.arange(W), zero)
         text_ids = torch.cartesian_prod(zero, zero, zero, torch.arange(text["text"].shape[1]))
-        guidance = None
-        if self.embedded_guidance is not None:
-            guidance = torch.full((B,), self.embedded_guidance, device=device, dtype=torch.float32)
         output = self.pipeline.transformer(
             hidden_states=x_BCHW.flatten(2).transpose(1, 2),
             timestep=t.expand(B) / 1000,
-            guidance=guidance,
+            guidance=self.told_guidance(text, x_BCHW),
             encoder_hidden_states=text["text"],
             txt_ids=text_ids.to(device),
             img_ids=image_ids.to(device),
@@ -93,7 +87,7 @@ def unpatch(x_BCHW: Tensor) -> Tensor:
 class Flux2Dev(Flux2):
     """FLUX.2 dev: Mistral, guidance as a number that the network is told."""
 
-    embedded_guidance = EMBEDDED_GUIDANCE
+    default_embedded_guidance = 4.0
     layers = (10, 20, 30)
 
     def cut_off(self, prompts: Sequence[str]) -> dict[str, str]:
@@ -110,6 +104,12 @@ class Flux2Dev(Flux2):
 
 @FAMILIES.register("Flux2KleinPipeline")
 class Flux2Klein(Flux2):
-    """FLUX.2 klein: Qwen3; the distilled models want guidance 1."""
+    """FLUX.2 klein: Qwen3; the distilled models are sampled without guidance."""
 
     layers = (9, 18, 27)
+    default_guidance = 4.0
+
+    @classmethod
+    def is_distilled(cls, files: Described) -> bool:
+        """Whether it is distilled, as its index says."""
+        return bool(files.pipeline.get("is_distilled"))

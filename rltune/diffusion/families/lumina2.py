@@ -17,6 +17,8 @@ from rltune.diffusion.families.pipeline import FlowFamily, cut_off
 class Lumina2(FlowFamily):
     """A Lumina-Image 2.0 pipeline (arXiv:2503.21758)."""
 
+    default_steps = 30
+    default_guidance = 4.0
     is_guidance_linear = False
     max_tokens = 256
     other_layers = ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")

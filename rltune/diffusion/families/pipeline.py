@@ -12,9 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rltune.diffusion.families.base import ENCODE_BATCH, Conditioning, TextBatch, linear_guidance, stack
+from rltune.diffusion.families.base import (
+    EMBEDDED_GUIDANCE,
+    ENCODE_BATCH,
+    Conditioning,
+    Defaults,
+    Described,
+    TextBatch,
+    described,
+    linear_guidance,
+    stack,
+)
 from rltune.diffusion.lora import ATTENTION
-from rltune.diffusion.schedulers.base import read_scheduler
+from rltune.diffusion.schedulers.base import Rule, only_posterior, read_scheduler
 from rltune.diffusion.table import ChainTable, read_ddim_table
 
 
@@ -37,6 +47,14 @@ class PipelineFamily(ABC):
     other_layers: ClassVar[tuple[str, ...]] = ()
     """Those that ``all`` adds."""
 
+    default_steps: ClassVar[int]
+    """Steps where an experiment does not say; as a rule those of the pipeline's own call."""
+    default_guidance: ClassVar[float] = 1.0
+    distilled_steps: ClassVar[int] = 4
+    """Steps of the family's distilled models, whose guidance is 1."""
+    default_embedded_guidance: ClassVar[float | None] = None
+    """What the network is told of guidance; None where it is told nothing."""
+
     def __init__(self, pipeline: Any) -> None:
         self.pipeline = pipeline
         self._device = torch.device("cpu")
@@ -50,6 +68,26 @@ class PipelineFamily(ABC):
     def _native_size(self) -> tuple[int, int]:
         side = int(self.pipeline.default_sample_size) * int(self.pipeline.vae_scale_factor)
         return side, side
+
+    @classmethod
+    def defaults_of(cls, files: Described) -> Defaults:
+        """Return what a model of this family is sampled with where an experiment does not say."""
+        is_distilled = cls.is_distilled(files)
+        return Defaults(
+            steps=cls.distilled_steps if is_distilled else cls.default_steps,
+            guidance=1.0 if is_distilled else cls.default_guidance,
+            eta=files.own_eta,
+            embedded_guidance=cls.default_embedded_guidance,
+        )
+
+    @classmethod
+    def is_distilled(cls, files: Described) -> bool:
+        """Whether the files are those of a model for few steps without guidance."""
+        return False
+
+    def defaults(self, base: str) -> Defaults:
+        """Return the same for this model."""
+        return self.defaults_of(described(self.pipeline, self.network, base=base))
 
     @property
     def network(self) -> nn.Module:
@@ -95,9 +133,12 @@ class PipelineFamily(ABC):
             raise ValueError(f"image sides must be at most {most} px, got {height_px} x {width_px}")
         return self.num_channels, height_px // factor, width_px // factor
 
-    def read_table(self, *, num_steps: int, eta: float, shape: tuple[int, int, int]) -> ChainTable:
+    def read_table(
+        self, *, num_steps: int, eta: float, shape: tuple[int, int, int], rule: Rule = "posterior"
+    ) -> ChainTable:
         """Return the table of the pipeline's own scheduler."""
-        return read_scheduler(self.pipeline.scheduler, num_steps=num_steps, eta=eta, grid=self.grid(num_steps, shape))
+        grid = self.grid(num_steps, shape)
+        return read_scheduler(self.pipeline.scheduler, num_steps=num_steps, eta=eta, rule=rule, grid=grid)
 
     def grid(self, num_steps: int, shape: tuple[int, int, int]) -> Mapping[str, Any] | None:
         """Return what the pipeline hands to ``set_timesteps``; None for the number of steps alone."""
@@ -182,6 +223,13 @@ class PipelineFamily(ABC):
             self.pipeline.vae.decode(latents.to(self.pipeline.vae.dtype), return_dict=False)[0], x_BCHW
         )
 
+    def told_guidance(self, text: TextBatch, x_BCHW: Tensor) -> Tensor | None:
+        """Return the guidance that the network is told, (B,): the sampler's, or the family's where there is none."""
+        told_B, own = text.get(EMBEDDED_GUIDANCE), self.default_embedded_guidance
+        if told_B is None and own is not None:
+            return torch.full((len(x_BCHW),), own, device=x_BCHW.device)
+        return cast(Tensor | None, told_B)
+
     def to_image(self, decoded_B3HW: Tensor, x_BCHW: Tensor) -> Tensor:
         """Bring a decoder's output to [0, 1]; the clamp zeroes the gradient of pixels that are out of range."""
         return (decoded_B3HW.to(x_BCHW.dtype) / 2 + 0.5).clamp(0, 1)
@@ -225,14 +273,15 @@ JOINT = tuple(
 TWO_STREAM_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 
-def own_or_ddim(scheduler: Any, *, num_steps: int, eta: float, own: Sequence[str]) -> ChainTable:
+def own_or_ddim(scheduler: Any, *, num_steps: int, eta: float, rule: Rule, own: Sequence[str]) -> ChainTable:
     """Return the table of a scheduler whose class is among ``own``, else DDIM's on its noise schedule.
 
     Raises:
-        ValueError: It has no such schedule, which a flow model's has not.
+        ValueError: It has no such schedule, which a flow model's has not; or the rule is a flow model's.
     """
     if type(scheduler).__name__ in own or not hasattr(scheduler, "betas"):
-        return read_scheduler(scheduler, num_steps=num_steps, eta=eta)
+        return read_scheduler(scheduler, num_steps=num_steps, eta=eta, rule=rule)
+    only_posterior(rule, "DDIM")
     return read_ddim_table(scheduler, num_steps=num_steps, eta=eta)
 
 

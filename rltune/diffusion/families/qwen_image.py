@@ -24,6 +24,9 @@ class QwenImage(FlowFamily):
     attention_layers = JOINT
     other_layers = ("img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2")
 
+    default_steps = 50
+    default_guidance = 4.0
+
     @property
     def num_channels(self) -> int:
         """C: a token has four places."""

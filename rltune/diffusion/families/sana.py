@@ -13,14 +13,13 @@ from torch import Tensor
 from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
 from rltune.diffusion.families.pipeline import FlowFamily, cut_off
 
-EMBEDDED_GUIDANCE = 4.5
-"""What SANA-Sprint is told of guidance; its pipeline's default."""
-
 
 @FAMILIES.register("SanaPipeline")
 class Sana(FlowFamily):
     """A SANA pipeline (arXiv:2410.10629). It ships DPM-Solver++ of second order; its first is Euler on the flow."""
 
+    default_steps = 20
+    default_guidance = 4.5
     passes_sigmas = False
     px_per_patch = 1
     max_tokens = 300
@@ -74,6 +73,10 @@ class Sana(FlowFamily):
 class SanaSprint(Sana):
     """SANA-Sprint (arXiv:2503.09641): steps in angles, guidance as a number that the network is told."""
 
+    default_steps = 2
+    default_guidance = 1.0
+    default_embedded_guidance = 4.5
+
     def _options(self) -> dict[str, Any]:
         return {}
 
@@ -91,12 +94,14 @@ class SanaSprint(Sana):
         return ((1 - 2 * sigma) * flow_BCHW + (1 - 2 * sigma + 2 * sigma**2) * v_BCHW) / norm
 
     def _run(self, x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
-        scale = float(self.pipeline.transformer.config.guidance_embeds_scale)
+        told_B = self.told_guidance(text, x_BCHW)
+        assert told_B is not None
+        told_B = told_B * float(self.pipeline.transformer.config.guidance_embeds_scale)
         output = self.pipeline.transformer(
             x_BCHW,
             encoder_hidden_states=text["text"],
             encoder_attention_mask=text["mask"],
-            guidance=torch.full((len(x_BCHW),), EMBEDDED_GUIDANCE * scale, device=x_BCHW.device, dtype=x_BCHW.dtype),
+            guidance=told_B.to(x_BCHW.dtype),
             timestep=t.expand(len(x_BCHW)),
             return_dict=False,
         )

@@ -4,11 +4,12 @@ B: images. C, H, W: latent channels, rows, columns.
 """
 
 from collections.abc import Sequence
+from pathlib import PurePath
 from typing import cast
 
 from torch import Tensor
 
-from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
+from rltune.diffusion.families.base import FAMILIES, Conditioning, Described, TextBatch
 from rltune.diffusion.families.pipeline import JOINT, TWO_STREAM_FEED_FORWARD, FlowFamily, cut_off
 
 T5_TOKENS = 256
@@ -23,6 +24,8 @@ class StableDiffusion3(FlowFamily):
     droppable = ("text_encoder_3",)  # zeros stand for T5's part then, as in the pipeline
     attention_layers = (*JOINT, "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
     other_layers = TWO_STREAM_FEED_FORWARD
+    default_steps = 28
+    default_guidance = 7.0
     usual_tokens = CLIP_TOKENS + T5_TOKENS
 
     def cut_off(self, prompts: Sequence[str]) -> dict[str, str]:
@@ -30,6 +33,11 @@ class StableDiffusion3(FlowFamily):
         if self.pipeline.text_encoder_3 is None:
             return super().cut_off(prompts)
         return cut_off(self.pipeline.tokenizer_3, prompts, T5_TOKENS)
+
+    @classmethod
+    def is_distilled(cls, files: Described) -> bool:
+        """Whether it is 3.5 large turbo: its files are those of 3.5 large, so that only its name tells."""
+        return "turbo" in PurePath(files.base).name.lower()
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
         text, _, pooled, _ = self.pipeline.encode_prompt(

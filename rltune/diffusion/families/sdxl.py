@@ -8,9 +8,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch
+from rltune.diffusion.families.base import FAMILIES, Conditioning, Described, TextBatch
 from rltune.diffusion.families.pipeline import PipelineFamily, own_or_ddim
 from rltune.diffusion.lora import ALL_LAYERS, ATTENTION
+from rltune.diffusion.schedulers.base import Rule
 from rltune.diffusion.table import ChainTable
 
 OWN = (
@@ -34,10 +35,19 @@ class StableDiffusionXL(PipelineFamily):
     lora_prefix = "unet"
     px_per_patch = 1
     other_layers = ALL_LAYERS[len(ATTENTION) :]
+    default_steps = 50
+    default_guidance = 5.0
 
-    def read_table(self, *, num_steps: int, eta: float, shape: tuple[int, int, int]) -> ChainTable:
+    @classmethod
+    def is_distilled(cls, files: Described) -> bool:
+        """Whether it is SDXL-Turbo, by its scheduler."""
+        return files.is_stable_diffusion_turbo
+
+    def read_table(
+        self, *, num_steps: int, eta: float, shape: tuple[int, int, int], rule: Rule = "posterior"
+    ) -> ChainTable:
         """Return the table of the scheduler that the pipeline ships, one for all sizes."""
-        return own_or_ddim(self.pipeline.scheduler, num_steps=num_steps, eta=eta, own=OWN)
+        return own_or_ddim(self.pipeline.scheduler, num_steps=num_steps, eta=eta, rule=rule, own=OWN)
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
         text, _, pooled, _ = self.pipeline.encode_prompt(

@@ -13,12 +13,16 @@ from rltune.diffusion.families.base import (
     ENCODE_BATCH,
     FAMILIES,
     Conditioning,
+    Defaults,
+    Described,
     TextBatch,
+    described,
     linear_guidance,
     stack,
 )
 from rltune.diffusion.families.pipeline import cut_off, own_or_ddim
 from rltune.diffusion.lora import target_modules
+from rltune.diffusion.schedulers.base import Rule
 from rltune.diffusion.table import ChainTable
 
 OWN = ("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "LCMScheduler", "TCDScheduler")
@@ -45,6 +49,18 @@ class StableDiffusion:
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             module.requires_grad_(False).eval()
 
+    @classmethod
+    def defaults_of(cls, files: Described) -> Defaults:
+        """Return 20 steps with guidance 5; those of SD-Turbo where the scheduler is that of a distilled model."""
+        eta = files.own_eta if files.scheduler.get("_class_name") in OWN else 0.0
+        if files.is_stable_diffusion_turbo:
+            return Defaults(steps=4, guidance=1.0, eta=eta)
+        return Defaults(steps=20, guidance=5.0, eta=eta)
+
+    def defaults(self, base: str) -> Defaults:
+        """Return the same for this model."""
+        return self.defaults_of(described(self.pipeline, self.network, base=base))
+
     @property
     def network(self) -> nn.Module:
         """The UNet."""
@@ -59,9 +75,11 @@ class StableDiffusion:
         """The KL autoencoder."""
         return cast(nn.Module, self.pipeline.vae)
 
-    def read_table(self, *, num_steps: int, eta: float, shape: tuple[int, int, int]) -> ChainTable:
+    def read_table(
+        self, *, num_steps: int, eta: float, shape: tuple[int, int, int], rule: Rule = "posterior"
+    ) -> ChainTable:
         """Return the table of the scheduler that the pipeline ships, or of DDIM on its schedule; one for all sizes."""
-        return own_or_ddim(self.pipeline.scheduler, num_steps=num_steps, eta=eta, own=OWN)
+        return own_or_ddim(self.pipeline.scheduler, num_steps=num_steps, eta=eta, rule=rule, own=OWN)
 
     def latent_shape(self, height_px: int, width_px: int) -> tuple[int, int, int]:
         """Return (C, H, W).

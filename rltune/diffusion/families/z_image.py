@@ -8,22 +8,32 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch, widened
+from rltune.diffusion.families.base import FAMILIES, Conditioning, Described, TextBatch, widened
 from rltune.diffusion.families.pipeline import FlowFamily
 
 SIZE_PX = 1024
+TURBO_SHIFT = 3.0
+"""Of Z-Image-Turbo's schedule; Z-Image's is shifted by 6."""
 
 
 @FAMILIES.register("ZImagePipeline")
 class ZImage(FlowFamily):
-    """A Z-Image pipeline (arXiv:2511.22699). Its guidance_scale s is 1 + s here; Turbo wants guidance 1."""
+    """A Z-Image pipeline (arXiv:2511.22699). Its guidance_scale s is 1 + s here; Turbo is sampled without."""
 
     max_tokens = 512
     usual_tokens = 96
+    default_steps = 50
+    default_guidance = 6.0
+    distilled_steps = 8
     other_layers = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
     def _native_size(self) -> tuple[int, int]:
         return SIZE_PX, SIZE_PX
+
+    @classmethod
+    def is_distilled(cls, files: Described) -> bool:
+        """Whether it is Z-Image-Turbo, by how its schedule is shifted."""
+        return float(files.scheduler.get("shift", TURBO_SHIFT)) <= TURBO_SHIFT
 
     def collate(self, rows: Sequence[Conditioning], device: torch.device) -> TextBatch:
         """Keep texts apart: a caption's length decides where the image's places begin, so padding would move them."""

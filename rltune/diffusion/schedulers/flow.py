@@ -15,7 +15,8 @@ def read_flow(scheduler: Any, *, eta: float, rule: Rule) -> ChainTable:
 
     ``posterior``: eta as in DDIM (arXiv:2010.02502), for this forward process: eta 1 draws from q(x' | x, x0_hat).
     ``flow_grpo``: Euler-Maruyama of the stochastic equation of Flow-GRPO (arXiv:2505.05470, section 4.2), eta its noise
-    level; its last step adds noise too, which the published code leaves out of training.
+    level. The last step adds no noise here and ends at the clean prediction: the published code adds some, and leaves
+    that step out of training.
 
     Raises:
         ValueError: ``invert_sigmas`` is on; ``stochastic_sampling`` is, and eta is not 1.
@@ -35,6 +36,7 @@ def read_flow(scheduler: Any, *, eta: float, rule: Rule) -> ChainTable:
         a_T = 1 + std_T**2 / (2 * now_T) * dt_T
         b_T = (1 + std_T**2 * (1 - now_T) / (2 * now_T)) * dt_T
         s_T = std_T * np.sqrt(-dt_T)
+        a_T[-1], b_T[-1], s_T[-1] = 1.0, dt_T[-1], 0.0
     else:
         with np.errstate(divide="ignore", invalid="ignore"):
             kept_T = np.where(after_T < 1, (1 - now_T) / (1 - after_T) * after_T, 0.0)
