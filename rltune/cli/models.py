@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rltune.assets import BUILTIN_DIR
+from rltune.cli.known_models import KNOWN_MODELS, KnownModel
 from rltune.cli.tables import UNBOUNDED
 from rltune.cli.terminal import console
 from rltune.errors import RltuneError, RunError, UnknownNameError, UserError
@@ -63,7 +64,11 @@ def show_models() -> None:
     console.print()
     console.print(_base_table([_builtin(), *cached_base_models()], (*families, *RENAMED)))
     console.print()
+    console.print(known_table(KNOWN_MODELS))
+    console.print()
     for line in (
+        "disk: in 16 bits. card: one image of 1024 px, bfloat16, blocks and tiles checkpointed; computed, not measured",
+        "gated: the hub wants its licence accepted. Licences and gates were not verified: each model's page decides",
         f"base models that can be trained are of the class {', '.join(families)}",
         f"files of the Hugging Face hub are in {_hub_cache()}, others in {cache_dir()}",
         "to fetch what is not here: rltune models fetch REWARD, or OWNER/NAME of a base model",
@@ -321,6 +326,16 @@ def _base_table(models: Sequence[BaseModel], families: Sequence[str]) -> Table:
         notes = [] if model.pipeline in families else ["not supported"]
         notes += [f"lacks {', '.join(model.lacking)}"] if model.lacking else []
         table.add_row(model.name, format_size(model.size_mb), "; ".join([model.pipeline, *notes]))
+    return table
+
+
+def known_table(models: Sequence[KnownModel]) -> Table:
+    """Return a table of published base models and what they need."""
+    table = _table("published, licence", "disk", "card", "hub")
+    for model in models:
+        gate = Text("gated", style="yellow") if model.is_gated else Text("open")
+        named = _two_lines(model.name, model.licence)
+        table.add_row(named, format_size(1000 * model.size_gb), f"{model.card_gib} GiB", gate)
     return table
 
 

@@ -14,7 +14,9 @@ from huggingface_hub import DryRunFileInfo
 
 from rltune.cli import models
 from rltune.cli.doctor import NOTE, OK, _reward_weights
+from rltune.cli.known_models import KNOWN_MODELS
 from rltune.cli.models import FileTable, PublishedFile, cached_base_models, published_files
+from rltune.diffusion.families.base import FAMILIES
 from rltune.diffusion.loading import load_model
 from rltune.errors import RunError
 from rltune.rewards.base import REWARDS
@@ -125,6 +127,16 @@ def test_base_models_in_the_cache_are_listed_with_what_they_lack(hub: Path, call
     assert f"files of the Hugging Face hub are in {hub}, others in {hub.parent / 'rltune'}" in lines
     (trained,) = [line for line in lines if line.startswith("base models that can be trained are of the class ")]
     assert {"StableDiffusionPipeline", "FluxPipeline"} <= set(re.findall(r"\w+", trained))
+
+
+def test_published_models_are_listed_with_what_they_need(call: Call) -> None:
+    out = call()[1]
+    row = next(line for line in out.splitlines() if "stable-diffusion-3.5-medium" in line)
+    assert row.split()[:6] == ["stabilityai/stable-diffusion-3.5-medium", "15.8", "GB", "12", "GiB", "gated"]
+    assert "computed, not measured" in out
+    assert "Licences and gates were not verified" in out
+    families = {name for name in FAMILIES.names() if "Inpaint" not in name}
+    assert families == {model.pipeline for model in KNOWN_MODELS}
 
 
 def test_an_empty_machine_is_listed(call: Call) -> None:
