@@ -18,6 +18,7 @@ class Chroma(FlowFamily):
     max_tokens = 512
     default_steps = 35
     default_guidance = 5.0
+    mask_dtype = torch.float32
     attention_layers = JOINT
     other_layers = (*TWO_STREAM_FEED_FORWARD, "proj_mlp")
 

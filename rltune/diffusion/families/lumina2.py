@@ -21,6 +21,7 @@ class Lumina2(FlowFamily):
     default_guidance = 4.0
     is_guidance_linear = False
     max_tokens = 256
+    mask_dtype = torch.int64
     other_layers = ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
 
     def guide(self, text_BCHW: Tensor, negative_BCHW: Tensor, scale: float) -> Tensor:
@@ -50,11 +51,14 @@ class Lumina2(FlowFamily):
         return {"text": text[0].cpu(), "mask": mask[0].cpu()}
 
     def _run(self, x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
+        mask_BL = text["mask"]
+        if mask_BL.is_meta:  # the network asks for the texts' lengths
+            mask_BL = torch.ones_like(mask_BL, device="cpu")
         output = self.pipeline.transformer(
             hidden_states=x_BCHW,
             timestep=1 - t.expand(len(x_BCHW)) / 1000,
             encoder_hidden_states=text["text"],
-            encoder_attention_mask=text["mask"],
+            encoder_attention_mask=mask_BL,
             return_dict=False,
         )
         return -cast(Tensor, output[0])

@@ -41,6 +41,8 @@ class PipelineFamily(ABC):
 
     usual_tokens: ClassVar[int | None] = None
     """Tokens of a prompt as the network gets them, where they are others than ``max_tokens``."""
+    mask_dtype: ClassVar[torch.dtype | None] = None
+    """Of the mask of tokens that count, where the encoder gives one."""
 
     attention_layers: ClassVar[tuple[str, ...]] = ATTENTION
     """Endings of the layers that ``model.lora.targets: attention`` means."""
@@ -165,6 +167,8 @@ class PipelineFamily(ABC):
         row = {"text": torch.empty(tokens, width, device="meta")}
         if config.get("pooled_projection_dim") is not None:
             row["pooled"] = torch.empty(config.pooled_projection_dim, device="meta")
+        if self.mask_dtype is not None:
+            row["mask"] = torch.empty(tokens, dtype=self.mask_dtype, device="meta")
         return row
 
     @contextmanager

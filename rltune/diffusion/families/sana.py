@@ -23,6 +23,7 @@ class Sana(FlowFamily):
     passes_sigmas = False
     px_per_patch = 1
     max_tokens = 300
+    mask_dtype = torch.int64
     other_layers = ("ff.conv_inverted", "ff.conv_point")
 
     def _native_size(self) -> tuple[int, int]:
