@@ -49,7 +49,7 @@ def quick(name: str) -> tuple[str, ...]:
     steps = load_experiment(FOLDER / f"{name}.yaml", must_find_files=False).shared.sampler.steps
     return (
         *SMALL,
-        f"sampler.steps={steps if steps <= 8 else 6}",
+        f"sampler.steps={steps if steps is not None and steps <= 8 else 6}",
         "rewards={smoothness: {weight: 1.0}}",
         "objectives=[smoothness]",
         "evaluate={every: 2, prompts: 2, images_per_prompt: 2, judges: [diversity], confirm: 2}",
