@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "rltune"
-BASE = {"errors", "registry", "assets", "intervals", "records", "redaction"}
+BASE = {"errors", "registry", "assets", "intervals", "records", "redaction", "canvas"}
 ALLOWED = {
     "__main__": {"cli"},
     "redaction": set(),
     "errors": {"redaction"},
     "registry": {"errors"},
     "assets": set(),
+    "canvas": set(),
     "intervals": set(),
     "records": {"errors"},
     "config": BASE,
@@ -24,7 +25,7 @@ ALLOWED = {
     "builtin": BASE,
     "rewards": BASE | {"builtin"},
     "estimators": BASE | {"diffusion", "rewards"},
-    "training": BASE | {"config", "runs", "diffusion", "rewards", "estimators"},
+    "training": BASE | {"config", "runs", "diffusion", "rewards", "estimators", "builtin"},
     "search": BASE | {"config", "pareto", "runs", "training"},
     "report": BASE | {"runs"},
     "export": BASE | {"config", "runs", "diffusion", "training"},

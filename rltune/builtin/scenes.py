@@ -173,7 +173,7 @@ def make_scene(seed: int, index: int) -> Scene:
         has_vignette=rng.random() < 0.45,
         saturation=rng.uniform(0.75, 1.0),
     )
-    placed = _place(rng, groups, is_regular=style.is_regular)
+    placed = place(rng, groups, is_regular=style.is_regular)
     return Scene(groups, ground, is_ground_striped, style, placed, noise_seed=rng.getrandbits(32))
 
 
@@ -216,7 +216,8 @@ def _draw_groups(rng: random.Random, ground: str) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def _place(rng: random.Random, groups: tuple[Group, ...], *, is_regular: bool) -> tuple[Placed, ...]:
+def place(rng: random.Random, groups: tuple[Group, ...], *, is_regular: bool) -> tuple[Placed, ...]:
+    """Return where the objects of these groups are, none upon another."""
     owners = [number for number, group in enumerate(groups) for _ in range(group.count)]
     rng.shuffle(owners)
     spots = _regular_spots(rng, len(owners)) if is_regular else _scattered_spots(rng, len(owners))

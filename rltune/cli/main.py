@@ -180,6 +180,10 @@ def sample(
     base_steps: Annotated[
         int | None, typer.Option(min=0, help="First steps left to the base model; the run's, else 0.")
     ] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to fill, for inpainting.", callback=_at_home)] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Where to fill it, white, of the same size; else at random.", callback=_at_home)
+    ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, the same for every row.")] = 0,
 ) -> None:
@@ -195,6 +199,8 @@ def sample(
         guidance=guidance,
         negative=negative,
         num_base_steps=base_steps,
+        image=image,
+        mask=mask,
         num_images=images,
         seed=seed,
     )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rltune.canvas import Canvas
 from rltune.cli.terminal import console
 from rltune.errors import UserError
 from rltune.records import check_schema
@@ -25,6 +26,8 @@ def sample_grid(
     guidance: float | None,
     negative: str | None = None,
     num_base_steps: int | None = None,
+    image: Path | None = None,
+    mask: Path | None = None,
     num_images: int,
     seed: int,
 ) -> None:
@@ -39,7 +42,6 @@ def sample_grid(
     from rltune.diffusion.outline import find_pipeline
     from rltune.orchestration.inspection import check_reach
     from rltune.training.grids import draw_rows, labelled_grid
-    from rltune.training.prompts import read_prompts
     from rltune.training.quiet import quiet_libraries
 
     check_output(output)
@@ -52,17 +54,50 @@ def sample_grid(
     card = next((card for card in cards if card), None)
     update = {"steps": num_steps, "guidance": guidance, "negative": negative, "base_steps": num_base_steps}
     config = _config_of(card, files, base, {name: value for name, value in update.items() if value is not None})
-    # a card has the run's own prompts: the file they were in may be another by now, or elsewhere
-    held_out = prompts or (card or {}).get("prompts") or read_prompts(config.prompts.eval, where="prompts.eval")
-    shown = list(prompts or held_out[:NUM_DEFAULT_PROMPTS])
+    shown = _asked(config, prompts, image, mask, card or {})
+    if any(isinstance(prompt, Canvas) for prompt in shown):
+        config = config.model_copy(update={"task": "inpaint"})
     if find_pipeline(config.model.base, config.model.revision, config.model.config) is None:
         check_reach(config.model.base)  # in a second, where the hub's library would try for 40
     rows = draw_rows(config, files, shown, num_images=num_images, seed=seed)
-    labels = ["base", *lora_labels(loras)]
+    labels = [*(["given"] if config.task == "inpaint" else []), "base", *lora_labels(loras)]
     written = save_picture(labelled_grid(rows, labels, shown, num_images=num_images), output)
     console.print(f"{written}: {len(rows)} rows ({', '.join(labels)}), {num_images} images for each of", soft_wrap=True)
     for prompt in shown:
         console.print(f"  {prompt}", soft_wrap=True)
+
+
+def _asked(config: Any, prompts: Sequence[str], image: Path | None, mask: Path | None, card: Any) -> list[str]:
+    """Return the prompts to draw: those asked for, else the card's, else the first held-out ones; with their pictures.
+
+    Raises:
+        UserError: There is a picture without a prompt, or a mask without a picture, or the prompts cannot be read.
+    """
+    from rltune.training.canvases import BUILTIN, canvas_of, check_pictures, prompt_set
+
+    if mask is not None and image is None:
+        raise UserError(f"sample: --mask is of an image, got {str(mask)!r} alone; give --image too")
+    if image is not None and not prompts:
+        raise UserError(
+            f"sample: --image needs a prompt for what is to be drawn, got {str(image)!r} alone; give --prompt"
+        )
+    rows: Sequence[dict[str, Any]] = []
+    if image is not None:
+        rows = [{"prompt": prompt, "image": str(image), "mask": str(mask) if mask else ""} for prompt in prompts]
+    elif config.task == "inpaint" and prompts and config.model.base != "builtin":
+        raise UserError(f"sample: this fills images, got --prompt {prompts[0]!r} alone; give --image too")
+    elif config.task == "inpaint" and prompts:
+        rows = [{"prompt": prompt, "image": BUILTIN} for prompt in prompts]
+    elif config.task == "inpaint":
+        rows = card.get("pictures", [])
+    if rows:
+        masks, where = config.prompts.masks, "sample: --image"
+        shown: list[str] = [canvas_of(row, Path.cwd(), where=where, index=i, masks=masks) for i, row in enumerate(rows)]
+        check_pictures(shown)
+        return shown
+    # a card has the run's own prompts: the file they were in may be another by now, or elsewhere
+    told = card.get("prompts") if config.task != "inpaint" else None
+    return list(prompts or (told or prompt_set(config, "eval").prompts)[:NUM_DEFAULT_PROMPTS])
 
 
 def lora_labels(paths: Sequence[Path]) -> list[str]:

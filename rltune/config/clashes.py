@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rltune.config.options import option_clashes
+from rltune.config.prompts_section import BUILTIN_PROMPTS
 from rltune.config.rules import Clash, Known
-from rltune.config.sections import BUILTIN_PROMPTS
 from rltune.config.settings import Settings
 from rltune.registry import suggest
 
@@ -14,7 +14,7 @@ def find_clashes(config: Settings, known: Known, *, must_find_files: bool) -> li
     """Return everything that does not go together in an experiment whose values are each right by themselves."""
     clashes = [*_clashes(config), *_unknown_names(config, known)]
     clashes += [*_estimator_clashes(config, known), *group_clashes(config, known), *_taken_names(config, known)]
-    clashes += [*_executor_clashes(config, known), *option_clashes(config, known)]
+    clashes += [*_executor_clashes(config, known), *option_clashes(config, known), *_task_clashes(config, known)]
     if must_find_files:
         clashes += _missing_files(config)
     return clashes
@@ -63,6 +63,21 @@ def _sampler_clashes(config: Settings) -> Iterator[Clash]:
         given, other = ("height", "width") if sampler.width is None else ("width", "height")
         what = f"needs sampler.{other} beside it, got {sampler.height or sampler.width} alone"
         yield Clash(f"sampler.{given}", what, "give both or neither", (f"sampler.{other}",))
+
+
+def _task_clashes(config: Settings, known: Known) -> Iterator[Clash]:
+    """Rewards that look at the picture that a prompt comes with, where it comes with none or is changed."""
+    named = [(f"rewards.{name}", config.kind_of(name)) for name in config.rewards]
+    named += [(f"evaluate.judges.{i}", name) for i, name in enumerate(config.evaluate.judges)]
+    for where, kind in named:
+        if kind in known.canvas_rewards and config.task != "inpaint":
+            what = f"{kind} compares an image with what was given of it, got task: {config.task}"
+            yield Clash(where, what, "write task: inpaint, or take another reward", ("task", f"{where}.reward"))
+    for name, reward in config.rewards.items():
+        if config.kind_of(name) in known.canvas_rewards and reward.relative.positive is not None:
+            where = f"rewards.{name}.relative.positive"
+            what = f"{config.kind_of(name)} reads no words, got {reward.relative.positive!r}"
+            yield Clash(where, what, "leave relative out", (f"rewards.{name}.reward",))
 
 
 def _executor_clashes(config: Settings, known: Known) -> Iterator[Clash]:
@@ -299,7 +314,8 @@ def _unknown_names(config: Settings, known: Known) -> Iterator[Clash]:
 
 def _missing_files(config: Settings) -> Iterator[Clash]:
     for key, value in (("train", config.prompts.train), ("eval", config.prompts.eval)):
-        if isinstance(value, str) and value not in BUILTIN_PROMPTS and not Path(value).is_file():
+        is_there = Path.exists if config.task == "inpaint" else Path.is_file  # pictures may be a folder
+        if isinstance(value, str) and value not in BUILTIN_PROMPTS and not is_there(Path(value)):
             remedy = (
                 f"give a text file with one prompt a line, a list, or a set by name; {suggest(value, BUILTIN_PROMPTS)}"
             )

@@ -13,11 +13,13 @@ from rltune.config.settings import Settings
 
 WHOLE_SWEEP = (
     "name",
+    "task",
     "model.base",
     "model.revision",
     "model.config",
     "model.drop",
     "prompts.eval",
+    "prompts.masks",
     "evaluate",
     "objectives",
     "constraints",

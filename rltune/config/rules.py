@@ -26,6 +26,8 @@ class Known:
     """Those that can backpropagate one step at a time."""
     group_rewards: tuple[str, ...] = ()
     """Those that compare the images of a prompt with one another."""
+    canvas_rewards: tuple[str, ...] = ()
+    """Those that look at the picture that a prompt comes with."""
     estimator_options: Mapping[str, Section] = field(default_factory=dict)
     """Name -> what its section ``options`` takes."""
     reward_options: Mapping[str, Section] = field(default_factory=dict)
@@ -72,6 +74,7 @@ RULES = (
     Together(("rewards.**.weight",), only=(0.0,)),
     Together(("rewards.*.loss", "rewards.*.target")),
     Together(("rewards.*.relative.positive", "rewards.*.relative.negative", "rewards.*.relative.k")),
+    Together(("rewards.*.reward", "rewards.*.relative.positive")),
     Together(("estimator.name", "sampler.eta")),
     Together(("estimator.name", "regularize.flatness_weights", "regularize.flatness_image")),
     Together(("estimator.name", "mixture.method")),

@@ -18,21 +18,6 @@ def _at_home(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 Beta = Annotated[Float, Field(ge=0, lt=1)]
-Prompts = PathText | Annotated[tuple[Text, ...], Field(min_length=1)]
-BUILTIN_PROMPTS = ("builtin", "builtin-heldout")
-"""The prompt sets that ship with the built-in model; any other text is the path of a file."""
-
-
-class PromptsConfig(StrictModel):
-    """Where prompts come from."""
-
-    train: Prompts = "builtin"
-    """Prompts to train on: ``builtin``, ``builtin-heldout``, a list, or a file: text with one prompt a line (lines that
-    start with ``#`` are left out), or a .csv, .tsv, .json, .jsonl or .parquet with a column prompt, caption or text."""
-    eval: Prompts = "builtin-heldout"
-    """Prompts to evaluate on, in the same forms as ``train``; keep the two apart."""
-    images_per_prompt: Int = Field(1, ge=1)
-    """Images of each prompt in a training batch; policy gradients compare them with one another."""
 
 
 class EstimatorConfig(StrictModel):

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rltune.config.model_section import ModelConfig
+from rltune.config.prompts_section import PromptsConfig
 from rltune.config.sampling import SamplerConfig
 from rltune.config.sections import (
     ConstraintConfig,
@@ -13,7 +14,6 @@ from rltune.config.sections import (
     EvaluateConfig,
     MixtureConfig,
     OptimConfig,
-    PromptsConfig,
     RegularizeConfig,
     ResourcesConfig,
     RewardConfig,
@@ -33,6 +33,8 @@ class Settings(StrictModel):
         "experiment", json_schema_extra={"x-expects": NAME_RULE}
     )
     """Name of the run and of its folder; the file's name if left out."""
+    task: Literal["text_to_image", "inpaint"] = "text_to_image"
+    """What is drawn of a prompt: an image, or the part of an image that a mask leaves open (``inpaint``)."""
     model: ModelConfig = ModelConfig()
     """What is fine-tuned."""
     prompts: PromptsConfig = PromptsConfig()

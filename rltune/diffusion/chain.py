@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from rltune.diffusion.inpaint import Blend
 from rltune.diffusion.table import ChainTable
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -56,6 +57,7 @@ def run_chain(
     num_kept: int = 0,
     denoise_frozen: Denoiser | None = None,
     observe: Observer | None = None,
+    blend: Blend | None = None,
 ) -> Tensor:
     """Denoise x_T -> x_0, or the clean prediction that ``plan`` names, (B, C, H, W), in the dtype of ``x_BCHW``.
 
@@ -73,6 +75,7 @@ def run_chain(
         num_kept: Active steps whose activations are kept instead of computed again.
         denoise_frozen: The same network in a form that has no gradient but is faster, for the inactive steps.
         observe: Called at every step.
+        blend: The part of the latents that is given; the rest alone is drawn, and carries gradient.
 
     Raises:
         ValueError: The table is stochastic and ``noise`` is missing.
@@ -96,8 +99,11 @@ def run_chain(
         if observe is not None:
             observe(k, input_BCHW, f_BCHW)
         if k == plan.scored:
-            return float(table.d_T[k]) * x_BCHW + float(table.e_T[k]) * f_BCHW
+            clean_BCHW = float(table.d_T[k]) * x_BCHW + float(table.e_T[k]) * f_BCHW
+            return clean_BCHW if blend is None else blend.clean(clean_BCHW)
         x_BCHW = float(table.a_T[k]) * x_BCHW + float(table.b_T[k]) * f_BCHW
         if noise is not None and table.s_T[k] != 0:
             x_BCHW = x_BCHW + float(table.s_T[k]) * noise(k)
+        if blend is not None:
+            x_BCHW = blend.after(k, x_BCHW)
     return x_BCHW

@@ -45,7 +45,7 @@ class PromptEmbeddings:
             StorageError: The file for what memory is not to hold cannot be written.
         """
         self._announce(prompts)
-        missing = sorted({self._places[prompt][0] for prompt in prompts} - self._kept.keys())
+        missing = sorted({self._places[str(prompt)][0] for prompt in prompts} - self._kept.keys())
         while missing:
             together = missing[:GROUPS_AT_A_TIME]
             partial = [i for i, group in enumerate(together) if len(self._groups[group]) < ENCODE_BATCH]
@@ -60,7 +60,7 @@ class PromptEmbeddings:
     def rows(self, prompts: Sequence[str]) -> list[Conditioning]:
         """Return what each prompt tells the network, as the encoder gave it."""
         self.add(prompts)
-        return [self._kept[group].row(row) for group, row in (self._places[prompt] for prompt in prompts)]
+        return [self._kept[group].row(row) for group, row in (self._places[str(prompt)] for prompt in prompts)]
 
     def negative(self, prompt: str) -> Conditioning:
         """Return what a negative prompt tells the network."""
@@ -74,7 +74,8 @@ class PromptEmbeddings:
         return self._model.collate(self.rows(prompts), device)
 
     def _announce(self, prompts: Sequence[str]) -> None:
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._places]
+        # text alone: with another picture the words of a prompt are the same
+        new = [prompt for prompt in dict.fromkeys(map(str, prompts)) if prompt not in self._places]
         for start in range(0, len(new), ENCODE_BATCH):
             group = tuple(new[start : start + ENCODE_BATCH])
             self._places.update({prompt: (len(self._groups), row) for row, prompt in enumerate(group)})

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from rltune.diffusion.chain import NO_GRADIENT, Denoiser, GradientPlan, Observer, StepNoise, run_chain
 from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import EMBEDDED_GUIDANCE, Conditioning, ModelFamily, TextBatch
+from rltune.diffusion.inpaint import Blend, blend_of, given_of, told
 from rltune.diffusion.lora import MergedLora, adapters_off
 from rltune.diffusion.table import ChainTable
 from rltune.diffusion.tiles import Tiling, decode_in_tiles
@@ -33,6 +34,7 @@ def guided_denoiser(
     guidance_scale: float,
     embedded_guidance: float | None = None,
     gradient: GuidanceGradient = "both",
+    told: Sequence[Conditioning] = (),
 ) -> Denoiser:
     """Return the network with classifier-free guidance (arXiv:2207.12598), combined as the model's family does.
 
@@ -47,7 +49,11 @@ def guided_denoiser(
         gradient: ``both`` is the derivative of the combination. ``text`` runs the negative branch without gradient,
             which leaves g df_text where it is linear; ``text_rescaled`` leaves df_text, so that the gradient's size
             does not follow g. Both are other estimators, and cheaper; the value is the same.
+        told: What it is told of each image besides, with a prompt and with the negative one.
     """
+    without: Sequence[Conditioning] = [negative] * len(rows)
+    if told:
+        rows, without = ([{**row, **more} for row, more in zip(part, told, strict=True)] for part in (rows, without))
 
     def collate(rows: Sequence[Conditioning]) -> TextBatch:
         batch = model.collate(rows, device)
@@ -58,7 +64,6 @@ def guided_denoiser(
     text = collate(rows)
     if guidance_scale <= 1.0:
         return lambda x_BCHW, t: model.predict(x_BCHW, t, text)
-    without = [negative] * len(rows)
     both = collate([*without, *rows])
     negatives = collate(without) if gradient != "both" else None
 
@@ -128,6 +133,8 @@ class Sampler:
     """Whether images without gradient are decoded one at a time, since few of them fit into memory."""
     use_bf16_prefix: bool = False
     """Run the steps without gradient in bfloat16: faster on hardware that has it, a trajectory that differs by it."""
+    size_px: tuple[int, int] | None = None
+    """Height and width of the images; needed where prompts come with pictures."""
 
     @property
     def num_steps(self) -> int:
@@ -135,9 +142,18 @@ class Sampler:
         return self.table.num_steps - self.num_base_steps
 
     def open(self, prompts: Sequence[str], x_BCHW: Tensor, noise: StepNoise | None) -> "Chain":
-        """Return the chain of a batch as it stands after the base model's steps; ``x_BCHW`` is x_T."""
-        x_BCHW = x_BCHW * self.table.init_scale
+        """Return the chain of a batch as it stands after the base model's steps; ``x_BCHW`` is x_T.
+
+        Where prompts come with pictures (``Canvas``), their given parts are kept to.
+
+        Raises:
+            UserError: The picture of a prompt is gone, or is not what it was.
+        """
         rows = self.embeddings.rows(prompts)
+        given = given_of(prompts, self.size_px, x_BCHW.device)
+        known = None if given is None else told(self.model, given)
+        blend = None if given is None or known else blend_of(self.model, given, x_BCHW, self.table)
+        x_BCHW = x_BCHW * self.table.init_scale
         denoise = guided_denoiser(
             self.model,
             rows,
@@ -146,13 +162,14 @@ class Sampler:
             guidance_scale=self.guidance_scale,
             embedded_guidance=self.embedded_guidance,
             gradient=self.guidance_gradient,
+            told=known or (),
         )
-        chain = Chain(self, denoise, self.table, x_BCHW, noise, rows)
+        chain = Chain(self, denoise, self.table, x_BCHW, noise, rows, blend)
         if self.num_base_steps == 0:
             return chain
         with torch.no_grad(), adapters_off(self.model.network), in_bf16(x_BCHW.device, enabled=self.use_bf16_prefix):
             head = self.table.part(0, self.num_base_steps)
-            x_BCHW = run_chain(lambda x, t: denoise(x, t).to(x.dtype), x_BCHW, head, noise=noise)
+            x_BCHW = run_chain(lambda x, t: denoise(x, t).to(x.dtype), x_BCHW, head, noise=noise, blend=blend)
         return chain.starting(self.num_base_steps, x_BCHW)
 
     def latents(self, prompts: Sequence[str], x_BCHW: Tensor, *, plan: GradientPlan, noise: StepNoise | None) -> Tensor:
@@ -186,6 +203,13 @@ class Chain:
     noise: StepNoise | None
     rows: Sequence[Conditioning]
     """What each image's prompt tells the network."""
+    blend: Blend | None = None
+    """The part of the latents that is given."""
+
+    @property
+    def drawn_B1HW(self) -> Tensor | None:
+        """1 where latents are drawn, 0 where they are given; None where all are drawn."""
+        return None if self.blend is None else self.blend.mask_B1HW
 
     @cached_property
     def text_BD(self) -> Tensor:
@@ -197,7 +221,9 @@ class Chain:
         """Return the chain of steps ``step`` and later, numbered from 0 again, from the latent ``x_BCHW``."""
         noise = self.noise
         later = None if noise is None else (lambda k: noise(k + step))
-        return replace(self, table=self.table.part(step, self.table.num_steps), x_BCHW=x_BCHW, noise=later)
+        table = self.table.part(step, self.table.num_steps)
+        blend = None if self.blend is None else self.blend.starting(step)
+        return replace(self, table=table, x_BCHW=x_BCHW, noise=later, blend=blend)
 
     def run(self, plan: GradientPlan = NO_GRADIENT, *, observe: Observer | None = None) -> Tensor:
         """Run the steps that are left, differentiable as ``plan`` says; see ``run_chain``."""
@@ -213,7 +239,13 @@ class Chain:
                 self.denoise, sampler.model.network, self.x_BCHW.device, use_bf16=sampler.use_bf16_prefix
             ),
             observe=observe,
+            blend=self.blend,
         )
+
+    def clean(self, step: int, x_BCHW: Tensor, f_BCHW: Tensor) -> Tensor:
+        """Return the clean prediction x0_hat of a step, with what is given in it."""
+        clean_BCHW = float(self.table.d_T[step]) * x_BCHW + float(self.table.e_T[step]) * f_BCHW
+        return clean_BCHW if self.blend is None else self.blend.clean(clean_BCHW)
 
     def predict(self, step: int, x_BCHW: Tensor) -> Tensor:
         """Run the network once at a step -> its guided output (B, C, H, W), differentiable."""

@@ -63,10 +63,13 @@ class ChainTable:
         weight = float(self.b_T[step] * self.a_T[step + 1 : last].prod())
         return weight if scored is None else weight * float(self.d_T[scored])
 
-    def log_prob(self, step: int, x_BCHW: Tensor, f_BCHW: Tensor, next_BCHW: Tensor) -> Tensor:
+    def log_prob(
+        self, step: int, x_BCHW: Tensor, f_BCHW: Tensor, next_BCHW: Tensor, drawn_B1HW: Tensor | None = None
+    ) -> Tensor:
         """Return log N(x_{k+1}; a_k x_k + b_k f_k, s_k^2 I), the mean over latent elements, ``(B,)``.
 
         The mean and not the sum, as in the code of DDPO, DPOK and DAG: their published clip ranges are meant for it.
+        Where a part is given, over those elements that are drawn: the others are no choice of the policy.
 
         Raises:
             ValueError: The step adds no noise.
@@ -75,17 +78,22 @@ class ChainTable:
         if s == 0:
             raise ValueError(f"step {step} is deterministic and has no density; sample with eta > 0")
         mean_BCHW = float(self.a_T[step]) * x_BCHW + float(self.b_T[step]) * f_BCHW
-        return _normal_log_density((next_BCHW - mean_BCHW) / s, s)
+        return _normal_log_density((next_BCHW - mean_BCHW) / s, s, drawn_B1HW)
 
-    def log_prob_back(self, step: int, x_BCHW: Tensor, next_BCHW: Tensor) -> Tensor:
-        """Return log q(x_k | x_{k+1}) of the forward process, the mean over latent elements, ``(B,)``."""
+    def log_prob_back(self, step: int, x_BCHW: Tensor, next_BCHW: Tensor, drawn_B1HW: Tensor | None = None) -> Tensor:
+        """Return log q(x_k | x_{k+1}) of the forward process, the mean over the elements drawn, ``(B,)``."""
         ratio = float(self.signal_U[step] / self.signal_U[step + 1])
         std = math.sqrt(float(self.noise_U[step]) ** 2 - (ratio * float(self.noise_U[step + 1])) ** 2)
-        return _normal_log_density((x_BCHW - ratio * next_BCHW) / std, std)
+        return _normal_log_density((x_BCHW - ratio * next_BCHW) / std, std, drawn_B1HW)
 
 
-def _normal_log_density(standard_BCHW: Tensor, std: float) -> Tensor:
-    return -0.5 * standard_BCHW.square().flatten(1).mean(1) - math.log(std) - 0.5 * math.log(2 * math.pi)
+def _normal_log_density(standard_BCHW: Tensor, std: float, drawn_B1HW: Tensor | None) -> Tensor:
+    square_BCHW = standard_BCHW.square()
+    if drawn_B1HW is None:
+        mean_B = square_BCHW.flatten(1).mean(1)
+    else:
+        mean_B = (square_BCHW * drawn_B1HW).flatten(1).sum(1) / drawn_B1HW.expand_as(square_BCHW).flatten(1).sum(1)
+    return -0.5 * mean_B - math.log(std) - 0.5 * math.log(2 * math.pi)
 
 
 def read_ddim_table(scheduler: Any, *, num_steps: int, eta: float) -> ChainTable:

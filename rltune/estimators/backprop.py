@@ -102,9 +102,10 @@ def add_gradient(
         torch.stack([loss, *penalties]).sum().backward()
         if round.is_serial:
             assert x_BCHW.grad is not None
+            slope_BCHW = x_BCHW.grad if chain.drawn_B1HW is None else chain.drawn_B1HW * x_BCHW.grad
             for step in sorted(inputs, reverse=True):
                 f_BCHW = chain.predict(step, inputs[step])
-                surrogate = chain.table.path_weight(step, plan.scored) * (x_BCHW.grad * f_BCHW).sum()
+                surrogate = chain.table.path_weight(step, plan.scored) * (slope_BCHW * f_BCHW).sum()
                 if drift > 0:
                     surrogate = surrogate + drift * share * round.drift_B(chain, step, inputs[step], f_BCHW).sum()
                 surrogate.backward()

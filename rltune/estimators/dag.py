@@ -78,7 +78,8 @@ class DAG:
 
         def loss(rollout: Rollout, step: int, log_prob_B: Tensor, ratio_B: Tensor, f_BCHW: Tensor) -> Tensor:
             x_BCHW, next_BCHW = rollout.states[step : step + 2]
-            back_B = rollout.chain.table.log_prob_back(step, x_BCHW, next_BCHW)
+            chain = rollout.chain
+            back_B = chain.table.log_prob_back(step, x_BCHW, next_BCHW, chain.drawn_B1HW)
             residual_B = flow_B(rollout, step) + log_prob_B - back_B - flow_B(rollout, step + 1)
             moved_B = (f_BCHW - rollout.outputs[step]).square().flatten(1).mean(1)
             return rollout.trust_B * residual_B.square() + self.output_weight * moved_B
@@ -95,10 +96,9 @@ class DAG:
 @torch.no_grad()
 def clean_rewards(round: Round, rollout: Rollout) -> list[Tensor]:
     """Return the reward of the clean prediction at every step, ``(B,)`` each."""
-    table = rollout.chain.table
     rewards = []
     for step, (x_BCHW, f_BCHW) in enumerate(zip(rollout.states[:-1], rollout.outputs, strict=True)):
-        clean_BCHW = float(table.d_T[step]) * x_BCHW + float(table.e_T[step]) * f_BCHW
+        clean_BCHW = rollout.chain.clean(step, x_BCHW, f_BCHW)
         with round.timer.measure("reward"):
             rewards.append(round.mixture(round.sampler.decode(clean_BCHW), rollout.batch.prompts).compared_B)
         round.tally.num_queries += len(rollout.batch.prompts)

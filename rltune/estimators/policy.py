@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rltune.canvas import identity
 from rltune.diffusion.sampler import Chain
 from rltune.errors import UserError
 from rltune.estimators.base import Batch, Round
@@ -42,7 +43,8 @@ class Rollout:
 
     def log_prob_B(self, step: int, f_BCHW: Tensor) -> Tensor:
         """Return the log-probability of the action taken, if the network's output were ``f_BCHW``."""
-        return self.chain.table.log_prob(step, self.states[step], f_BCHW, self.states[step + 1])
+        chain = self.chain
+        return chain.table.log_prob(step, self.states[step], f_BCHW, self.states[step + 1], chain.drawn_B1HW)
 
 
 @torch.no_grad()
@@ -131,10 +133,11 @@ class PromptStatistics:
 
     def advantages(self, prompts: Sequence[str], rewards: Sequence[float]) -> list[float]:
         """Take in a round's rewards and return (reward - mean) / std of each, by prompt where enough is known."""
-        for prompt, reward in zip(prompts, rewards, strict=True):
+        keys = [identity(prompt) for prompt in prompts]
+        for prompt, reward in zip(keys, rewards, strict=True):
             self._rewards[prompt] = [*self._rewards.get(prompt, []), reward][-self._size :]
         advantages = []
-        for prompt, reward in zip(prompts, rewards, strict=True):
+        for prompt, reward in zip(keys, rewards, strict=True):
             own = self._rewards[prompt]
             known = np.array(own if len(own) >= self._min_count else rewards)
             advantages.append(float((reward - known.mean()) / (known.std() + 1e-6)))

@@ -12,6 +12,7 @@ from rltune.runs.confirmations import comparable, read_confirmations
 from rltune.runs.layout import BASE_TRIAL, RunFolder
 from rltune.runs.record import read_trial_versions
 from rltune.runs.results import TrialResult, read_results
+from rltune.training.canvases import kept_form
 
 CARD_FILE = "rltune.json"
 
@@ -67,7 +68,8 @@ def card_of(
             "base_metrics": dict(base_metrics),
             "measured_on": measured_on,
             "trained_with": list(read_trial_versions(folder, result.trial)),
-            "prompts": list(prompts),
+            "prompts": [str(prompt) for prompt in prompts],
+            **({"pictures": kept_form(prompts)} if config.task == "inpaint" else {}),
             "experiment": config.model_dump(mode="json"),
         }
     )

@@ -35,8 +35,8 @@ from rltune.runs.record import (
     write_record,
 )
 from rltune.runs.store import write_atomically
+from rltune.training.canvases import SETS, SetName, kept_form, prompt_set
 from rltune.training.pins import digests_for, find_pins, option_defaults
-from rltune.training.prompts import read_prompts
 from rltune.training.setup import base_key, base_settings
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _keep_prompts(folder: RunFolder, experiment: Experiment) -> tuple[RecordedPr
     """Copy the prompts of every set that a trial may use into the run folder."""
     kept = []
     for name, source, number in _prompt_sources(experiment):
-        prompts = read_prompts(source, where=f"prompts.{name}")
+        prompts = kept_form(_read(experiment, name, source))
         file = folder.prompts_dir / f"{name}{number}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(prompts, indent=0, ensure_ascii=False) + "\n")
@@ -169,9 +169,15 @@ def _keep_prompts(folder: RunFolder, experiment: Experiment) -> tuple[RecordedPr
     return tuple(kept)
 
 
-def _prompt_sources(experiment: Experiment) -> Iterator[tuple[str, str | Sequence[str], str]]:
+def _read(experiment: Experiment, name: SetName, source: str | Sequence[str]) -> tuple[str, ...]:
+    shared = experiment.shared
+    prompts = shared.prompts.model_copy(update={name: source})
+    return prompt_set(shared.model_copy(update={"prompts": prompts}), name).prompts
+
+
+def _prompt_sources(experiment: Experiment) -> Iterator[tuple[SetName, str | Sequence[str], str]]:
     """Yield every prompt set that a trial may use: its name, its source, its number where there are several."""
-    for name in ("train", "eval"):
+    for name in SETS:
         kind = experiment.space.get(f"prompts.{name}")
         if not isinstance(kind, Choice):
             yield name, getattr(experiment.shared.prompts, name), ""
@@ -237,15 +243,15 @@ def _called_otherwise(record: Record, pins: Sequence[Pin], experiment: Experimen
     same = {pin.setting for pin in pins if pin.digest and then.get(pin.setting) == pin.digest}
     sets = {row.setting: row.sha256 for row in record.prompts}
     for name, source, _ in _prompt_sources(experiment):
-        if _prompts_of(name, source) == sets[f"prompts.{name}"]:
+        if _prompts_of(experiment, name, source) == sets[f"prompts.{name}"]:
             same.add(f"prompts.{name}")
     return {setting for setting in same if setting not in experiment.space and not setting.endswith(".reward")}
 
 
-def _prompts_of(name: str, source: str | Sequence[str]) -> str:
+def _prompts_of(experiment: Experiment, name: SetName, source: str | Sequence[str]) -> str:
     """Return the digest of a prompt set; empty where it cannot be read."""
     try:
-        return prompts_digest(read_prompts(source, where=f"prompts.{name}"))
+        return prompts_digest(kept_form(_read(experiment, name, source)))
     except UserError:
         return ""
 
@@ -256,8 +262,11 @@ def _changed_prompts(experiment: Experiment, record: Record) -> Iterator[str]:
         recorded = next((row for row in record.prompts if (row.setting, row.source) == (setting, source)), None)
         if recorded is None:
             continue  # written out: it is among the settings
-        if _prompts_of(name, source) not in ("", recorded.sha256):  # gone, or not here: the run has its own copy
-            count = len(read_prompts(source, where=setting))
+        if _prompts_of(experiment, name, source) not in (
+            "",
+            recorded.sha256,
+        ):  # gone, or not here: the run has its own copy
+            count = len(_read(experiment, name, source))
             yield f"{setting}: {source!r} held {recorded.count} prompts, and holds {count} now that are not the same"
 
 

@@ -44,7 +44,7 @@ def run_confirmation(
     """
     found, record = comparable(read_confirmations(folder)), read_record(folder)
     own = with_own_prompts(experiment.shared, folder, record)
-    if found is not None and tuple(found.base.prompts) != fresh_prompts(own).prompts:
+    if found is not None and tuple(found.base.prompts) != tuple(str(prompt) for prompt in fresh_prompts(own).prompts):
         found = None  # measured on other prompts
     wanted = [(result.trial, result.checkpoint, dict(result.values)) for result in missing(chosen, found)]
     if not wanted:

@@ -24,7 +24,8 @@ from rltune.runs.layout import RunFolder
 from rltune.runs.metrics import JUDGES
 from rltune.runs.record import read_record, with_own_prompts
 from rltune.training.adapters import read_start
-from rltune.training.prompts import PromptSet, cut_in_words, load_prompts
+from rltune.training.canvases import SETS, check_pictures, prompt_set
+from rltune.training.prompts import PromptSet, cut_in_words
 from rltune.training.rewards import check_reward, try_reward
 from rltune.training.sampling import image_shape, make_sampler
 from rltune.training.setup import check_options, make_estimator
@@ -212,14 +213,16 @@ def _check_prompts(experiment: Experiment, faults: Faults, folder: RunFolder) ->
     first: dict[str, PromptSet] = {}
     seen: set[str] = set()
     for config in experiment.corners(("prompts",)):
-        named = with_own_prompts(config, folder, record).prompts
-        for where, source in (("prompts.train", named.train), ("prompts.eval", named.eval)):
-            if (key := f"{where} {source!r}") in seen:
+        own = with_own_prompts(config, folder, record)
+        for name in SETS:
+            where = f"prompts.{name}"
+            if (key := f"{where} {getattr(own.prompts, name)!r}") in seen:
                 continue
             seen.add(key)
             with faults.noted():
-                found = load_prompts(source, where=where)
+                found = prompt_set(own, name)
                 first.setdefault(where, found)
+                check_pictures(found.prompts)
                 wanted = config.evaluate.prompts
                 if where == "prompts.eval" and len(found.prompts) < wanted:
                     raise UserError(

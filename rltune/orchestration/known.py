@@ -20,6 +20,7 @@ def known_names() -> Known:
         executors=EXECUTORS.names(),
         fixed_size_executors=tuple(name for name in EXECUTORS.names() if EXECUTORS.build(name, {}).is_fixed_size),
         group_rewards=tuple(name for name in REWARDS.names() if compares_group(name)),
+        canvas_rewards=tuple(name for name in REWARDS.names() if REWARDS.card(name).needs_canvas),
         rewards_without_gradient=tuple(name for name in REWARDS.names() if not has_gradient(name)),
         policy_estimators=tuple(name for name, kind in estimators.items() if not getattr(kind, "needs_gradient", True)),
         estimator_options={name: options_section(name, ESTIMATORS.options(name)) for name in estimators},

@@ -45,6 +45,8 @@ class Card:
     """Unit of what is reported, for tables; empty for a bare number."""
     is_differentiable: bool = True
     """Whether the score has a useful gradient with respect to the images."""
+    needs_canvas: bool = False
+    """Whether it looks at the picture that a prompt comes with (``rltune.canvas``): for ``task: inpaint`` alone."""
     sees_group: bool = False
     """Whether an image's score depends on the others of its prompt in the batch, all of which it is called with."""
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -148,33 +149,52 @@ def weights_gb(model: str) -> float:
     return num_parameters * 4 / 1e9
 
 
-VISION_HEAD_WIDTH, TEXT_HEAD_WIDTH = 80, 64
-"""Of ViT-H-14: 1280 in 16 heads, 1024 in 16 heads."""
+TEXT_HEAD_WIDTH = 64
+"""Of all of them: 1024 in 16 heads in ViT-H-14, 512 in 8 in ViT-B-32."""
 
 
-def load_clip_h(
-    path: Path, state: Mapping[str, Tensor], *, reward: str, resize_mode: ResizeMode = "shortest"
+@dataclass(frozen=True)
+class Kind:
+    """What the shapes of a checkpoint do not say."""
+
+    name: str
+    vision_head_width: int
+    has_quick_gelu: bool = False
+
+
+VIT_H = Kind("ViT-H-14", 80)  # 1280 in 16 heads
+VIT_B = Kind("ViT-B-32", 64, has_quick_gelu=True)  # 768 in 12; OpenAI's
+
+
+def load_clip_state(
+    path: Path,
+    state: Mapping[str, Tensor],
+    *,
+    reward: str,
+    resize_mode: ResizeMode = "shortest",
+    kind: Kind = VIT_H,
 ) -> ClipTower:
-    """Return a tower of the kind ViT-H-14 from a state dict of open_clip's key names; sizes are read from its shapes.
+    """Return a tower from a state dict of open_clip's key names; sizes are read from its shapes.
 
     Args:
         path: Where the state dict is from, for messages.
         state: Names to tensors of any precision; the tower holds float32.
         reward: Name of the reward, for messages.
         resize_mode: How the reward was trained to see images that are not square.
+        kind: Of the model.
 
     Raises:
         UserError: The state dict is not one of such a model.
     """
     try:
-        sizes = _sizes(state)
+        sizes = _sizes(state, kind)
         with torch.device("meta"):  # no time for initial weights that are replaced at once
-            model = open_clip.CLIP(**sizes)
+            model = open_clip.CLIP(**sizes, quick_gelu=kind.has_quick_gelu)
         parameters = {key: nn.Parameter(value.float(), requires_grad=False) for key, value in state.items()}
         model.load_state_dict(parameters, assign=True)
     except (KeyError, ValueError, IndexError, RuntimeError, AttributeError) as error:
         lines = " ".join(" ".join(str(error).split())[:400].split())
-        raise UserError(f"reward {reward!r}: {path} is not a checkpoint of ViT-H-14 ({lines})") from error
+        raise UserError(f"reward {reward!r}: {path} is not a checkpoint of {kind.name} ({lines})") from error
     num_tokens = sizes["text_cfg"]["context_length"]
     mask = torch.full((num_tokens, num_tokens), -torch.inf).triu(1)  # the one buffer that checkpoints leave out
     model.register_buffer("attn_mask", mask, persistent=False)
@@ -185,11 +205,11 @@ def load_clip_h(
         "interpolation": "bicubic",
         "resize_mode": resize_mode,
     }
-    tokenizer = open_clip.get_tokenizer("ViT-H-14", context_length=num_tokens)
+    tokenizer = open_clip.get_tokenizer(kind.name, context_length=num_tokens)
     return ClipTower(model, tokenizer, name=reward)
 
 
-def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
+def _sizes(state: Mapping[str, Tensor], kind: Kind) -> dict[str, Any]:
     width, _, patch, _ = state["visual.conv1.weight"].shape
     num_patches = state["visual.positional_embedding"].shape[0] - 1
     num_tokens, text_width = state["positional_embedding"].shape
@@ -199,7 +219,7 @@ def _sizes(state: Mapping[str, Tensor]) -> dict[str, Any]:
             "image_size": round(num_patches**0.5) * patch,
             "layers": _count(state, "visual.transformer.resblocks."),
             "width": width,
-            "head_width": VISION_HEAD_WIDTH,
+            "head_width": kind.vision_head_width,
             "patch_size": patch,
             "mlp_ratio": state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0] / width,
         },

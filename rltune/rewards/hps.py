@@ -9,7 +9,7 @@ from torch import Tensor
 from rltune.errors import UserError
 from rltune.rewards.alignment import Alignment
 from rltune.rewards.base import REWARDS, Card
-from rltune.rewards.clip_loading import load_clip_h
+from rltune.rewards.clip_loading import load_clip_state
 from rltune.rewards.weights import WeightsFile, locate
 
 HPS_2 = WeightsFile(repo="xswu/HPSv2", file="HPS_v2_compressed.pt", licence="Apache-2.0", size_mb=1972)
@@ -27,7 +27,7 @@ def load_hps(reward: str, path: Path) -> Alignment:
         UserError: The file is not such a checkpoint.
     """
     state = read_checkpoint(reward, path)
-    return Alignment(load_clip_h(path, state, reward=reward, resize_mode="longest"))
+    return Alignment(load_clip_state(path, state, reward=reward, resize_mode="longest"))
 
 
 def read_checkpoint(reward: str, path: Path) -> dict[str, Tensor]:

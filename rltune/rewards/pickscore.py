@@ -12,7 +12,7 @@ from torch import Tensor
 from rltune.errors import UserError
 from rltune.rewards.alignment import Alignment
 from rltune.rewards.base import REWARDS, Card
-from rltune.rewards.clip_loading import load_clip_h
+from rltune.rewards.clip_loading import load_clip_state
 from rltune.rewards.weights import WeightsFile, locate
 
 PICKSCORE = WeightsFile(repo="yuvalkirstain/PickScore_v1", file="model.safetensors", licence="MIT", size_mb=3945)
@@ -74,7 +74,7 @@ def load_pickscore(path: Path) -> Alignment:
         raise UserError(
             f"reward 'pickscore': {path} is not PickScore's model.safetensors ({error}); fetch it again"
         ) from error
-    return Alignment(load_clip_h(path, state, reward="pickscore"), factor=factor)
+    return Alignment(load_clip_state(path, state, reward="pickscore"), factor=factor)
 
 
 @REWARDS.register("pickscore", Card(scale="about 16 to 26", licence="MIT", weights=(PICKSCORE,)))

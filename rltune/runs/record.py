@@ -115,9 +115,15 @@ def write_record(folder: RunFolder, record: Record) -> None:
     write_atomically(folder.resolved_file, json.dumps(to_record(asdict(record)), indent=1))
 
 
-def prompts_digest(prompts: Sequence[str]) -> str:
-    """Return the sha256 of a list of prompts."""
-    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()
+def prompts_digest(prompts: Sequence[Any]) -> str:
+    """Return the sha256 of a list of prompts, as a run keeps them: of pictures the content counts, and not the path."""
+    return hashlib.sha256(json.dumps([_content(prompt) for prompt in prompts]).encode()).hexdigest()
+
+
+def _content(prompt: Any) -> Any:
+    if isinstance(prompt, str):
+        return prompt
+    return [prompt["prompt"], *(prompt[f"{name}_sha256"] or prompt[name] for name in ("image", "mask"))]
 
 
 def base_of(export: Path, named: str) -> str:
@@ -152,18 +158,20 @@ def with_own_prompts(config: RunConfig, folder: RunFolder, record: Record | None
     Raises:
         RunError: A copy is gone or altered.
     """
-    own = {}
+    own: dict[str, Any] = {}
     for name in ("train", "eval"):
         source = getattr(config.prompts, name)
         sets = [] if record is None else [row for row in record.prompts if row.setting == f"prompts.{name}"]
         # a set that is the only one of its setting may be called otherwise by now: it has the same prompts
         found = next((row for row in sets if row.source == source), sets[0] if len(sets) == 1 else None)
         if found is not None and isinstance(source, str):
-            own[name] = _read_prompts(folder, found)
+            prompts = _read_prompts(folder, found)
+            # with pictures the copy itself is the set: it names them, and what they were
+            own[name] = prompts if config.task == "text_to_image" else str((folder.path / found.file).absolute())
     return config.model_copy(update={"prompts": config.prompts.model_copy(update=own)})
 
 
-def _read_prompts(folder: RunFolder, recorded: RecordedPrompts) -> tuple[str, ...]:
+def _read_prompts(folder: RunFolder, recorded: RecordedPrompts) -> tuple[Any, ...]:
     file = folder.path / recorded.file
     try:
         prompts = tuple(json.loads(file.read_text(encoding="utf-8")))

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rltune.canvas import Canvas
 from rltune.diffusion.chain import NO_GRADIENT
 from rltune.diffusion.lora import adapters_as_loaded
 from rltune.diffusion.sampler import Sampler
@@ -20,6 +21,7 @@ from rltune.rewards.base import Reward
 from rltune.rewards.clip import embeddings_kept
 from rltune.rewards.mixture import Reading, check_finite, in_groups, measure
 from rltune.runs.metrics import Values
+from rltune.training.canvases import shown
 from rltune.training.streams import Stream, noise
 from rltune.training.workers import Workers
 
@@ -172,6 +174,21 @@ def per_prompt(samples: Samples, base_NHW3: Pixels, images: ImageSet, judges: Se
     if "drift" in judges:
         values["drift"] = drift(samples.pixels_NHW3, base_NHW3, images.images_per_prompt)
     return values
+
+
+def beside_given(pixels_NHW3: Pixels, prompts: Sequence[str], images_per_prompt: int) -> tuple[Pixels, int]:
+    """Return images prompt by prompt, each prompt's behind what was given of it, and how many that is a prompt.
+
+    Where prompts come without pictures, nothing is put in between.
+    """
+    height, width = pixels_NHW3.shape[1:3]
+    if not isinstance(prompts[0], Canvas):
+        return pixels_NHW3, images_per_prompt
+    rows = []
+    for i, prompt in enumerate(prompts):
+        assert isinstance(prompt, Canvas)
+        rows += [shown(prompt, height, width), *pixels_NHW3[i * images_per_prompt : (i + 1) * images_per_prompt]]
+    return np.stack(rows), images_per_prompt + 1
 
 
 def save_grid(pixels_NHW3: Pixels, path: Path, *, columns: int) -> None:

@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from rltune.canvas import Canvas
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.chain import NO_GRADIENT, StepNoise
 from rltune.diffusion.lora_files import load_lora_file, unload_lora_file
 from rltune.errors import UserError
+from rltune.training.canvases import shown
 from rltune.training.captions import lettering
 from rltune.training.evaluation import Pixels, to_uint8
 from rltune.training.model_cache import load_base_model
@@ -38,6 +40,8 @@ def draw_rows(
     config: RunConfig, lora_files: Sequence[Path], prompts: Sequence[str], *, num_images: int, seed: int
 ) -> list[Pixels]:
     """Draw the base model, then each LoRA at weight 1, on the same noise -> bytes (N, H, W, 3) a row.
+
+    Where prompts come with pictures, a row before these shows what is given, and what is to be drawn in grey squares.
 
     Raises:
         UserError: The model is not there, or a file is not a LoRA of it.
@@ -64,11 +68,15 @@ def draw_rows(
             chosen = numbers[start : start + BATCH]
             x_BCHW = noise(seed, Stream.EVAL_LATENT, [(number,) for number in chosen], shape).to(device)
             chain_noise = None if sampler.table.is_deterministic else _step_noise(seed, chosen, shape, device)
-            shown = [prompts[number // num_images] for number in chosen]
+            asked = [prompts[number // num_images] for number in chosen]
             with torch.no_grad():
-                latents = sampler.latents(shown, x_BCHW, plan=NO_GRADIENT, noise=chain_noise)
+                latents = sampler.latents(asked, x_BCHW, plan=NO_GRADIENT, noise=chain_noise)
                 batches.append(to_uint8(sampler.decode(latents)))
         rows.append(np.concatenate(batches))
+    if isinstance(prompts[0], Canvas):
+        height, width = rows[0].shape[1:3]
+        canvases = [prompt for prompt in prompts if isinstance(prompt, Canvas)]
+        rows.insert(0, np.stack([shown(canvas, height, width) for canvas in canvases for _ in range(num_images)]))
     return rows
 
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from rltune.canvas import Canvas
 from rltune.config.experiment import RunConfig
 from rltune.errors import UserError
-from rltune.training.prompts import read_prompts
+from rltune.training.canvases import prompt_set
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ def search_prompts(config: RunConfig) -> tuple[str, ...]:
     Raises:
         UserError: The held-out prompts cannot be read, or are too few.
     """
-    held_out = read_prompts(config.prompts.eval, where="prompts.eval")
+    held_out = prompt_set(config, "eval").prompts
     prompts, wanted = distinct(held_out), config.evaluate.prompts
     if len(prompts) < wanted:
         repeats = f", {len(prompts)} of them different" if len(prompts) < len(held_out) else ""
@@ -45,15 +46,19 @@ def fresh_prompts(config: RunConfig) -> FreshPrompts:
         UserError: As ``search_prompts``.
     """
     used = search_prompts(config)
-    left = distinct(read_prompts(config.prompts.eval, where="prompts.eval"))[len(used) :]
+    left = distinct(prompt_set(config, "eval").prompts)[len(used) :]
     wanted = len(used) if config.evaluate.confirm == "auto" else config.evaluate.confirm
     enough = min(wanted, max(2, -(-len(used) // 2)))
     return FreshPrompts(left[:wanted], 0) if len(left) >= enough else FreshPrompts(used, len(used))
 
 
 def distinct(prompts: Iterable[str]) -> tuple[str, ...]:
-    """Return prompts without repeats, in order; text encoders see neither case nor the width of a space."""
-    first: dict[str, str] = {}
+    """Return prompts without repeats, in order; text encoders see neither case nor the width of a space.
+
+    With another picture a prompt is another.
+    """
+    first: dict[tuple[str, object], str] = {}
     for prompt in prompts:
-        first.setdefault(" ".join(prompt.split()).casefold(), prompt)
+        picture = prompt.source if isinstance(prompt, Canvas) else None
+        first.setdefault((" ".join(prompt.split()).casefold(), picture), prompt)
     return tuple(first.values())

@@ -29,6 +29,8 @@ class PromptSet:
     prompts: tuple[str, ...]
     notes: tuple[str, ...] = ()
     """What a user should know: the column they are from, what was left out."""
+    beside: tuple[Mapping[str, Any], ...] = ()
+    """Of each prompt the other columns that were asked for, as far as the table has them; none where it is no table."""
 
 
 def shortened(text: str, length: int = 60) -> str:
@@ -75,7 +77,7 @@ def read_prompts(source: str | Sequence[str], *, where: str) -> tuple[str, ...]:
     return load_prompts(source, where=where).prompts
 
 
-def load_prompts(source: str | Sequence[str], *, where: str) -> PromptSet:
+def load_prompts(source: str | Sequence[str], *, where: str, beside: Sequence[str] = ()) -> PromptSet:
     """Return the prompts of a set, in order, and how they were come by.
 
     A text file has a prompt a line; empty lines and lines that start with ``#`` are left out. A table (``.csv``,
@@ -85,6 +87,7 @@ def load_prompts(source: str | Sequence[str], *, where: str) -> PromptSet:
     Args:
         source: ``builtin``, ``builtin-heldout``, the path of a file, or the prompts themselves.
         where: Path of the setting in the experiment, for messages.
+        beside: Other columns to read.
 
     Raises:
         UserError: The file cannot be read, or is no list of prompts, or there is no prompt.
@@ -98,7 +101,7 @@ def load_prompts(source: str | Sequence[str], *, where: str) -> PromptSet:
         return PromptSet(tuple(source))
     path = BUILTIN_PROMPTS.get(source, Path(source).expanduser())
     try:
-        found = _read_file(path)
+        found = _read_file(path, beside)
     except OSError as error:
         remedy = f"give {', '.join(BUILTIN_PROMPTS)}, a list, or {KINDS}"
         raise UserError(f"{where}: prompts cannot be read ({error.strerror}), got {source!r}; {remedy}") from error
@@ -109,12 +112,12 @@ def load_prompts(source: str | Sequence[str], *, where: str) -> PromptSet:
     return found
 
 
-def _read_file(path: Path) -> PromptSet:
+def _read_file(path: Path, beside: Sequence[str]) -> PromptSet:
     if path.is_dir():
         raise _NoList("this is a folder", f"name a file in it: {KINDS}; of a dataset, {TO_JSONL}")
     kind = path.suffix.lower()
     if kind == ".parquet":
-        return _read_parquet(path)
+        return _read_parquet(path, beside)
     content = path.read_bytes()
     for magic, what in MAGIC.items():
         if content.startswith(magic):
@@ -127,10 +130,10 @@ def _read_file(path: Path) -> PromptSet:
         raise _NoList(what, "save it as UTF-8") from None
     if "\0" in text:
         raise _NoList("this is no text, it holds a NUL", TO_JSONL)
-    readers: dict[str, Callable[[str], PromptSet]] = {".json": _read_json, ".jsonl": _read_jsonl}
+    readers: dict[str, Callable[[str, Sequence[str]], PromptSet]] = {".json": _read_json, ".jsonl": _read_jsonl}
     if kind in DELIMITERS:
-        return _read_table(text, DELIMITERS[kind])
-    return readers.get(kind, _read_lines)(text)
+        return _read_table(text, DELIMITERS[kind], beside)
+    return readers[kind](text, beside) if kind in readers else _read_lines(text)
 
 
 def _read_lines(text: str) -> PromptSet:
@@ -160,36 +163,40 @@ def _refuse_other_kinds(text: str, first: str) -> None:
             raise _NoList(f"its first line is a table's, {first!r}", f"name the file {ending}, or delete that line")
 
 
-def _read_table(text: str, delimiter: str) -> PromptSet:
+def _read_table(text: str, delimiter: str, beside: Sequence[str]) -> PromptSet:
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         names = next((row for row in rows if row), [])
         column = _column(names)
-        values = []
+        others = {name: names.index(name) for name in beside if name in names}
+        values, more = [], []
         for row in rows:
             if row and len(row) != len(names):  # a comma outside of quotes would cut a prompt short
                 what = f"line {rows.line_num} has {_count(len(row), 'cell')} under {_count(len(names), 'column')}"
                 raise _NoList(what, "give each row as many, prompts that hold the delimiter in double quotes")
             values += [row[column]] if row else []
+            more += [{name: row[i] for name, i in others.items()}] if row else []
     except csv.Error as error:
         remedy = 'put quotes within a quoted cell twice, ""'
         raise _NoList(f"line {rows.line_num} is not that of a table ({error})", remedy) from None
-    return _from_column(names[column], values)
+    return _from_column(names[column], values, more)
 
 
-def _read_parquet(path: Path) -> PromptSet:
+def _read_parquet(path: Path, beside: Sequence[str]) -> PromptSet:
     import pyarrow as pa
     from pyarrow import parquet
 
     try:
         names = parquet.read_schema(path).names
         name = names[_column(names)]
-        return _from_column(name, parquet.read_table(path, columns=[name]).column(0).to_pylist())
+        others = [other for other in beside if other in names]
+        rows = parquet.read_table(path, columns=[name, *others]).to_pylist()
+        return _from_column(name, [row[name] for row in rows], [_part(row, others) for row in rows])
     except pa.ArrowInvalid as error:
         raise _NoList(f"not a parquet file ({str(error).splitlines()[0]})", TO_JSONL) from None
 
 
-def _read_json(text: str) -> PromptSet:
+def _read_json(text: str, beside: Sequence[str]) -> PromptSet:
     try:
         data = json.loads(text)
     except ValueError as error:
@@ -197,10 +204,10 @@ def _read_json(text: str) -> PromptSet:
         raise _NoList(f"not JSON ({error})", remedy) from None
     if not isinstance(data, list):
         raise _NoList(f"must be a list, this is {_kind(data)}", 'write ["a cat", "a dog"] or [{"prompt": "a cat"}]')
-    return _from_items(data, "item")
+    return _from_items(data, "item", beside)
 
 
-def _read_jsonl(text: str) -> PromptSet:
+def _read_jsonl(text: str, beside: Sequence[str]) -> PromptSet:
     items = []
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -209,10 +216,10 @@ def _read_jsonl(text: str) -> PromptSet:
             except ValueError as error:
                 remedy = 'write one string, or one object such as {"prompt": "a cat"}, a line'
                 raise _NoList(f"line {number} is not JSON ({error})", remedy) from None
-    return _from_items(items, "line")
+    return _from_items(items, "line", beside)
 
 
-def _from_items(items: Sequence[Any], unit: str) -> PromptSet:
+def _from_items(items: Sequence[Any], unit: str, beside: Sequence[str]) -> PromptSet:
     """Read strings, or objects that each have the column."""
     first = items[0] if items else ""
     if not isinstance(first, str | dict):
@@ -227,7 +234,7 @@ def _from_items(items: Sequence[Any], unit: str) -> PromptSet:
     lacking = next((i for i, item in enumerate(items, start=1) if name not in item), None)
     if lacking is not None:
         raise _NoList(f"{unit} {lacking} has no {name!r}", "give every one the same columns")
-    return _from_column(name, [item[name] for item in items])
+    return _from_column(name, [item[name] for item in items], [_part(item, beside) for item in items])
 
 
 def _column(names: Sequence[str]) -> int:
@@ -241,18 +248,23 @@ def _column(names: Sequence[str]) -> int:
     raise _NoList(what, f"call the one that does {COLUMNS[0]!r}" + ("" if found else ", in the first line of a table"))
 
 
-def _from_column(name: str, values: Sequence[Any]) -> PromptSet:
+def _from_column(name: str, values: Sequence[Any], beside: Sequence[Mapping[str, Any]]) -> PromptSet:
     odd = next((value for value in values if value is not None and not isinstance(value, str)), None)
     if odd is not None:
         raise _NoList(f"column {name!r} must hold text, it has {str(odd)[:40]!r}", "give each row one prompt")
-    return _kept(values, f"column {name!r}")
+    return _kept(values, f"column {name!r}", beside=beside)
 
 
-def _kept(values: Iterable[str | None], *notes: str) -> PromptSet:
+def _kept(values: Iterable[str | None], *notes: str, beside: Sequence[Mapping[str, Any]] = ()) -> PromptSet:
     stripped = [(value or "").strip() for value in values]
     blank = stripped.count("")
     notes = (*notes, f"{_count(blank, 'empty one')} left out") if blank else notes
-    return PromptSet(tuple(prompt for prompt in stripped if prompt), notes)
+    kept = tuple(row for row, prompt in zip(beside, stripped, strict=False) if prompt)
+    return PromptSet(tuple(prompt for prompt in stripped if prompt), notes, kept)
+
+
+def _part(row: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {name: row[name] for name in names if name in row}
 
 
 def _count(number: int, noun: str) -> str:

@@ -8,6 +8,7 @@ from rltune.config.sampling import OWN
 from rltune.config.validation import faults_of_run
 from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import Defaults, ModelFamily
+from rltune.diffusion.inpaint import Fills, check_encodes
 from rltune.diffusion.sampler import Sampler
 from rltune.diffusion.tiles import Tiling
 from rltune.errors import ExperimentError, Fault, UserError
@@ -20,9 +21,10 @@ def make_sampler(config: RunConfig, model: ModelFamily) -> Sampler:
     """Return a model with an experiment's sampler settings; activations are not kept until there is room.
 
     Raises:
-        UserError: The model's noise schedule has no such steps, its network is told no guidance, or no step is left to
-            adapters.
+        UserError: The model is not one for the task, its noise schedule has no such steps, its network is told no
+            guidance, or no step is left to adapters.
     """
+    _check_task(config, model)
     numbers, section = _numbers(model, config), config.sampler
     if section.base_steps >= numbers.steps:
         what = f"must leave at least one of the {numbers.steps} steps, got {section.base_steps}"
@@ -44,7 +46,17 @@ def make_sampler(config: RunConfig, model: ModelFamily) -> Sampler:
         tiling=tiling(config, model),
         is_decoded_singly=is_large(config, model),
         use_bf16_prefix=config.resources.prefix_precision == "bf16",
+        size_px=image_px(config, model),
     )
+
+
+def _check_task(config: RunConfig, model: ModelFamily) -> None:
+    if config.task == "inpaint":
+        check_encodes(model)
+    elif isinstance(model, Fills) and model.reads_given:
+        raise UserError(
+            f"task: {config.model.base!r} fills images and draws none without, got {config.task}; write task: inpaint"
+        )
 
 
 def _numbers(model: ModelFamily, config: RunConfig) -> Defaults:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +20,11 @@ from rltune.errors import UserError
 from rltune.estimators.base import ESTIMATORS, Estimator
 from rltune.rewards.base import Reward
 from rltune.runs.metrics import JUDGES
+from rltune.runs.record import prompts_digest
+from rltune.training.canvases import kept_form, prompt_set
 from rltune.training.evaluation import ImageSet
 from rltune.training.heldout import search_prompts
 from rltune.training.model_cache import ModelCache
-from rltune.training.prompts import read_prompts
 from rltune.training.rewards import check_reward, compares_images, is_own
 from rltune.training.sampling import image_shape, make_sampler, settled_by
 from rltune.training.streams import Stream, drawn_prompts
@@ -114,7 +115,7 @@ def build_run(config: RunConfig, cache: ModelCache | None = None) -> Run:
     check_options(config)
     sampler = make_sampler(config, model)
     eval_images = eval_image_set(config, model)
-    train_prompts = read_prompts(config.prompts.train, where="prompts.train")
+    train_prompts = prompt_set(config, "train").prompts
     prompts = [*train_prompts, *eval_images.prompts, sampler.negative_prompt]
     sampler = replace(sampler, embeddings=cache.embeddings(config, model, prompts))
     judges = tuple(judge for judge in config.evaluate.judges if judge not in JUDGES)
@@ -227,10 +228,13 @@ def base_settings(config: RunConfig, named: Mapping[str, str] | None = None) -> 
         parts["model_config"] = named.get("model.config") or config.model.config
     if config.model.drop:
         parts["model_drop"] = list(config.model.drop)
+    train, held_out = prompt_set(config, "train").prompts, prompt_set(config, "eval").prompts
     parts["prompts"] = {
-        name: _prompts_digest(read_prompts(source, where=f"prompts.{name}"))
-        for name, source in (("train", config.prompts.train), ("eval", config.prompts.eval))
+        "train": prompts_digest(kept_form(train)),
+        "eval": prompts_digest(kept_form(held_out)),
     }
+    if config.task != "text_to_image":
+        parts["task"] = config.task
     # the user's own may compare images too; a run is read where their code is not, so nobody asks them
     if any(is_own(name, section) or compares_images(name, section) for name, section in config.rewards.items()):
         parts["prompts"]["images_per_prompt"] = config.prompts.images_per_prompt  # so is the calibration drawn
@@ -252,7 +256,3 @@ def base_settings(config: RunConfig, named: Mapping[str, str] | None = None) -> 
     if config.resources.decoder_precision != "same":
         parts["precision"].append(config.resources.decoder_precision)
     return parts
-
-
-def _prompts_digest(prompts: Sequence[str]) -> str:
-    return hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest()

@@ -17,7 +17,7 @@ from rltune.estimators.base import EstimatorState
 from rltune.rewards.mixture import Mixture
 from rltune.runs.metrics import Values, summarise
 from rltune.training.checkpoint import Evaluated, Part, Progress, report_of, save_checkpoint
-from rltune.training.evaluation import Pixels, per_prompt, sample_and_score, save_grid
+from rltune.training.evaluation import Pixels, beside_given, per_prompt, sample_and_score, save_grid
 from rltune.training.out_of_memory import memory_named
 from rltune.training.reference import BaseReference
 from rltune.training.reporter import Reporter
@@ -152,7 +152,7 @@ def _save_values(values: Mapping[str, Values], base_values: Mapping[str, Values]
 
 
 def save_samples(run: Run, pixels_NHW3: Pixels, path: Path) -> None:
-    """Write a grid of the first held-out prompts' images."""
-    columns = run.config.evaluate.images_per_prompt
-    shown = min(GRID_PROMPTS, len(run.eval_images.prompts)) * columns
-    save_grid(pixels_NHW3[:shown], path, columns=columns * 4 if shown >= columns * 4 else columns)
+    """Write a grid of the first held-out prompts' images, behind what was given of them."""
+    each, prompts = run.config.evaluate.images_per_prompt, run.eval_images.prompts[:GRID_PROMPTS]
+    pixels_NHW3, columns = beside_given(pixels_NHW3[: len(prompts) * each], prompts, each)
+    save_grid(pixels_NHW3, path, columns=columns * 4 if len(prompts) >= 4 else columns)

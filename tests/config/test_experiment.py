@@ -19,7 +19,9 @@ def test_defaults_run() -> None:
 
 def test_a_section_without_content_is_all_defaults() -> None:
     empty = dict.fromkeys(
-        name for name in RunConfig.model_fields if name not in ("name", "rewards", "seed", "objectives", "track")
+        name
+        for name in RunConfig.model_fields
+        if name not in ("name", "task", "rewards", "seed", "objectives", "track")
     )
     assert run(**empty, rewards={"a": None, "b": {"weight": 0, "options": None}}) == run()
 

@@ -31,6 +31,7 @@ from rltune.builtin.counter import Counter
 from rltune.builtin.judge import Judge
 from rltune.rewards.aesthetic import LAION_WIDTHS
 from tests.rewards.imagereward_layout import save_files
+from tests.rewards.prefpaint_layout import Published
 
 EMBED_DIM = 16
 HIDDEN = [12, 8]
@@ -176,6 +177,14 @@ def imagereward_options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, s
 
 
 @pytest.fixture(scope="session")
+def prefpaint_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small PrefPaint that has learnt nothing, saved from several GPUs."""
+    path = tmp_path_factory.mktemp("prefpaint") / "prefpaintReward.pt"
+    torch.save({f"module.{name}": value for name, value in Published().state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def owlv2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An OWLv2 of two layers that looks at 8 x 8 patches of 64 px, with a tokenizer."""
     folder = tmp_path_factory.mktemp("owlv2")
@@ -260,6 +269,7 @@ def reward_options(
     counter_file: Path,
     judge_file: Path,
     imagereward_options: dict[str, str],
+    prefpaint_file: Path,
     owlv2_folder: Path,
     dino_folder: Path,
     scoring_function: str,
@@ -279,6 +289,7 @@ def reward_options(
         "faithful": {"weights": str(judge_file)},
         "faithful_exact": {"weights": str(judge_file)},
         "imagereward": imagereward_options,
+        "prefpaint": {"weights": str(prefpaint_file)},
         "object_count": {"of": "red apple", "target": 2, "model": str(owlv2_folder)},
         "object_presence": {"of": ["red apple", "cat"], "model": str(owlv2_folder)},
         "diversity_dino": {"model": str(dino_folder)},

@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pixel_unshuffle
 
 from rltune.diffusion.families.base import FAMILIES, Conditioning, Described, TextBatch
 from rltune.diffusion.families.pipeline import JOINT, FlowFamily, cut_off
@@ -70,11 +71,20 @@ class Flux2(FlowFamily):
 
     def decode(self, x_BCHW: Tensor) -> Tensor:
         """Decode clean latents, which a batch normalisation of the autoencoder has brought to unit variance."""
-        vae = self.pipeline.vae
-        std = (vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps).sqrt().to(x_BCHW)
-        patches = x_BCHW * std + vae.bn.running_mean.view(1, -1, 1, 1).to(x_BCHW)
-        latents = unpatch(patches).to(vae.dtype)
+        vae, (mean, std) = self.pipeline.vae, self._unit(x_BCHW)
+        latents = unpatch(x_BCHW * std + mean).to(vae.dtype)
         return self.to_image(vae.decode(latents, return_dict=False)[0], x_BCHW)
+
+    @torch.no_grad()
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Encode RGB in [0, 1] -> clean latents (B, C, H, W), the mode of the autoencoder's distribution."""
+        mean, std = self._unit(images_B3HW)
+        return (pixel_unshuffle(self.mode(images_B3HW), 2) - mean) / std
+
+    def _unit(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        bn = self.pipeline.vae.bn
+        std = (bn.running_var.view(1, -1, 1, 1) + self.pipeline.vae.config.batch_norm_eps).sqrt()
+        return bn.running_mean.view(1, -1, 1, 1).to(like), std.to(like)
 
 
 def unpatch(x_BCHW: Tensor) -> Tensor:

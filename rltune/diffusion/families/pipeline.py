@@ -234,6 +234,17 @@ class PipelineFamily(ABC):
             return torch.full((len(x_BCHW),), own, device=x_BCHW.device)
         return cast(Tensor | None, told_B)
 
+    @torch.no_grad()
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Encode RGB in [0, 1] -> clean latents (B, C, H, W), the mode of the autoencoder's distribution."""
+        config = self.pipeline.vae.config
+        return (self.mode(images_B3HW) - (config.get("shift_factor") or 0.0)) * float(config.scaling_factor)
+
+    def mode(self, images_B3HW: Tensor) -> Tensor:
+        """Return the mode of the autoencoder's own latents of RGB in [0, 1], in the images' dtype."""
+        pixels_B3HW = (2 * images_B3HW - 1).to(self.pipeline.vae.dtype)
+        return cast(Tensor, self.pipeline.vae.encode(pixels_B3HW).latent_dist.mode()).to(images_B3HW.dtype)
+
     def to_image(self, decoded_B3HW: Tensor, x_BCHW: Tensor) -> Tensor:
         """Bring a decoder's output to [0, 1]; the clamp zeroes the gradient of pixels that are out of range."""
         return (decoded_B3HW.to(x_BCHW.dtype) / 2 + 0.5).clamp(0, 1)

@@ -66,10 +66,18 @@ class QwenImage(FlowFamily):
 
     def decode(self, x_BCHW: Tensor) -> Tensor:
         """Decode clean latents as a video of one frame."""
-        config = self.pipeline.vae.config
-        mean, std = (
-            torch.tensor(config[name]).view(1, -1, 1, 1, 1).to(x_BCHW) for name in ("latents_mean", "latents_std")
-        )
-        latents = (x_BCHW[:, :, None] * std + mean).to(self.pipeline.vae.dtype)
+        mean, std = self._unit(x_BCHW)
+        latents = (x_BCHW * std + mean)[:, :, None].to(self.pipeline.vae.dtype)
         video = cast(Tensor, self.pipeline.vae.decode(latents, return_dict=False)[0])
         return self.to_image(video[:, :, 0], x_BCHW)
+
+    @torch.no_grad()
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Encode RGB in [0, 1] -> clean latents (B, C, H, W), the mode of the autoencoder's distribution."""
+        mean, std = self._unit(images_B3HW)
+        return (self.mode(images_B3HW[:, :, None])[:, :, 0] - mean) / std
+
+    def _unit(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.pipeline.vae.config
+        mean, std = (torch.tensor(config[name]).view(1, -1, 1, 1).to(like) for name in ("latents_mean", "latents_std"))
+        return mean, std

@@ -85,11 +85,24 @@ class StableDiffusionXL(PipelineFamily):
 
     def decode(self, x_BCHW: Tensor) -> Tensor:
         """Decode clean latents -> RGB in [0, 1]; a fine-tuned autoencoder may have a mean and a deviation a channel."""
+        if (unit := self._unit(x_BCHW)) is None:
+            return super().decode(x_BCHW)
+        mean, std = unit
+        latents = (x_BCHW * std / self.pipeline.vae.config.scaling_factor + mean).to(self.pipeline.vae.dtype)
+        return self.to_image(self.pipeline.vae.decode(latents, return_dict=False)[0], x_BCHW)
+
+    @torch.no_grad()
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Encode RGB in [0, 1] -> clean latents (B, C, H, W), the mode of the autoencoder's distribution."""
+        if (unit := self._unit(images_B3HW)) is None:
+            return super().encode(images_B3HW)
+        mean, std = unit
+        return (self.mode(images_B3HW) - mean) * float(self.pipeline.vae.config.scaling_factor) / std
+
+    def _unit(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return mean and deviation that the latents of a fine-tuned autoencoder have, None where there are none."""
         config = self.pipeline.vae.config
         if config.get("latents_mean") is None:
-            return super().decode(x_BCHW)
-        mean, std = (
-            torch.tensor(config[name]).view(1, -1, 1, 1).to(x_BCHW) for name in ("latents_mean", "latents_std")
-        )
-        latents = (x_BCHW * std / config.scaling_factor + mean).to(self.pipeline.vae.dtype)
-        return self.to_image(self.pipeline.vae.decode(latents, return_dict=False)[0], x_BCHW)
+            return None
+        mean, std = (torch.tensor(config[name]).view(1, -1, 1, 1).to(like) for name in ("latents_mean", "latents_std"))
+        return mean, std

@@ -141,6 +141,13 @@ class StableDiffusion:
         # as AlignProp: the clamp zeroes the gradient of pixels that are already out of range
         return cast(Tensor, (image_B3HW / 2 + 0.5).clamp(0, 1))
 
+    @torch.no_grad()
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Encode RGB in [0, 1] -> clean latents (B, C, H, W), the mode of the autoencoder's distribution."""
+        pixels_B3HW = (2 * images_B3HW - 1).to(self.pipeline.vae.dtype)
+        mode_BCHW = self.pipeline.vae.encode(pixels_B3HW).latent_dist.mode()
+        return cast(Tensor, mode_BCHW).to(images_B3HW.dtype) * self._scaling_factor
+
     def to(self, device: torch.device) -> None:
         """Move UNet and VAE; the text encoder follows only while it encodes."""
         self._device = device
