@@ -243,7 +243,10 @@ class PipelineFamily(ABC):
     def mode(self, images_B3HW: Tensor) -> Tensor:
         """Return the mode of the autoencoder's own latents of RGB in [0, 1], in the images' dtype."""
         pixels_B3HW = (2 * images_B3HW - 1).to(self.pipeline.vae.dtype)
-        return cast(Tensor, self.pipeline.vae.encode(pixels_B3HW).latent_dist.mode()).to(images_B3HW.dtype)
+        encoded = self.pipeline.vae.encode(pixels_B3HW)
+        # SANA's autoencoder has no distribution
+        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()
+        return cast(Tensor, latents).to(images_B3HW.dtype)
 
     def to_image(self, decoded_B3HW: Tensor, x_BCHW: Tensor) -> Tensor:
         """Bring a decoder's output to [0, 1]; the clamp zeroes the gradient of pixels that are out of range."""
