@@ -23,7 +23,7 @@ from rltune.rewards.clip_loading import load_clip
 from rltune.rewards.prefpaint import BLOCK, PrefPaint, load_prefpaint
 from rltune.training.canvases import load_canvases
 from rltune.training.evaluation import ImageSet, draw_images
-from rltune.training.setup import image_shape, make_sampler
+from rltune.training.sampling import image_shape, make_sampler
 
 SIZE = 64
 DEVICE = torch.device("cpu")
