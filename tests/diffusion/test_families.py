@@ -6,6 +6,7 @@ wrong, and must be a thousand times further off.
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +68,22 @@ def altered(sampler: Sampler, change: Callable[[Tensor], Tensor] = lambda f: f, 
     )
     other.predict = lambda x, t, text: change(model.predict(x, t * time, text))
     return Sampler(other, sampler.embeddings, sampler.table, sampler.guidance_scale, sampler.negative_prompt)
+
+
+@pytest.mark.parametrize("name", ["flux dev", "flux2 dev", "sana-sprint"])
+def test_a_network_is_told_the_guidance_that_is_asked_for(name: str) -> None:
+    case = replace(CASES[name], call={**CASES[name].call, "guidance_scale": 2.0})
+    pipeline = pipeline_of(case)
+    model, size = family_of(pipeline), case.sizes[0]
+    shape = model.latent_shape(*size)
+    x, *noises = torch.randn(case.steps + 1, 2, *shape, generator=torch.Generator().manual_seed(1)).unbind(0)
+    expected, own = theirs(pipeline, case, size, x, noises), sampler_of(model, case, shape)
+    torch.testing.assert_close(
+        draw(replace(own, embedded_guidance=2.0), PROMPTS, x, noises), expected, rtol=0, atol=2e-5
+    )
+    assert float((draw(own, PROMPTS, x, noises) - expected).abs().max()) > 1e-3
+    said = model.defaults("").embedded_guidance
+    assert torch.equal(draw(replace(own, embedded_guidance=said), PROMPTS, x, noises), draw(own, PROMPTS, x, noises))
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -98,13 +98,14 @@ def test_a_run_embeds_the_groups_that_it_draws_from(make_config: Make, tmp_path:
 
 def test_what_shapes_the_chain_reaches_the_sampler(make_config: Make) -> None:
     config = make_config(
-        sampler={"steps": 5, "base_steps": 2, "guidance": 3.5, "eta": 0.5},
+        sampler={"steps": 5, "base_steps": 2, "guidance": 3.5, "eta": 0.5, "negative": "blurry"},
         estimator={"guidance_gradient": "text_rescaled"},
         resources={"prefix_precision": "bf16"},
     )
     sampler = setup.build_run(config).sampler
     assert (sampler.table.num_steps, sampler.num_base_steps, sampler.num_steps) == (5, 2, 3)
     assert (sampler.guidance_scale, sampler.guidance_gradient) == (3.5, "text_rescaled")
+    assert (sampler.negative_prompt, setup.build_run(make_config()).sampler.negative_prompt) == ("blurry", "")
     assert not sampler.table.is_deterministic
     assert sampler.use_bf16_prefix
     assert not setup.build_run(make_config()).sampler.use_bf16_prefix
