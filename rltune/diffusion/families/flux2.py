@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pixel_unshuffle
 
 from rltune.diffusion.families.base import FAMILIES, Conditioning, Described, TextBatch
-from rltune.diffusion.families.pipeline import JOINT, FlowFamily, cut_off
+from rltune.diffusion.families.pipeline import JOINT, FlowFamily, cut_off, cut_off_in_chat
 
 
 class Flux2(FlowFamily):
@@ -118,6 +118,10 @@ class Flux2Klein(Flux2):
 
     layers = (9, 18, 27)
     default_guidance = 4.0
+
+    def cut_off(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Return prompt -> the end of it that is cut off; it is the user's turn of a chat."""
+        return cut_off_in_chat(self.pipeline.tokenizer, prompts, self.max_tokens)
 
     @classmethod
     def is_distilled(cls, files: Described) -> bool:

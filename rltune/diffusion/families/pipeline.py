@@ -316,6 +316,17 @@ def cut_off(tokenizer: Any, prompts: Sequence[str], max_tokens: int | None = Non
     }
 
 
+def cut_off_in_chat(tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> dict[str, str]:
+    """Return the same of prompts that are the user's turn of a chat, whose opening takes some of the tokens."""
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "<prompt>"}], tokenize=False)
+    return cut_off_behind(chat.partition("<prompt>")[0], tokenizer, prompts, max_tokens)
+
+
+def cut_off_behind(start: str, tokenizer: Any, prompts: Sequence[str], max_tokens: int) -> dict[str, str]:
+    """Return the same of prompts that stand behind a text of their own, which takes some of the tokens."""
+    return cut_off(tokenizer, prompts, max_tokens - len(tokenizer(start, add_special_tokens=False).input_ids))
+
+
 def pack(x_BCHW: Tensor) -> Tensor:
     """Return tokens of 2 x 2 latents, (B, H/2 W/2, 4 C), the channel outermost in each."""
     B, C, H, W = x_BCHW.shape

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rltune.diffusion.families.base import FAMILIES, Conditioning, TextBatch, widened
-from rltune.diffusion.families.pipeline import JOINT, FlowFamily, pack, unpack
+from rltune.diffusion.families.pipeline import JOINT, FlowFamily, cut_off_behind, pack, unpack
 
 
 @FAMILIES.register("QwenImagePipeline")
@@ -46,6 +46,12 @@ class QwenImage(FlowFamily):
         mixed_BND = negative_BND + scale * (text_BND - negative_BND)
         wanted, got = (torch.linalg.vector_norm(f, dim=-1, keepdim=True) for f in (text_BND, mixed_BND))
         return unpack(mixed_BND * (wanted / got), height, width)
+
+    def cut_off(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Return prompt -> the end of it that is cut off; the tokens of the template are dropped, so that all count."""
+        start = self.pipeline.prompt_template_encode.partition("{}")[0]
+        num_read = self.max_tokens + self.pipeline.prompt_template_encode_start_idx
+        return cut_off_behind(start, self.pipeline.tokenizer, prompts, num_read)
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
         # one at a time, so that nothing is padded and nothing depends on what is beside it

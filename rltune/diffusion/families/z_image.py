@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rltune.diffusion.families.base import FAMILIES, Conditioning, Described, TextBatch, widened
-from rltune.diffusion.families.pipeline import FlowFamily
+from rltune.diffusion.families.pipeline import FlowFamily, cut_off_in_chat
 
 SIZE_PX = 1024
 TURBO_SHIFT = 3.0
@@ -38,6 +38,10 @@ class ZImage(FlowFamily):
     def collate(self, rows: Sequence[Conditioning], device: torch.device) -> TextBatch:
         """Keep texts apart: a caption's length decides where the image's places begin, so padding would move them."""
         return {"text": [widened(row["text"].to(device)) for row in rows]}
+
+    def cut_off(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Return prompt -> the end of it that is cut off; it is the user's turn of a chat."""
+        return cut_off_in_chat(self.pipeline.tokenizer, prompts, self.max_tokens)
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
         text, _ = self.pipeline.encode_prompt(prompts, device=self._device, do_classifier_free_guidance=False)
