@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 from rltune.diffusion.loading import load_model
 from rltune.errors import UserError
+from tests.tiny_families import lively, sdxl
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -32,6 +33,18 @@ def test_a_variant_that_is_alone_is_taken(half: Path, tiny_pipeline: Path) -> No
         values = getattr(whole.pipeline, name).state_dict()
         for key, value in getattr(loaded.pipeline, name).state_dict().items():
             assert torch.equal(value, values[key].half().float() if value.is_floating_point() else values[key]), key
+
+
+def test_so_is_sdxl_s_with_both_text_encoders(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pipeline = lively(sdxl())
+    pipeline.to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert len(list(tmp_path.rglob("*.fp16.safetensors"))) == len(list(tmp_path.rglob("*.safetensors"))) == 4
+    loaded = load_model(str(tmp_path))
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        values = getattr(pipeline, name).state_dict()
+        for key, value in getattr(loaded.pipeline, name).state_dict().items():
+            assert torch.equal(value, values[key].float() if value.is_floating_point() else values[key]), key
 
 
 @pytest.mark.parametrize("has_both", [True, False])

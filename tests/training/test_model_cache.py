@@ -8,9 +8,11 @@ import torch
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora import add_lora, lora_parameters, remove_lora
+from rltune.errors import UserError
 from rltune.training.loop import base_run, train_run
 from rltune.training.model_cache import ModelCache, load_base_model
 from rltune.training.reporter import FolderReporter
+from tests.original_layout import write_original
 from tests.training.runs import Make, adapters, train
 
 CPU = torch.device("cpu")
@@ -121,3 +123,15 @@ def test_a_decoder_may_have_a_precision_of_its_own(make_config: Make, precision:
     assert torch.equal(image, whole.decode(latents))
     assert network_dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     assert next(whole.network.parameters()).dtype != network_dtype
+
+
+def test_a_checkpoint_in_one_file_is_loaded_with_the_settings_that_are_named(
+    make_config: Make, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    file = write_original(tiny_pipeline, tmp_path / "model.safetensors")
+    config = make_config(model={"base": str(file), "config": str(tiny_pipeline)})
+    one, other = load_base_model(config, CPU), load_base_model(make_config(), CPU)
+    assert torch.equal(one.network.state_dict()["conv_in.weight"], other.network.state_dict()["conv_in.weight"])
+    assert load_base_model(config, CPU, dtype=torch.bfloat16).network.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="cannot do without its text_encoder, got"):
+        load_base_model(make_config(model={"base": str(tiny_pipeline), "drop": ["text_encoder"]}), CPU)

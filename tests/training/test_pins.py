@@ -3,8 +3,11 @@
 from pathlib import Path
 
 from rltune.config.load import load_experiment
+from rltune.config.model_section import LoraConfig
 from rltune.runs.record import Pin
-from rltune.training.pins import find_pins
+from rltune.training.pins import digests_for, find_pins
+from rltune.training.setup import base_key
+from tests.original_layout import write_original
 
 
 def pins_of(file: Path, text: str) -> dict[str, Pin]:
@@ -23,3 +26,20 @@ def test_a_lora_to_start_from_is_pinned_by_what_it_holds(tmp_path: Path) -> None
     (lora / "x.safetensors").write_bytes(b"another")
     assert pins_of(tmp_path / "x.yaml", text)["model.lora.start"].digest != first.digest
     assert "model.lora.start" not in pins_of(tmp_path / "x.yaml", "rewards: {brightness: }")
+
+
+def test_a_checkpoint_in_one_file_is_pinned_with_its_settings(tiny_pipeline: Path, tmp_path: Path) -> None:
+    file = write_original(tiny_pipeline, tmp_path / "model.safetensors")
+    text = f"rewards: {{brightness: }}\nmodel: {{base: {file}, config: {tiny_pipeline}}}"
+    pins = pins_of(tmp_path / "x.yaml", text)
+    assert (list(pins["model.base"].files), pins["model.base"].path) == ([str(file)], str(file))
+    assert str(tiny_pipeline / "unet" / "config.json") in pins["model.config"].files
+    experiment = load_experiment(tmp_path / "x.yaml", must_find_files=False)
+    named = digests_for(experiment.shared, list(pins.values()))
+    file.write_bytes(file.read_bytes() + b" ")
+    assert pins_of(tmp_path / "x.yaml", text)["model.base"].digest != named["model.base"]
+    shared = experiment.shared
+    updates = ({}, {"drop": ("text_encoder_3",)}, {"config": None}, {"lora": LoraConfig(start="x", dora=True)})
+    models = [shared.model.model_copy(update=update) for update in updates]
+    keys = {base_key(shared.model_copy(update={"model": model}), named) for model in models}
+    assert len(keys) == 3  # the adapter has no part in what is measured of the base model
