@@ -137,6 +137,33 @@ CASES = {
 }
 
 
+AGAIN = frozenset(
+    (
+        "sdxl negative",
+        "sdxl no guidance",
+        "sdxl ddim",
+        "sdxl trailing",
+        "sdxl dpm++",
+        "sdxl tcd",
+        "sd3 negative",
+        "sd3-turbo",
+        "sd3 without t5",
+        "sd3 lcm",
+        "flux dev",
+        "flux2 klein distilled",
+        "qwen-image no guidance",
+        "z-image-turbo",
+        "chroma no guidance",
+        "sana no guidance",
+        "sana unipc",
+        "sana-sprint 1 step",
+        "lumina2 no guidance",
+        "aura-flow no guidance",
+    )
+)
+"""Cases that run code which others run too."""
+
+
 def pipeline_of(case: Case) -> Any:
     pipeline = copy.copy(made(case.make))
     if case.scheduler is not None:

@@ -3,9 +3,10 @@ and guidance matter. All of them save and load again as a published one does."""
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import pytest
 import torch
 from diffusers import (
     AuraFlowPipeline,
@@ -215,6 +216,14 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "lumina2": lumina2,
     "aura_flow": aura_flow,
 }
+
+AGAIN = frozenset(("flux2_dev", "sana", "sdxl"))
+"""Those whose code but for their texts is another's too: FLUX.2 klein's, SANA-Sprint's, Stable Diffusion's."""
+
+
+def shared_out(names: Iterable[str], again: Collection[str] = AGAIN) -> list[Any]:
+    """Names to parametrise a test with; those that run the same code once more are slow."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in again else ()) for name in names]
 
 
 @functools.cache

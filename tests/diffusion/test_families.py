@@ -18,8 +18,8 @@ from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.families.pipeline import pack, unpack
 from rltune.diffusion.sampler import Sampler
-from tests.family_calls import CASES, PROMPTS, Case, pipeline_of, theirs
-from tests.tiny_families import PIPELINES, family_of, made, own_eta
+from tests.family_calls import AGAIN, CASES, PROMPTS, Case, pipeline_of, theirs
+from tests.tiny_families import PIPELINES, family_of, made, own_eta, shared_out
 
 
 def sampler_of(model: ModelFamily, case: Case, shape: tuple[int, int, int]) -> Sampler:
@@ -32,7 +32,7 @@ def draw(sampler: Sampler, prompts: list[str], x_BCHW: Tensor, noises: list[Tens
     return sampler.decode(sampler.open(prompts, x_BCHW, lambda k: noises[k]).run())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", shared_out(CASES, AGAIN))
 def test_images_are_the_pipelines_own(name: str) -> None:
     case = CASES[name]
     pipeline = pipeline_of(case)
@@ -86,7 +86,7 @@ def test_a_network_is_told_the_guidance_that_is_asked_for(name: str) -> None:
     assert torch.equal(draw(replace(own, embedded_guidance=said), PROMPTS, x, noises), draw(own, PROMPTS, x, noises))
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", shared_out(PIPELINES))
 def test_a_prompt_s_image_does_not_depend_on_the_prompts_beside_it(name: str) -> None:
     model = family_of(made(PIPELINES[name]))
     shape = model.latent_shape(16, 16)

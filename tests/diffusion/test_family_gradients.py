@@ -13,7 +13,7 @@ from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.diffusion.outline import load_outline
 from rltune.diffusion.sampler import Sampler, guided_denoiser
-from tests.tiny_families import PIPELINES, family_of, fresh, made, own_eta
+from tests.tiny_families import PIPELINES, family_of, fresh, made, own_eta, shared_out
 from tests.toys import fill
 
 PROMPTS = ["a cat", "two red birds on a blue branch"]
@@ -46,7 +46,7 @@ def drawn(model: ModelFamily, dtype: torch.dtype) -> tuple[Tensor, list[Tensor],
     return x, noises, torch.randn(2, 3, SIDE, SIDE, generator=generator, dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", shared_out(PIPELINES))
 def test_the_gradient_is_that_of_finite_differences_and_of_plain_autograd(name: str) -> None:
     """In float64 along a direction of random numbers with the gradient's signs, so that the slope is far from rounding.
 
@@ -99,7 +99,7 @@ def test_the_gradient_is_that_of_finite_differences_and_of_plain_autograd(name: 
     assert slope == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=0.02)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", shared_out(PIPELINES))
 def test_a_folder_of_it_loads_samples_and_carries_gradient_in_both_precisions(name: str, tmp_path: Path) -> None:
     made(PIPELINES[name]).save_pretrained(tmp_path / "model")
     outline = load_outline(tmp_path / "model", base="model")
@@ -147,7 +147,7 @@ LAYERS = {
 """Some of ``attention``, and some that ``all`` adds, by diffusers' own training scripts where there are any."""
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", shared_out(PIPELINES))
 def test_presets_of_layers_are_layers_and_carry_gradient(name: str) -> None:
     attention, more = LAYERS[name]
     rows = embeddings_of(name).rows(PROMPTS)

@@ -6,16 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny_families import PIPELINES, made
+from tests.tiny_families import PIPELINES, made, shared_out
 from tests.training.runs import Make, adapters, metrics, train
 
 FAST = ("stable_diffusion", "z_image", "sana_sprint")
 """Run each time: one that is as ever, one with texts of their own lengths, one that draws every step anew."""
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in FAST else (pytest.mark.slow,)) for name in PIPELINES]
-)
+@pytest.mark.parametrize("name", shared_out(PIPELINES, PIPELINES.keys() - set(FAST)))
 def test_a_run_that_is_killed_and_resumed_is_bitwise_the_uninterrupted_one(
     name: str, make_config: Make, tmp_path: Path
 ) -> None:
