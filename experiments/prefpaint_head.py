@@ -1,4 +1,4 @@
-"""Fits a reward of PrefPaint's layout on the built-in CLIP, for inpaint_prefpaint.yaml: how well is a hole filled?
+"""Fits a reward of PrefPaint's layout on the built-in CLIP, for inpainting: how well is a hole filled?
 
 PrefPaint (arXiv:2410.21966) had people rate completions from 0 to 7. Here the picture that was cut into is known, and a
 rating is 7 times how near the filled part comes to it. Rated are completions by the base model, the true picture, and
@@ -33,7 +33,7 @@ FAR = 0.35
 
 
 def completions(canvases: list[Canvas], seed: int) -> Tensor:
-    """The base model's, as inpaint_prefpaint.yaml draws them."""
+    """The base model's, as inpaint.yaml draws them."""
     settings = {"task": "inpaint", "rewards": {"brightness": {}}, "sampler": {"steps": 12, "guidance": 3.0}}
     config, model = RunConfig.model_validate(settings), load_model("builtin")
     images = ImageSet(tuple(canvases), 1, image_shape(config, model))
