@@ -20,6 +20,7 @@ from diffusers import (
 from rltune.assets import BUILTIN_PIPELINE_DIR
 from rltune.diffusion.defaults import read_defaults
 from rltune.diffusion.families.base import FAMILIES, Defaults, Described
+from rltune.diffusion.outline import load_outline
 from rltune.errors import UserError
 from tests import tiny_families, tiny_llm_families
 from tests.tiny_families import SDXL_SCHEDULE
@@ -110,3 +111,8 @@ def test_a_file_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "ZImagePipeline"}))
     with pytest.raises(UserError, match=r"^model.base: scheduler/scheduler_config.json of 'm' cannot be read"):
         read_defaults(tmp_path, base="m")
+
+
+def test_a_model_without_weights_knows_what_its_index_says_of_it(tmp_path: Path) -> None:
+    tiny_llm_families.flux2_klein(is_distilled=True).save_pretrained(tmp_path)
+    assert load_outline(tmp_path, base="x").defaults("x") == Defaults(4, 1.0)

@@ -79,7 +79,7 @@ def spoil_index(text: str) -> Callable[[Path], object]:
         (spoil_index("[]"), "model_index.json of .* is not whole"),
         (
             spoil_index(json.dumps({"_class_name": "PixArtPipeline"})),
-            r"^model\.base: .* is a PixArtPipeline, which rltune cannot train; give one of Flux2KleinPipeline, Flux2",
+            r"^model\.base: .* is a PixArtPipeline, which rltune cannot train; give one of AuraFlowPipeline, Chroma",
         ),
         (spoil_index(json.dumps({"_class_name": "StableDiffusionPipeline"})), "is no whole StableDiffusionPipeline"),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), r"tokenizer of .* cannot be read \(FileNotFoundError"),
