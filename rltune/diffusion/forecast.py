@@ -133,6 +133,10 @@ class _Fused(torch.autograd.Function):
 
 
 class _FusedAttention(TorchFunctionMode):
+    def __init__(self, products: list[int] | None) -> None:
+        super().__init__()
+        self._products = products
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is not scaled_dot_product_attention:
@@ -144,11 +148,17 @@ class _FusedAttention(TorchFunctionMode):
         if kwargs.get("enable_gqa") and key.shape[-3] != query.shape[-3]:
             groups = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
+        if self._products is not None:
+            self._products.append(2 * query.numel() * (key.shape[-2] + value.shape[-2]))
         return _Fused.apply(query, key, value)
 
 
 @contextmanager
-def fused_attention() -> Iterator[None]:
-    """Let attention on the device ``meta`` be that of a fused kernel inside the block; there it would be spelt out."""
-    with _FusedAttention():
+def fused_attention(products: list[int] | None = None) -> Iterator[None]:
+    """Let attention on the device ``meta`` be that of a fused kernel inside the block; there it would be spelt out.
+
+    Args:
+        products: Takes the floating-point operations of each.
+    """
+    with _FusedAttention(products):
         yield

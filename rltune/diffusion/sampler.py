@@ -227,7 +227,10 @@ class Chain:
 
     def run(self, plan: GradientPlan = NO_GRADIENT, *, observe: Observer | None = None) -> Tensor:
         """Run the steps that are left, differentiable as ``plan`` says; see ``run_chain``."""
-        sampler = self.sampler
+        sampler, frozen = self.sampler, None
+        if len(plan.active) < self.table.num_steps or not torch.is_grad_enabled():  # merged weights are a second copy
+            network, device = sampler.model.network, self.x_BCHW.device
+            frozen = frozen_denoiser(self.denoise, network, device, use_bf16=sampler.use_bf16_prefix)
         return run_chain(
             self.denoise,
             self.x_BCHW,
@@ -235,9 +238,7 @@ class Chain:
             plan=plan,
             noise=self.noise,
             num_kept=sampler.num_kept,
-            denoise_frozen=frozen_denoiser(
-                self.denoise, sampler.model.network, self.x_BCHW.device, use_bf16=sampler.use_bf16_prefix
-            ),
+            denoise_frozen=frozen,
             observe=observe,
             blend=self.blend,
         )

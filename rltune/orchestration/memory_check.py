@@ -38,7 +38,7 @@ def check_memory(
     def look(config: RunConfig) -> Forecast:
         wanted = config.resources.precision
         precision = workload.precision if wanted == "auto" else wanted
-        return forecast(config, model, precision=precision, is_on_gpu=is_on_gpu, room_gib=room_gib)
+        return forecast(config, model, precision=precision, room_gib=room_gib)
 
     found = look(config)
     if room_gib is None or found.peak_gib <= room_gib:

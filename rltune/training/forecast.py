@@ -11,7 +11,6 @@ from rltune.config.experiment import RunConfig
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.forecast import Counts, count
 from rltune.diffusion.memory import GIB
-from rltune.diffusion.sampler import Sampler
 from rltune.diffusion.tiles import TILE_PX
 from rltune.rewards.base import REWARDS
 from rltune.runs.metrics import JUDGES
@@ -21,8 +20,8 @@ from rltune.training.setup import EVAL_BATCH, EVAL_BATCH_LARGE
 
 BYTES_PER_ADAPTED = 16
 """Of an adapter's parameter in float32: itself, its gradient, and Adam's two moments."""
-PROCESS_BYTES = int(1.0 * GIB)
-"""Python and its libraries in memory; on a GPU CUDA's own and the allocator's gaps, which are half as much again."""
+PROCESS_BYTES = int(1.5 * GIB)
+"""Python and its libraries in memory, on a GPU CUDA's own instead, and the allocator's gaps."""
 REWARD_ACTIVATIONS = 0.3
 """What a reward stores for an image, as a share of its weights: a CLIP of size H, 1.9 GiB, stores 0.6 GiB."""
 TEMPORARIES = 3
@@ -64,9 +63,7 @@ class Forecast:
         return {part: size / GIB for part, size in self.fixed.items()} | {name: self.phases[name] / GIB}
 
 
-def forecast(
-    config: RunConfig, model: ModelFamily, *, precision: str, is_on_gpu: bool, room_gib: float | None = None
-) -> Forecast:
+def forecast(config: RunConfig, model: ModelFamily, *, precision: str, room_gib: float | None = None) -> Forecast:
     """Return what a worker of an experiment takes.
 
     Rewards are counted by the size of the files that they are published in, unless they have a GPU of their own; what
@@ -76,7 +73,6 @@ def forecast(
         config: One concrete experiment.
         model: Its base model without values, as ``load_outline`` gives it.
         precision: ``fp32`` or ``bf16``, ``auto`` resolved.
-        is_on_gpu: Whether workers have a GPU.
         room_gib: Memory of a worker's device, which ``checkpoint_blocks: auto`` looks at; None where it is not known.
 
     Raises:
@@ -84,23 +80,23 @@ def forecast(
     """
     wanted = config.resources.checkpoint_blocks
     if wanted == "auto":
-        plain = _forecast(config, model, precision, is_on_gpu, has_blocks=False)
+        plain = _forecast(config, model, precision, has_blocks=False)
         wanted = config.estimator.checkpoint != "never" and room_gib is not None and plain.peak_gib > 0.7 * room_gib
         if not wanted:
             return plain
-    return _forecast(config, model, precision, is_on_gpu, has_blocks=wanted)
+    return _forecast(config, model, precision, has_blocks=wanted)
 
 
-def _forecast(config: RunConfig, model: ModelFamily, precision: str, is_on_gpu: bool, *, has_blocks: bool) -> Forecast:
+def _forecast(config: RunConfig, model: ModelFamily, precision: str, *, has_blocks: bool) -> Forecast:
     batch, sampler = micro_batch(config), make_sampler(config, model)
-    counts = _counted(config, sampler, DTYPES[precision], batch)
+    counts = counts_of(config, model, DTYPES[precision])
     rewards = reward_bytes(config)
     fixed = {
         "network": counts.network,
         "decoder": counts.decoder,
         "adapters": BYTES_PER_ADAPTED * counts.num_adapted,
         "rewards": rewards if config.resources.rewards_on == "same" else 0,
-        "process": PROCESS_BYTES * 3 // 2 if is_on_gpu else PROCESS_BYTES,
+        "process": PROCESS_BYTES,
     }
     step = counts.step.outside + counts.step.largest if has_blocks else counts.step.plain
     height_px, width_px = image_px(config, model)
@@ -112,11 +108,9 @@ def _forecast(config: RunConfig, model: ModelFamily, precision: str, is_on_gpu: 
         "a training step": step + TEMPORARIES * counts.step.tensor,
         "decoding": counts.decoding.plain + TEMPORARIES * (counts.decoding.tensor + images),
         "scoring": int(REWARD_ACTIVATIONS * fixed["rewards"] * num_scored) + 2 * images,
+        "sampling": counts.merged + counts.step.largest,
         "evaluation": counts.merged
-        + max(
-            FORWARD_TENSORS * counts.whole_image.tensor * decoded,
-            min(counts.step.largest, counts.step.plain) * drawn // batch,
-        ),
+        + max(FORWARD_TENSORS * counts.whole_image.tensor * decoded, counts.step.largest * drawn // batch),
     }
     return Forecast(fixed, phases, precision, has_blocks, sampler.tiling is not None)
 
@@ -135,12 +129,12 @@ def reward_bytes(config: RunConfig) -> int:
     return int(1e6 * sum(file.size_mb for file in files))
 
 
-def _counted(config: RunConfig, sampler: Sampler, dtype: torch.dtype, batch: int) -> Counts:
-    """Count, or return what was counted of the same networks with the same settings."""
-    model = sampler.model
+def counts_of(config: RunConfig, model: ModelFamily, dtype: torch.dtype) -> Counts:
+    """Count a micro-batch of an experiment, or return what was counted of the same networks with the same settings."""
+    sampler = make_sampler(config, model)
     settings: dict[str, Any] = {
         "shape": image_shape(config, model),
-        "batch": batch,
+        "batch": micro_batch(config),
         "rank": config.model.lora.rank,
         "targets": config.model.lora.targets,
         "guidance_scale": sampler.guidance_scale,

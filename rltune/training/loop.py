@@ -23,7 +23,7 @@ from rltune.training.prompts import cut_in_words
 from rltune.training.reference import BaseReference, Claim, load_base, measure_base, save_base
 from rltune.training.reporter import Reporter
 from rltune.training.rewards import build_mixture, odd_targets
-from rltune.training.room import with_room
+from rltune.training.room import compile_kept, with_room
 from rltune.training.selection import Selection
 from rltune.training.setup import Run, base_key, build_run
 from rltune.training.state import Training, evaluate, report, save_samples
@@ -113,7 +113,7 @@ def _prepare(run: Run, base: BaseReference, trial_dir: Path, reporter: Reporter)
     with memory_named(run, is_evaluation=False):
         run = replace(run, sampler=with_room(run, config))
     if config.resources.compile:
-        network.compile()
+        compile_kept(network)
     average = MovingAverage(parameters, optim.ema)
     selection = Selection(config, base.scores.summary)
     state = _state(run)

@@ -1,16 +1,18 @@
 """What a run keeps of its activations, computes again, or takes in pieces, so that it fits into memory."""
 
 import logging
+import os
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.blocks import blocks_of, checkpoint_blocks
 from rltune.diffusion.memory import GIB, Stored, free_bytes, measure_call, stored_bytes
 from rltune.diffusion.sampler import Sampler
 from rltune.errors import UserError
+from rltune.rewards.weights import cache_dir
 from rltune.training.setup import Run
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,15 @@ def with_room(run: Run, config: RunConfig) -> Sampler:
         return replace(sampler, num_kept=sampler.num_steps, is_decoder_kept=True)
     assert step is not None
     return _kept(run, config, sampler, step, has_blocks=has_blocks)
+
+
+def compile_kept(network: nn.Module) -> None:
+    """Compile a network, and keep the code on disk, so that the next trial, or run, on this machine has it.
+
+    In the folder that ``TORCHINDUCTOR_CACHE_DIR`` names, or beside the weights that rltune keeps.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
+    network.compile()
 
 
 def _set_blocks(run: Run, config: RunConfig, step: Stored | None) -> bool:

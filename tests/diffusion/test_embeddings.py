@@ -1,5 +1,6 @@
 """Prompts are embedded once, by groups that do not depend on which are asked for, and held in bounded memory."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import torch
 
 from rltune.diffusion import embeddings
 from rltune.diffusion.embeddings import PromptEmbeddings, in_a_file
-from rltune.diffusion.families.base import Conditioning, stack
+from rltune.diffusion.families import pipeline as pipeline_module
+from rltune.diffusion.families.base import FAMILIES, Conditioning, stack
 from rltune.errors import StorageError
+from tests import tiny_families
 
 CPU = torch.device("cpu")
 PROMPTS = tuple(f"prompt {i}" for i in range(100))
@@ -123,3 +126,32 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(StorageError, match="no space left on device"):
         in_a_file(torch.zeros(3))
+
+
+@pytest.mark.parametrize("is_large", [True, False])
+def test_large_encoders_are_never_on_a_device_together_with_the_network(
+    monkeypatch: pytest.MonkeyPatch, is_large: bool
+) -> None:
+    monkeypatch.setattr(pipeline_module, "LARGE_ENCODERS", 0 if is_large else 2**40)
+    pipeline = tiny_families.flux()
+    model = FAMILIES.get("FluxPipeline")(pipeline)
+    places: dict[str, str] = {}
+    crowded: list[dict[str, str]] = []
+
+    def follow(name: str) -> Callable[[Any], None]:
+        def to(device: Any) -> None:
+            places[name] = str(device)
+            if places["transformer"] == places["text_encoder_2"] == "cuda":
+                crowded.append(dict(places))
+
+        return to
+
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        places[name] = "cpu"
+        getattr(pipeline, name).to = follow(name)
+    model.to(torch.device("cuda"))
+    with model.encoders_here():
+        assert places["text_encoder"] == places["text_encoder_2"] == "cuda"
+        assert places["transformer"] == places["vae"] == ("cpu" if is_large else "cuda")
+    assert places == {"transformer": "cuda", "vae": "cuda", "text_encoder": "cpu", "text_encoder_2": "cpu"}
+    assert bool(crowded) != is_large

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from rltune.diffusion.memory import GIB, measure_call
+from rltune.diffusion.memory import measure_call
 from rltune.diffusion.outline import load_outline
 from rltune.rewards.base import REWARDS
 from rltune.training import forecast as module
@@ -28,7 +28,7 @@ def test_what_is_counted_is_what_a_run_measures(make_config: Make, monkeypatch: 
     monkeypatch.setattr(room, "measure_call", lambda *args: measured.append(measure_call(*args)) or measured[-1])
     room.with_room(run, config)
     outline = outline_of(config)
-    found = forecast(config, outline, precision="fp32", is_on_gpu=False)
+    found = forecast(config, outline, precision="fp32")
     (step,) = measured
     assert found.phases["a training step"] - 3 * step.tensor == pytest.approx(step.plain, rel=0.05)
     assert found.fixed["network"] == pytest.approx(
@@ -40,7 +40,6 @@ def test_what_is_counted_is_what_a_run_measures(make_config: Make, monkeypatch: 
         make_config(optim={"micro_batch": 2}, resources={"checkpoint_blocks": True}),
         outline,
         precision="fp32",
-        is_on_gpu=False,
     )
     assert nested.phases["a training step"] - 3 * step.tensor == pytest.approx(step.outside + step.largest, rel=0.05)
 
@@ -48,7 +47,7 @@ def test_what_is_counted_is_what_a_run_measures(make_config: Make, monkeypatch: 
 def test_blocks_are_counted_in_checkpoints_where_the_run_would_put_them_there(make_config: Make) -> None:
     config = make_config()
     outline = outline_of(config)
-    settings: dict[str, Any] = {"precision": "fp32", "is_on_gpu": True}
+    settings: dict[str, Any] = {"precision": "fp32"}
     plain = forecast(config, outline, **settings)
     assert not plain.has_blocks
     assert not forecast(config, outline, **settings, room_gib=2 * plain.peak_gib).has_blocks
@@ -61,7 +60,7 @@ def test_every_setting_that_is_proposed_makes_it_smaller(make_config: Make, monk
     monkeypatch.setattr(module, "TILE_PX", 16)  # what the tiny pipeline draws
     config = make_config(optim={"batch": 4}, sampler={"height": 32, "width": 32})
     outline = outline_of(config)
-    found = forecast(config, outline, precision="fp32", is_on_gpu=False)
+    found = forecast(config, outline, precision="fp32")
     changes = smaller(config, outline, found)
     assert list(changes) == [
         "resources.checkpoint_blocks: true",
@@ -74,7 +73,7 @@ def test_every_setting_that_is_proposed_makes_it_smaller(make_config: Make, monk
     for name, change in changes.items():
         after = change(config)
         precision = "bf16" if "precision" in name else "fp32"
-        smaller_one = forecast(after, outline, precision=precision, is_on_gpu=False)
+        smaller_one = forecast(after, outline, precision=precision)
         phase = "decoding" if "tiles" in name else "a training step"
         assert smaller_one.phases[phase] < found.phases[phase] or "tiles" in name, name
     best = replace(found, precision="bf16", has_blocks=True)
@@ -94,8 +93,8 @@ def test_rewards_count_by_their_published_files_each_once(make_config: Make) -> 
 
 def test_the_peak_is_what_stays_and_the_largest_phase(make_config: Make) -> None:
     config = make_config()
-    found = forecast(config, outline_of(config), precision="fp32", is_on_gpu=True)
+    found = forecast(config, outline_of(config), precision="fp32")
     assert found.peak_bytes == sum(found.fixed.values()) + max(found.phases.values())
-    assert found.fixed["process"] == 1.5 * GIB
+    assert found.fixed["process"] == module.PROCESS_BYTES
     assert sum(found.parts.values()) == pytest.approx(found.peak_gib)
     assert micro_batch(make_config(optim={"batch": 8}, resources={"workers": 3})) == 3

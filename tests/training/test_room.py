@@ -1,5 +1,6 @@
 """Room for activations: what is kept, computed again or decoded in tiles, and what none of that may change."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -190,3 +191,14 @@ def test_checkpointed_blocks_train_the_same_adapters(make_config: Make, tmp_path
     plain, nested = adapters(tmp_path / "False", 2), adapters(tmp_path / "True", 2)
     assert plain
     assert all(torch.equal(plain[name], nested[name]) for name in plain)
+
+
+def test_compiled_code_lies_where_the_next_trial_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    monkeypatch.setenv("RLTUNE_CACHE", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    room.compile_kept(torch.nn.Linear(1, 1))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
+    room.compile_kept(torch.nn.Linear(1, 1))
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
