@@ -29,7 +29,7 @@ from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.diffusion.memory import GIB
 from rltune.diffusion.sampler import Sampler
 from rltune.training.forecast import DTYPES, forecast
-from rltune.training.setup import image_shape, make_sampler
+from rltune.training.sampling import image_shape, make_sampler
 from tests.benchmarks.architectures import Architecture, architectures
 
 RANK = 16
@@ -100,7 +100,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
         a @ b
         synchronise(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    return float(2 * size**3 / min(seconds))
 
 
 def synchronise(device: torch.device) -> None:
@@ -123,7 +123,7 @@ def operations(outline: ModelFamily, setting: Setting, config: RunConfig) -> flo
     with torch.no_grad(), fused_attention(products), FlopCounterMode(display=False) as decoder:
         outline.decode(x_BCHW)
     decoding = decoder.get_total_flops() + sum(products)
-    return call * (setting.steps - setting.k + (4 if setting.has_blocks else 3) * setting.k) + 3 * decoding
+    return float(call * (setting.steps - setting.k + (4 if setting.has_blocks else 3) * setting.k) + 3 * decoding)
 
 
 def measure(architecture: Architecture, setting: Setting, device: torch.device) -> str:
