@@ -9,7 +9,7 @@ import torch
 
 from rltune.diffusion import embeddings
 from rltune.diffusion.embeddings import PromptEmbeddings, in_a_file
-from rltune.diffusion.families import pipeline as pipeline_module
+from rltune.diffusion.families import turns
 from rltune.diffusion.families.base import FAMILIES, Conditioning, stack
 from rltune.errors import StorageError
 from tests import tiny_families
@@ -132,7 +132,7 @@ def test_a_full_disk_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_large_encoders_are_never_on_a_device_together_with_the_network(
     monkeypatch: pytest.MonkeyPatch, is_large: bool
 ) -> None:
-    monkeypatch.setattr(pipeline_module, "LARGE_ENCODERS", 0 if is_large else 2**40)
+    monkeypatch.setattr(turns, "LARGE_ENCODERS", 0 if is_large else 2**40)
     pipeline = tiny_families.flux()
     model = FAMILIES.get("FluxPipeline")(pipeline)
     places: dict[str, str] = {}

@@ -23,6 +23,7 @@ from rltune.diffusion.families.base import (
     linear_guidance,
     stack,
 )
+from rltune.diffusion.families.turns import taking_turns
 from rltune.diffusion.lora import ATTENTION
 from rltune.diffusion.schedulers.base import Rule, only_posterior, read_scheduler
 from rltune.diffusion.table import ChainTable, read_ddim_table
@@ -173,25 +174,10 @@ class PipelineFamily(ABC):
 
     @contextmanager
     def encoders_here(self) -> Iterator[None]:
-        """Have the text encoders where the network runs inside the block, on the CPU after it.
-
-        Network and decoder make room for large ones: T5-XXL takes 9 GiB, Qwen-Image's encoder 15.
-        """
+        """Have the text encoders where the network runs inside the block, on the CPU after it."""
         encoders = [part for name, part in self._modules().items() if name.startswith("text_encoder")]
-        size = sum(weight.nbytes for encoder in encoders for weight in encoder.parameters())
-        is_crowded = self._device.type != "cpu" and size > LARGE_ENCODERS
-        aside = (self.network, self.decoder) if is_crowded else ()
-        for part in aside:
-            part.to("cpu")
-        for encoder in encoders:
-            encoder.to(self._device)
-        try:
+        with taking_turns(encoders, (self.network, self.decoder), self._device):
             yield
-        finally:
-            for encoder in encoders:
-                encoder.to("cpu")
-            for part in aside:
-                part.to(self._device)
 
     def encode_negative(self, prompt: str) -> Conditioning | None:
         """A negative prompt is embedded as any other is."""
@@ -291,8 +277,6 @@ class FlowFamily(PipelineFamily):
         return float(config.base_shift + slope * (num_tokens - config.base_image_seq_len))
 
 
-LARGE_ENCODERS = 2 * 2**30
-"""Bytes of text encoders above which they are not on a device together with the network."""
 TEXT_WIDTHS = ("joint_attention_dim", "cap_feat_dim", "caption_channels", "cross_attention_dim")
 """Names under which networks keep the width of their text."""
 JOINT = tuple(
