@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
+
+from rltune.diffusion.nested import mapped
+from rltune.diffusion.nested import tensors as nested_tensors
 
 Forward = Callable[..., Any]
 BlockRunner = Callable[[Forward, tuple[Any, ...], dict[str, Any]], Any]
@@ -65,16 +67,10 @@ def in_checkpoint(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any
     """Run a block in a checkpoint where gradients are on, else as it is."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    leaves, form = tree_flatten((args, kwargs))
-    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    others = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def run(*tensors: Tensor) -> Any:
-        filled = list(others)
-        for place, tensor in zip(places, tensors, strict=True):
-            filled[place] = tensor
-        args, kwargs = tree_unflatten(filled, form)
-        return forward(*args, **kwargs)
+        rest = iter(tensors)
+        return forward(*mapped(args, lambda _: next(rest)), **mapped(kwargs, lambda _: next(rest)))
 
     # tensors as arguments of their own, not by name or in lists: only such does a checkpoint hand to autograd to store
-    return checkpoint(run, *(leaves[place] for place in places), use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(run, *nested_tensors((args, kwargs)), use_reentrant=False, preserve_rng_state=False)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from rltune.diffusion.blocks import Forward, run_blocks_by
+from rltune.diffusion.nested import leaves, mapped, tensors
 
 GIB = 2**30
 SHARE_OF_FREE = 0.6
@@ -112,7 +112,7 @@ class _CallMeter:
         self._count(tensor)
 
     def run_block(self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        inputs = _tensors((args, kwargs))
+        inputs = tensors((args, kwargs))
         for tensor in inputs:
             self._outside.add(tensor)
         # without values, blocks that are alike need not run again: on the device meta every operation takes a while
@@ -125,7 +125,7 @@ class _CallMeter:
                 self._alike[key] = known
         else:
             result = _drawn_anew(known.results)
-        lasting = (*inputs, *_tensors(result))
+        lasting = (*inputs, *tensors(result))
         for number in known.stored:  # another block may store them again
             self._count(lasting[number])
         self._plain += known.others
@@ -140,7 +140,7 @@ class _CallMeter:
             result = forward(*args, **kwargs)
         finally:
             self._block = None
-        lasting = [*inputs, *_tensors(result)]
+        lasting = [*inputs, *tensors(result)]
         stored = tuple(number for number, tensor in enumerate(lasting) if tensor in block)
         kept = _Storages(lasting[number] for number in stored)
         return _BlockCount(
@@ -160,20 +160,16 @@ def _kind_of(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     """Return what two blocks and their arguments have in common where they store the same."""
     block: nn.Module = forward.__self__  # type: ignore[attr-defined]  # a bound method
     weights = tuple((weight.shape, weight.dtype, weight.requires_grad) for weight in block.parameters())
-    leaves = tuple(
+    given = tuple(
         (leaf.shape, leaf.dtype, leaf.requires_grad) if isinstance(leaf, Tensor) else repr(leaf)
-        for leaf in tree_leaves((args, kwargs))
+        for leaf in leaves((args, kwargs))
     )
-    return type(block), weights, leaves
+    return type(block), weights, given
 
 
 def _drawn_anew(results: Any) -> Any:
     """Return results as another block alike would give them: of the same shapes, in memory of their own."""
-
-    def draw(leaf: Any) -> Any:
-        return torch.empty_like(leaf).requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
-
-    return tree_map(draw, results)
+    return mapped(results, lambda tensor: torch.empty_like(tensor).requires_grad_(tensor.requires_grad))
 
 
 def measure_call(run: Callable[[], Tensor], network: nn.Module) -> Stored:
@@ -193,10 +189,6 @@ def measure_call(run: Callable[[], Tensor], network: nn.Module) -> Stored:
     finally:
         run_blocks_by(network, None)
     return meter.stored
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def free_bytes(device: torch.device) -> int:
