@@ -19,6 +19,7 @@ BROUGHT = (
     "experiments/*.py",
     "experiments/images/*",
     "experiments/README.md",
+    "cluster/**/*",
     "rltune/builtin/MODEL_CARD.md",
     "rltune/builtin/samples.jpg",
     "*.md",

@@ -92,7 +92,7 @@ def make_config(tiny_pipeline: Path) -> "Callable[..., RunConfig]":
             "name": "tiny",
             "model": {"base": str(tiny_pipeline), "lora": {"rank": 2}},
             "prompts": {"train": TRAIN_PROMPTS, "eval": EVAL_PROMPTS},
-            "sampler": {"steps": 4, "guidance": 2.0},
+            "sampler": {"steps": 4, "guidance": 2.0, "eta": 0.0},
             "estimator": {"name": "alignprop", "k": 2, "draw": "uniform"},
             "rewards": {"brightness": {"weight": 0.75}, "smoothness": {"weight": 0.25}},
             "optim": {"lr": 1e-2, "steps": 4, "batch": 4},

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MAX_FAILURES = 2
 """Restarts of a job that nothing else counts."""
+GROW_AFTER_S = 20.0
+"""Between looks for nodes that have come back, each of which starts all workers anew; Ray's own is a minute."""
 CHECKPOINTS_KEPT = 3
 """With one of them broken two are still whole: Ray counts it among those it keeps until the job starts anew."""
 
@@ -246,6 +248,7 @@ def make_ray_job(
             use_gpu=spec.num_gpus_per_worker > 0,
             resources_per_worker=worker_resources(spec.num_gpus_per_worker, num_cpus=resources.cpus_per_worker),
             accelerator_type=resources.accelerator,
+            elastic_resize_monitor_interval_s=GROW_AFTER_S,
         ),
         torch_config=(
             FileTorchConfig(backend=backend_of(spec.num_gpus_per_worker), run_dir=spec.run_dir)

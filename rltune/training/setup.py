@@ -107,6 +107,7 @@ def build_run(config: RunConfig, cache: ModelCache | None = None) -> Run:
     workers = Workers()
     if config.resources.gpus_per_worker != "auto" and 0 < config.resources.gpus_per_worker < 1:
         workers.limit_memory(config.resources.gpus_per_worker)
+    check_options(config)  # before anything is loaded; what needs the model's own steps follows once they are known
     cache = cache or ModelCache()
     model = cache.model(config, workers.device)
     if faults := unfit_targets(model.network, config.model.lora.targets):

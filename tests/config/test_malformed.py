@@ -35,7 +35,7 @@ VALUES: list[tuple[str, list[str]]] = [
         "optim.lr: 1e-3",
         ["a key must not hold a dot, got 'optim.lr'; write optim: {lr: ..}", "unknown key, got 'optim.lr'"],
     ),
-    ("1: 2", ["x.yaml:2 1: unknown key, got '1'; known: name, model"]),
+    ("1: 2", ["x.yaml:2 1: unknown key, got '1'; known: name, task, model"]),
     # values of the wrong kind
     ("optim: 5", ["x.yaml:2 optim: must be a section with any of the keys lr, steps, "]),
     ("constraints: [diversity]", ["constraints: must be a section of names and their settings, got ['diversity']"]),

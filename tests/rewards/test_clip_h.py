@@ -15,7 +15,7 @@ from rltune.errors import RunError, UserError
 from rltune.rewards import frozen
 from rltune.rewards.base import REWARDS
 from rltune.rewards.clip import ClipTower, embeddings_kept
-from rltune.rewards.clip_loading import _sizes
+from rltune.rewards.clip_loading import VIT_H, _sizes
 from rltune.rewards.frozen import checkpoint_blocks, held_bytes, share_equal
 from rltune.rewards.hps import HPS_2
 from rltune.rewards.pickscore import to_open_clip
@@ -124,7 +124,7 @@ def test_the_published_architecture_has_the_names_and_shapes_we_read() -> None:
         vision |= {"image_size": 224, "patch_size": 14}
         twin = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024))
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    sizes = _sizes(model.state_dict())
+    sizes = _sizes(model.state_dict(), VIT_H)
     assert {"mlp_ratio": 4.0, **published["vision_cfg"]} == sizes["vision_cfg"]
     assert {"mlp_ratio": 4.0, **published["text_cfg"]} == sizes["text_cfg"]
     assert sizes["embed_dim"] == published["embed_dim"]
