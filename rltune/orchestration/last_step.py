@@ -14,7 +14,7 @@ Diffusion 3.5 0.009, AuraFlow 0.003, Qwen-Image 0.020, Stable Diffusion 1.5 0.01
 
 
 def last_step_note(experiment: Experiment, model: ModelFamily) -> str:
-    """Say where K can only be 1 and the last step's weight is little; empty where it is nowhere."""
+    """Say that K can be nothing but 1 and that the last step's weight is little somewhere; else empty."""
     smallest: tuple[float, int] | None = None
     weights: dict[str, tuple[float, int]] = {}
     for config in experiment.corners(("estimator", "sampler")):
@@ -27,13 +27,15 @@ def last_step_note(experiment: Experiment, model: ModelFamily) -> str:
         except UserError:  # told of as a fault
             continue
         weight, num_steps = weights[key]
-        if isinstance(estimator, Truncated) and estimator.deepest(num_steps) == 1 and weight < LITTLE:
+        if not isinstance(estimator, Truncated) or estimator.deepest(num_steps) > 1:
+            return ""  # a search that tries other steps too finds out
+        if weight < LITTLE:
             smallest = min(smallest or (weight, num_steps), (weight, num_steps))
     if smallest is None:
         return ""
     weight, num_steps = smallest
     return (
-        f"at K = 1 the last of {num_steps} steps alone is trained, and the image moves by {weight:.2g} of its output, "
-        "so that little is learned; set estimator.k to 2 or more, or take an estimator that trains other steps "
-        "(refl, drtune)"
+        f"at K = 1 the last of {num_steps} steps alone is trained, by which the image moves {weight:.1%} of the "
+        "network's output: rewards see little of what is learned; if gains are small, set estimator.k to 2 or more, or "
+        "take an estimator that trains other steps (refl, drtune)"
     )
