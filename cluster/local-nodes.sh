@@ -27,18 +27,20 @@ until ray health-check --address 127.0.0.1:6399 >/dev/null 2>&1; do
     kill -0 "${nodes[0]}" 2>/dev/null || { cat "$folder/head.log"; exit 1; }
     sleep 1
 done
+# one after the other: raylets that start together on one machine may take each other's ports
 for number in 1 2; do
     ray start --address=127.0.0.1:6399 --node-ip-address=127.0.0.1 --num-cpus=1 --block \
         >"$folder/node-$number.log" 2>&1 &
     nodes+=($!)
-done
-python3 - <<'END'
+    timeout 180 python3 - "$((number + 1))" <<'END' || { cat "$folder/node-$number.log"; exit 1; }
+import sys
 import time
 
 import ray
 
 ray.init(address="127.0.0.1:6399", logging_level="ERROR", log_to_driver=False)
-while sum(node["Alive"] for node in ray.nodes()) < 3:
+while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]):
     time.sleep(0.5)
 END
+done
 "$@"
