@@ -65,7 +65,7 @@ class ComfyUI:
         """
         if adapter.use_dora:
             raise RunError(
-                "ComfyUI divides by the norm of another weight than DoRA does, so that it would give other images; "
+                "ComfyUI computes DoRA with other norms, and its versions differ, so that it would give other images; "
                 "export it for diffusers or peft"
             )
         state = adapter.folded()
