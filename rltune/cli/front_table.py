@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rltune.cli.tables import BREACH_MARK, FittedTable, format_value, short_labels
+from rltune.config.sections import JOINT_SHARES
 from rltune.intervals import half_width
 from rltune.runs.confirmations import Measured
 from rltune.runs.layout import BASE_TRIAL
@@ -26,12 +27,46 @@ def front_view(front: Front, *, where: Sequence[str] = ()) -> RenderableType:
     """
     paths = list(dict.fromkeys(path for member in front.members for path in member.values))
     asked = [f"Of the trials with {', '.join(where)} in the search."] if where else []
-    parts = [*asked, *_measured(front), *_marked(front), _volume(front)]
+    parts = [*asked, *_measured(front), *_marked(front), *_of_shares(front), _volume(front)]
     notes = Text(" ".join(parts), style="dim")
     table = FittedTable(
         lambda shown: _front_table_with(shown, front), paths, below=lambda shown: _settings_table_with(shown, front)
     )
-    return Group(table, notes)
+    shares: list[RenderableType] = [Text(), _shares_table(front)] if _has_shares(front) else []
+    return Group(table, *shares, notes)
+
+
+def _has_shares(front: Front) -> bool:
+    return any(f"eval/{name}" in member.metrics for member in front.members for name in JOINT_SHARES)
+
+
+def _shares_table(front: Front) -> Table:
+    """Return the shares of images that are better and worse than the base model's in every objective."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("trial")
+    for name in JOINT_SHARES:
+        table.add_column(name, justify="right")
+    for member in front.members:
+        if member.trial != BASE_TRIAL:
+            is_knee = front.knee is not None and member.trial == front.knee.trial
+            cells = (_share(member, name, front.num_prompts) for name in JOINT_SHARES)
+            table.add_row(member.trial, *cells, style="bold" if is_knee else None)
+    return table
+
+
+def _share(member: TrialResult, name: str, num_prompts: int) -> str:
+    value = member.metrics.get(f"eval/{name}")
+    if value is None:
+        return ""
+    half = half_width(member.metrics.get(f"eval/{name}_se"), num_prompts - 1)
+    return f"{value:.3f}{PLUS_MINUS}{half:.3f}" if half else f"{value:.3f}"  # all prompts alike: no error is known
+
+
+def _of_shares(front: Front) -> list[str]:
+    if not _has_shares(front):
+        return []
+    words = "shares of images that are better, and worse, than the base model's of the same noise in every objective"
+    return [f"domination and collapse: {words} of the run that scores single images."]
 
 
 def _measured(front: Front) -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from rltune.config.options import option_clashes
 from rltune.config.prompts_section import BUILTIN_PROMPTS
 from rltune.config.rules import Clash, Known
+from rltune.config.sections import DISTANCES, JOINT_SHARES
 from rltune.config.settings import Settings
 from rltune.registry import suggest
 
@@ -235,7 +236,9 @@ def group_clashes(config: Settings, known: Known) -> Iterator[Clash]:
 
 def _name_clashes(config: Settings) -> Iterator[Clash]:
     """Objectives and constraints that nothing measures, and names that stand in a list twice."""
-    measured = tuple(dict.fromkeys((*config.rewards, *config.evaluate.judges)))
+    asked = dict.fromkeys((*config.rewards, *config.evaluate.judges))
+    has_scores = any(name not in (*DISTANCES, *JOINT_SHARES) for name in config.objective_names)
+    measured = tuple(name for name in asked if name not in JOINT_SHARES) + (JOINT_SHARES if has_scores else ())
     named = [(f"objectives.{i}", name) for i, name in enumerate(config.objectives)]
     named += [(f"constraints.{name}", name) for name in config.constraints]
     for where, name in named:
@@ -270,6 +273,9 @@ def _constraint_clashes(config: Settings) -> Iterator[Clash]:
         keys = tuple(f"{where}.{key}" for key in ("min_ratio_to_base", "min", "max"))
         if bound.min_ratio_to_base is None and bound.min is None and bound.max is None:
             yield Clash(where, "needs a bound, got none", "give min_ratio_to_base, min or max", keys)
+        elif bound.min_ratio_to_base is not None and name in JOINT_SHARES:
+            what = f"the base model's {name} is 0, got {bound.min_ratio_to_base:g} times that"
+            yield Clash(keys[0], what, "write min or max in its place")
         elif bound.min is not None and bound.max is not None and bound.min > bound.max:
             yield Clash(keys[1], f"must not be above max {bound.max}, got {bound.min}", "swap them", keys[2:])
 

@@ -157,6 +157,12 @@ class OptimConfig(StrictModel):
     """Decay per round of a moving average of the adapters, which is then evaluated and exported; 0 is off."""
 
 
+JOINT_SHARES = ("domination", "collapse")
+"""Judges that cost nothing, and are measured wherever an objective has a score for each image."""
+DISTANCES = ("diversity", "drift")
+"""Judges that look at images, and have no score for each."""
+
+
 class EvaluateConfig(StrictModel):
     """What is measured on held-out prompts."""
 
@@ -167,7 +173,9 @@ class EvaluateConfig(StrictModel):
     images_per_prompt: Int = Field(2, ge=1)
     """Images per prompt, always from the same seeds."""
     judges: tuple[Text, ...] = ("diversity", "drift")
-    """What is measured but never trained on: ``diversity``, ``drift``, or any reward that is not in ``rewards``."""
+    """What is measured but never trained on: ``diversity``, ``drift``, or any reward that is not in ``rewards``.
+    ``domination`` and ``collapse`` are measured in any case: the shares of images that are better, and worse, than the
+    base model's of the same noise in every objective at once."""
     confirm: Literal["auto"] | Annotated[Int, Field(ge=0)] = "auto"
     """How many fresh prompts the members of the front, or a selected checkpoint, are measured on again at the end, with
     other noise. They are those of ``prompts.eval`` behind the first ``prompts``. ``auto`` is as many as ``prompts``; 0

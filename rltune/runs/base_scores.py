@@ -1,6 +1,6 @@
 """What the base model scored: the reference of every figure of a run. Numbers alone; its images are not read.
 
-P: prompts.
+P: prompts. N: images, prompt-major.
 """
 
 import json
@@ -25,6 +25,8 @@ class BaseScores:
     """Each reward and judge, ``(P,)``: the mean over each prompt's images."""
     units: Mapping[str, Unit] = field(default_factory=dict)
     """What each reward and judge is counted in; empty in runs of before."""
+    image_values: Mapping[str, Values] = field(default_factory=dict)
+    """Each reward's score of every image, ``(N,)``; empty in runs of before."""
 
     @property
     def summary(self) -> dict[str, float]:
@@ -66,6 +68,7 @@ def as_numbers(scores: BaseScores) -> dict[str, Any]:
     return {
         "values": {name: values_P.tolist() for name, values_P in scores.values.items()},
         "units": {name: asdict(unit) for name, unit in scores.units.items()},
+        "image_values": {name: values_N.tolist() for name, values_N in scores.image_values.items()},
     }
 
 
@@ -74,6 +77,7 @@ def scores_of(numbers: Mapping[str, Any]) -> BaseScores:
     return BaseScores(
         values={name: np.array(values_P) for name, values_P in numbers["values"].items()},
         units={name: Unit(unit["size"], unit["what"]) for name, unit in numbers.get("units", {}).items()},
+        image_values={name: np.array(values_N) for name, values_N in numbers.get("image_values", {}).items()},
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rltune.config.load import Experiment
+from rltune.config.sections import JOINT_SHARES
 from rltune.errors import UserError
 from rltune.registry import suggest
 from rltune.runs.base_scores import BaseScores, load_scores
@@ -113,11 +114,15 @@ def front_as_dict(front: Front) -> dict[str, Any]:
 def front_as_csv(front: Front) -> str:
     """Return the front as a table: trial, objectives and gains over the base with standard errors, prompts, knobs.
 
-    Of a single prompt there are no standard errors.
+    Behind the objectives stand the shares of images that dominate or collapse, where they were measured. Of a single
+    prompt there are no standard errors.
     """
     paths = sorted({path for member in front.members for path in member.values})
     kinds = ("eval/{}", "eval/{}_se", "gain/{}", "gain/{}_se")
     columns = [kind.format(name) for name in front.objectives.names for kind in kinds]
+    shares = [kind.format(name) for name in JOINT_SHARES for kind in kinds[:2]]
+    columns += [column for column in shares if any(column in member.metrics for member in front.members)]
+    columns = list(dict.fromkeys(columns))
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["trial", *columns, "prompts", *paths])

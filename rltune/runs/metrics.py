@@ -1,20 +1,21 @@
 """What a run measures, as numbers: judges, units, means with errors, constraints.
 
-P: prompts.
+P: prompts. N: images, prompt-major.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from rltune.config.experiment import RunConfig
+from rltune.config.sections import JOINT_SHARES
 from rltune.intervals import standard_error
 
 Values = npt.NDArray[np.float64]
 
-JUDGES = {"diversity": True, "drift": False}
+JUDGES = {"diversity": True, "drift": False, "domination": True, "collapse": False}
 """Judge -> whether larger is better."""
 OVER_PROMPTS = "standard deviation over prompts"
 
@@ -26,6 +27,33 @@ class Unit:
     size: float
     what: str
     """Of the base model, in words."""
+
+
+def joint_shares(
+    values: Mapping[str, Values], base_values: Mapping[str, Values], objectives: Sequence[str], images_per_prompt: int
+) -> dict[str, Values]:
+    """Return which share of each prompt's images is better than the base model's in every objective, and in none.
+
+    The joint domination and the joint collapse rate of PG-OT (arXiv:2605.13155), ``(P,)`` each, in [0, 1]; ``collapse``
+    is the share that is worse in every objective. An image is compared with the base model's of the same prompt and
+    noise, and a tie in one objective makes it neither. Objectives without a score for each image are left out.
+
+    Args:
+        values: Scores, ``(N,)`` per reward.
+        base_values: The base model's of the same prompts and noise.
+        objectives: What an image is compared in.
+        images_per_prompt: Images that follow each other.
+
+    Returns:
+        ``JOINT_SHARES``; nothing where no objective has scores for each image, or the base model's were not kept.
+    """
+    names = [name for name in objectives if name in values]
+    if not names or any(name not in base_values for name in names):
+        return {}
+    gains_ND = np.stack([values[name] - base_values[name] for name in names], axis=1)
+    better_N, worse_N = (gains_ND > 0).all(axis=1), (gains_ND < 0).all(axis=1)
+    shares = (flags_N.reshape(-1, images_per_prompt).mean(axis=1) for flags_N in (better_N, worse_N))
+    return dict(zip(JOINT_SHARES, shares, strict=True))
 
 
 def summarise(values: Mapping[str, Values], base_values: Mapping[str, Values]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from rltune.diffusion.lora import load_lora_state
 from rltune.runs.metrics import Values, summarise
 from rltune.training.adapters import attach_lora
 from rltune.training.checkpoint import load_adapter
-from rltune.training.evaluation import ImageSet, Pixels, per_prompt, sample_and_score
+from rltune.training.evaluation import ImageSet, Samples, per_prompt, sample_and_score
 from rltune.training.heldout import fresh_prompts
 from rltune.training.model_cache import ModelCache
 from rltune.training.setup import Run, base_key, build_run
@@ -52,17 +52,17 @@ def confirm(candidates: Iterable[Candidate], take: Take, cache: ModelCache | Non
         NonFiniteError: A reward is not finite.
     """
     cache = cache or ModelCache()
-    bases: dict[str, tuple[Pixels, dict[str, Values]]] = {}
+    bases: dict[str, tuple[Samples, dict[str, Values]]] = {}
     for candidate in candidates:
         config = candidate.config
+        judges, objectives = config.evaluate.judges, config.objective_names
         key = base_key(config)
         if key not in bases:
             run = build_run(config, cache)
             images = fresh_images(run)
             samples = sample_and_score(run.sampler, images, run.rewards, run.workers, batch_size=run.eval_batch)
-            values = per_prompt(samples, samples.pixels_NHW3, images, config.evaluate.judges)
-            bases[key] = samples.pixels_NHW3, values
-        base_NHW3, base_values = bases[key]
+            bases[key] = samples, per_prompt(samples, samples, images, judges, objectives)
+        base, base_values = bases[key]
         values = base_values
         if candidate.checkpoint is not None:
             run = build_run(config, cache)
@@ -70,7 +70,7 @@ def confirm(candidates: Iterable[Candidate], take: Take, cache: ModelCache | Non
             attach_lora(run.model, config.model.lora)
             load_lora_state(run.model.network, load_adapter(candidate.checkpoint))
             samples = sample_and_score(run.sampler, images, run.rewards, run.workers, batch_size=run.eval_batch)
-            values = per_prompt(samples, base_NHW3, images, config.evaluate.judges)
+            values = per_prompt(samples, base, images, judges, objectives)
         rows = {name: values_P.tolist() for name, values_P in values.items()}
         take(candidate.trial, summarise(values, base_values), rows)
 

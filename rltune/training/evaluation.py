@@ -20,7 +20,7 @@ from rltune.diffusion.sampler import Sampler
 from rltune.rewards.base import Reward
 from rltune.rewards.clip import embeddings_kept
 from rltune.rewards.mixture import Reading, check_finite, in_groups, measure
-from rltune.runs.metrics import Values
+from rltune.runs.metrics import Values, joint_shares
 from rltune.training.canvases import shown
 from rltune.training.streams import Stream, noise
 from rltune.training.workers import Workers
@@ -166,14 +166,25 @@ def _as_rows(pixels_IHW3: Pixels) -> Values:
     return pixels_IHW3.reshape(len(pixels_IHW3), -1).astype(np.float64) / 255
 
 
-def per_prompt(samples: Samples, base_NHW3: Pixels, images: ImageSet, judges: Sequence[str]) -> dict[str, Values]:
-    """Return the mean over each prompt's images, ``(P,)``, of every reward and every judge asked for."""
-    values = {name: rows.reshape(-1, images.images_per_prompt).mean(axis=1) for name, rows in samples.values.items()}
+def per_prompt(
+    samples: Samples, base: Samples, images: ImageSet, judges: Sequence[str], objectives: Sequence[str]
+) -> dict[str, Values]:
+    """Return the mean over each prompt's images, ``(P,)``, of every reward and judge.
+
+    Args:
+        samples: Images and their scores.
+        base: The base model's for the same noise; in runs of before, without scores.
+        images: Which images they are.
+        judges: Those that are measured where they are asked for.
+        objectives: What ``domination`` and ``collapse`` are over.
+    """
+    each = images.images_per_prompt
+    values = {name: rows.reshape(-1, each).mean(axis=1) for name, rows in samples.values.items()}
     if "diversity" in judges:
-        values["diversity"] = diversity(samples.pixels_NHW3, images.images_per_prompt)
+        values["diversity"] = diversity(samples.pixels_NHW3, each)
     if "drift" in judges:
-        values["drift"] = drift(samples.pixels_NHW3, base_NHW3, images.images_per_prompt)
-    return values
+        values["drift"] = drift(samples.pixels_NHW3, base.pixels_NHW3, each)
+    return values | joint_shares(samples.values, base.values, objectives, each)
 
 
 def beside_given(pixels_NHW3: Pixels, prompts: Sequence[str], images_per_prompt: int) -> tuple[Pixels, int]:

@@ -20,7 +20,7 @@ from rltune.records import to_record
 from rltune.rewards.base import Reward
 from rltune.rewards.mixture import Calibration, calibrate, score
 from rltune.runs.base_scores import NUMBERS_FILE, BaseScores, as_numbers, read_numbers, scores_of
-from rltune.training.evaluation import ImageSet, Pixels, per_prompt, sample_and_score
+from rltune.training.evaluation import ImageSet, Pixels, Samples, per_prompt, sample_and_score
 from rltune.training.units import measure_units
 from rltune.training.workers import Workers
 
@@ -36,6 +36,11 @@ class BaseReference:
     pixels_NHW3: Pixels
     """Held-out images, that drift is measured from."""
 
+    @property
+    def samples(self) -> Samples:
+        """The held-out images and, but in runs of before, what rewards say of each."""
+        return Samples(self.pixels_NHW3, self.scores.image_values)
+
 
 def measure_base(
     sampler: Sampler,
@@ -50,9 +55,10 @@ def measure_base(
     """Sample and score the model as it is; adapters must be absent or switched off."""
     raw = sample_and_score(sampler, calibration_images, rewards, workers, batch_size=batch_size, read=score)
     held_out = sample_and_score(sampler, eval_images, rewards, workers, batch_size=batch_size)
-    values = per_prompt(held_out, held_out.pixels_NHW3, eval_images, judges)
+    values = per_prompt(held_out, held_out, eval_images, judges, objectives=tuple(rewards))
+    units = measure_units(values, held_out, eval_images.images_per_prompt, rewards)
     return BaseReference(
-        BaseScores(values, measure_units(values, held_out, eval_images.images_per_prompt, rewards)),
+        BaseScores(values, units, held_out.values),
         calibration={name: calibrate(torch.from_numpy(values_N)) for name, values_N in raw.values.items()},
         pixels_NHW3=held_out.pixels_NHW3,
     )

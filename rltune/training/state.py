@@ -85,12 +85,13 @@ def evaluate(training: Training, progress: Progress) -> dict[str, float]:
     start = time.perf_counter()
     with memory_named(run, is_evaluation=True), _evaluated(training):
         samples = sample_and_score(run.sampler, run.eval_images, run.rewards, run.workers, batch_size=run.eval_batch)
-    values = per_prompt(samples, base.pixels_NHW3, run.eval_images, run.config.evaluate.judges)
+    judges, objectives = run.config.evaluate.judges, run.config.objective_names
+    values = per_prompt(samples, base.samples, run.eval_images, judges, objectives)
     if run.workers.is_main:
         path = training.trial_dir / "samples" / f"step-{progress.step:06d}.png"
         with writing(path):
             save_samples(run, samples.pixels_NHW3, path)
-            _save_values(values, base.scores.values, path.with_suffix(".json"))
+            _save_values(values, base.scores.values, samples.values, path.with_suffix(".json"))
     summary = summarise(values, base.scores.values)
     training.selection.take(Evaluated(progress.step, summary), lambda: _adapter(training))
     return {**summary, "eval_s": time.perf_counter() - start}
@@ -144,11 +145,14 @@ def _evaluated(training: Training) -> AbstractContextManager[None]:
     return training.average if training.run.config.optim.ema > 0 else nullcontext()
 
 
-def _save_values(values: Mapping[str, Values], base_values: Mapping[str, Values], path: Path) -> None:
-    """Write every held-out prompt's values and its gains over the base model, for analyses of one's own."""
+def _save_values(
+    values: Mapping[str, Values], base_values: Mapping[str, Values], image_values: Mapping[str, Values], path: Path
+) -> None:
+    """Write every held-out prompt's values, its gains over the base model and its images' scores, for one's own use."""
     gains = {name: (values_P - base_values[name]).tolist() for name, values_P in values.items()}
     rows = {"eval": {name: values_P.tolist() for name, values_P in values.items()}, "gain": gains}
-    path.write_text(json.dumps(rows))
+    images = {name: values_N.tolist() for name, values_N in image_values.items()}
+    path.write_text(json.dumps({**rows, "images": images}))
 
 
 def save_samples(run: Run, pixels_NHW3: Pixels, path: Path) -> None:

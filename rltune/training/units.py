@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from rltune.config.sections import JOINT_SHARES
 from rltune.rewards.base import Reward
 from rltune.runs.metrics import JUDGES, OVER_PROMPTS, Unit, Values
 from rltune.training.evaluation import Pixels, Samples, diversity, drift
@@ -23,8 +24,8 @@ def measure_units(
 
     It is the standard deviation of the base model's values over prompts. Where all prompts have the same value, as of
     the drift, of a judge at its ceiling, or of a single prompt: for a judge that is a distance between images, the
-    distance of two of the base model's images that differ in their noise; for a reward, the standard deviation over
-    images, else that of a score that takes its stated range evenly; else 1, its own unit.
+    distance of two of the base model's images that differ in their noise; for a share of images, 1; for a reward, the
+    standard deviation over images, else that of a score that takes its stated range evenly; else 1, its own unit.
 
     Args:
         values: Of every prompt, ``(P,)`` each.
@@ -37,6 +38,8 @@ def measure_units(
         size = _scatter(values_P)
         if size > 0:
             units[name] = Unit(size, OVER_PROMPTS)
+        elif name in JOINT_SHARES:
+            units[name] = Unit(1.0, "share of images")
         elif name in JUDGES:
             units[name] = _distance_unit(samples.pixels_NHW3, images_per_prompt)
         else:

@@ -8,7 +8,7 @@ import pytest
 from rltune.cli.front_table import BEATEN_MARK, PLUS_MINUS, front_view, gain_view, nothing_to_export
 from rltune.cli.tables import BREACH_MARK
 from rltune.runs.confirmations import Measured
-from rltune.runs.fronts import front_as_dict
+from rltune.runs.fronts import front_as_csv, front_as_dict
 from rltune.runs.layout import BASE_TRIAL
 from rltune.runs.metrics import OVER_PROMPTS
 from rltune.runs.objectives import Fresh, Front, Objectives, find_front, nearest
@@ -45,6 +45,22 @@ def test_prompts_that_were_used_before_are_not_called_fresh() -> None:
     _, text = shown(front_of(BASE, result("001", 0.7, 0.05), num_reused=16))
     assert "on the 16 prompts that trials were chosen by" in text
     assert "no trial was chosen by" not in text
+
+
+def test_what_means_hide_stands_in_a_table_of_its_own() -> None:
+    trial, known = result("001", 0.7, 0.05), {"eval/domination": 0.5, "eval/domination_se": 0.1, "eval/collapse": 0.0}
+    _, text = shown(front_of(BASE, trial))
+    assert "domination" not in text  # a run of before
+    front = front_of(BASE, replace(trial, metrics={**trial.metrics, **known, "eval/collapse_se": 0.0}))
+    lines, text = shown(front, 80)
+    row = lines.index(next(line for line in lines if line.split() == ["trial", "domination", "collapse"]))
+    # Student's t of 15 degrees of freedom: 2.131; of shares that do not differ nothing is known
+    assert lines[row + 1].split() == ["001", f"0.500{PLUS_MINUS}0.213", "0.000"]
+    assert "shares of images that are better, and worse, than the base model's" in text
+    header, *rows = front_as_csv(front).splitlines()
+    assert "gain/drift_se,eval/domination,eval/domination_se,eval/collapse,eval/collapse_se,prompts" in header
+    assert ",0.5,0.1,0.0,0.0,16," in rows[0]
+    assert "domination" not in front_as_csv(front_of(BASE, trial))
 
 
 def test_numbers_that_members_were_chosen_by_are_said_to_be_lucky() -> None:

@@ -342,7 +342,7 @@ def test_every_name_that_can_be_written_is_known() -> None:
     known = known_names()
     assert {"alignprop", "dag", "ddpo", "dpok", "draft", "draft_lv", "drtune", "full", "refl"} <= set(known.estimators)
     assert "brightness" in known.rewards
-    assert known.judges == ("diversity", "drift")
+    assert known.judges == ("diversity", "drift", "domination", "collapse")
     assert (known.executors, known.fixed_size_executors) == (("train", "warm"), ("warm",))
     assert known.samplers == ("surrogate", "tpe", "gp", "nsga2", "nsga3", "random", "quasi_random", "grid")
 

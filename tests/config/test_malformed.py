@@ -205,6 +205,11 @@ VALUES: list[tuple[str, list[str]]] = [
         "evaluate: {select: diversty}",
         ["x.yaml:2 evaluate.select: nothing measures this, got 'diversty'; write last, or name a reward or a judge"],
     ),
+    ("objectives: [drift]\nconstraints: {collapse: {max: 0.1}}", ["nothing measures this, got 'collapse'"]),
+    (
+        "constraints: {collapse: {min_ratio_to_base: 0.5}}",
+        ["collapse.min_ratio_to_base: the base model's collapse is 0, got 0.5 times that; write min or max in its "],
+    ),
     ("constraints: {drift: {}}", ["constraints.drift: needs a bound, got none; give min_ratio_to_base, min or max"]),
     (
         "constraints: {drift: {min: 2, max: 1}}",

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rltune.config.experiment import RunConfig
@@ -33,7 +34,7 @@ def test_every_candidate_is_measured_by_itself(make_config: Make, tmp_path: Path
     confirm(candidates, lambda trial, metrics, values: rows.update({trial: (metrics, values)}))
     assert list(rows) == ["0", "base", "1"]
 
-    scores = {}
+    scores, gains = {}, {}
     for i, config in enumerate(configs):
         run = build_run(config)
         images = fresh_images(run)
@@ -42,13 +43,16 @@ def test_every_candidate_is_measured_by_itself(make_config: Make, tmp_path: Path
         lora = config.model.lora
         add_lora(run.model.network, rank=lora.rank, alpha=lora.alpha_value, targets=lora.targets, seed=9)
         load_lora_state(run.model.network, load_adapter(folders[i]))
-        scores[str(i)] = sample_and_score(run.sampler, images, run.rewards, run.workers, batch_size=16).values[
-            "brightness"
-        ]
+        trained = sample_and_score(run.sampler, images, run.rewards, run.workers, batch_size=16).values
+        scores[str(i)] = trained["brightness"]
+        gains[str(i)] = np.stack([trained[name] - drawn.values[name] for name in config.rewards])
     for trial, expected in scores.items():
         metrics, values = rows[trial]
         assert metrics["eval/brightness"] == pytest.approx(expected.mean(), rel=1e-12)
         assert metrics["gain/brightness"] == pytest.approx(expected.mean() - scores["base"].mean(), abs=1e-12)
+        gains_DN = gains.get(trial, np.zeros((1, 4)))
+        assert values["domination"] == (gains_DN > 0).all(axis=0).reshape(2, 2).mean(axis=1).tolist()
+        assert values["collapse"] == (gains_DN < 0).all(axis=0).reshape(2, 2).mean(axis=1).tolist()
         assert values["brightness"] == pytest.approx(expected.reshape(2, 2).mean(axis=1).tolist(), rel=1e-9)
     assert rows["0"][0]["eval/brightness"] != rows["1"][0]["eval/brightness"] != rows["base"][0]["eval/brightness"]
     assert rows["base"][0]["eval/drift"] == 0 < rows["0"][0]["eval/drift"]

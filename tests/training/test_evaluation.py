@@ -36,7 +36,7 @@ def test_distances_are_root_mean_squares_over_pixels() -> None:
 def test_summary_takes_the_prompt_as_the_unit() -> None:
     images = ImageSet(("a", "b"), 2, (4, 8, 8))
     samples = Samples(flat_images(0, 0, 0, 0), {"score": np.array([1.0, 3.0, 4.0, 8.0])})
-    values = per_prompt(samples, samples.pixels_NHW3, images, ["drift"])
+    values = per_prompt(samples, Samples(samples.pixels_NHW3, {}), images, ["drift"], ["score"])
     summary = summarise(values, {"score": np.array([1.0, 4.0]), "drift": np.zeros(2)})
     assert summary["eval/score"] == 4.0  # prompt means 2 and 6
     assert summary["eval/score_se"] == pytest.approx(np.std([2.0, 6.0], ddof=1) / 2**0.5)
@@ -45,6 +45,31 @@ def test_summary_takes_the_prompt_as_the_unit() -> None:
     # paired by prompt: 2 - 1 and 6 - 4
     assert summary["gain/score"] == 1.5
     assert summary["gain/score_se"] == pytest.approx(np.std([1.0, 2.0], ddof=1) / 2**0.5)
+
+
+def test_an_image_counts_where_it_beats_the_base_models_of_its_noise_in_every_objective() -> None:
+    images = ImageSet(("a", "b"), 3, (4, 8, 8))
+    ours = {"x": np.array([2.0, 2.0, 0.0, 0.0, 1.0, 5.0]), "y": np.array([2.0, 0.0, 0.0, 0.0, 2.0, 5.0])}
+    base = Samples(flat_images(*[0] * 6), {"x": np.ones(6), "y": np.array([1.0, 1.0, 1.0, 1.0, 1.0, 4.0])})
+    ours["watched"], base_watched = np.zeros(6), np.ones(6)  # no objective
+    base = Samples(base.pixels_NHW3, {**base.values, "watched": base_watched})
+    samples = Samples(base.pixels_NHW3, ours)
+    # a: better in both, in one, worse in both; b: worse in both, a tie and a win, better in both
+    values = per_prompt(samples, base, images, [], ["x", "diversity", "y"])
+    assert values["domination"].tolist() == pytest.approx([1 / 3, 1 / 3])
+    assert values["collapse"].tolist() == pytest.approx([1 / 3, 1 / 3])
+    alone = per_prompt(samples, base, images, [], ["x"])  # the tie in b is neither
+    assert alone["domination"].tolist() == pytest.approx([2 / 3, 1 / 3])
+    assert alone["collapse"].tolist() == pytest.approx([1 / 3, 1 / 3])
+    itself = per_prompt(base, base, images, [], ["x", "y"])
+    assert (itself["domination"].tolist(), itself["collapse"].tolist()) == ([0, 0], [0, 0])
+
+
+def test_without_scores_of_images_nothing_is_said_of_them() -> None:
+    images, scored = ImageSet(("a",), 2, (4, 8, 8)), Samples(flat_images(0, 1), {"x": np.array([1.0, 2.0])})
+    of_before = Samples(scored.pixels_NHW3, {})
+    for base, objectives in ((of_before, ["x"]), (scored, ["diversity", "drift"])):
+        assert set(per_prompt(scored, base, images, ["diversity"], objectives)) == {"x", "diversity"}
 
 
 def test_of_a_single_prompt_there_is_no_standard_error() -> None:

@@ -23,7 +23,9 @@ from rltune.training.reference import BaseReference, Claim, load_base, save_base
 def test_what_is_saved_is_loaded_and_its_images_are_read_when_they_are_looked_at(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (32, 128, 128, 3), dtype=np.uint8)  # 1.6 MB
     calibration = {"a": Calibration(1.0, 0.5, (0.5, 1.5))}
-    scores = BaseScores({"a": np.array([1.0, 2.0])}, {"a": Unit(0.5, "standard deviation")})
+    scores = BaseScores(
+        {"a": np.array([1.0, 2.0])}, {"a": Unit(0.5, "standard deviation")}, {"a": np.linspace(0, 1, 32) / 3}
+    )
     saved = BaseReference(scores, calibration, pixels)
     save_base(tmp_path / "base", saved)
     tracemalloc.start()
@@ -34,6 +36,7 @@ def test_what_is_saved_is_loaded_and_its_images_are_read_when_they_are_looked_at
     assert peak < 5e5  # a spread is wanted more often than the images
     assert (loaded.calibration, loaded.scores.units) == (saved.calibration, scores.units)
     assert loaded.scores.values["a"].tolist() == [1.0, 2.0]
+    assert (loaded.samples.values["a"] == scores.image_values["a"]).all()
     assert drift(loaded.pixels_NHW3, pixels, 2).tolist() == [0.0] * 16
 
 

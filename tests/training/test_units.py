@@ -69,6 +69,11 @@ def test_of_drift_it_is_the_distance_between_two_noises() -> None:
     assert measure_units({"drift": np.zeros(1)}, Samples(pixels[:1], {}), 1, {})["drift"].size == 1.0
 
 
+def test_a_share_of_images_is_counted_in_images() -> None:
+    found = measure_units({"collapse": np.zeros(2)}, Samples(flat_images(0, 51, 255, 153), {}), 2, {})
+    assert found["collapse"] == Unit(1.0, "share of images")
+
+
 def test_a_real_reward_states_its_range() -> None:
     reward: Reward = REWARDS.build("smoothness", {})
     flat = torch.full((4, 3, 8, 8), 0.5)
