@@ -1,7 +1,9 @@
 """How far a mean can be trusted: 95 % intervals by Student's t, since its standard error is an estimate itself.
 
-P: prompts. S: seeds.
+P: prompts. S, T: seeds.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -41,11 +43,26 @@ def over_prompts_and_seeds(values_SP: npt.ArrayLike) -> tuple[float, float | Non
     single seed says nothing of others: the interval is then over prompts alone.
     """
     values = np.asarray(values_SP, dtype=np.float64)
-    parts = [(float(means.var(ddof=1)) / len(means), len(means) - 1) for means in _means(values) if len(means) > 1]
+    return float(values.mean()), _half_width_of_sum(_means(values))
+
+
+def difference(values_SP: npt.ArrayLike, others_TP: npt.ArrayLike) -> tuple[float, float | None]:
+    """Return the difference of two means and half the width of its 95 % interval, as ``over_prompts_and_seeds``.
+
+    Prompts are the same in both and so are paired; seeds are not, S in one and T in the other.
+    """
+    values, others = np.asarray(values_SP, dtype=np.float64), np.asarray(others_TP, dtype=np.float64)
+    parts = [values.mean(axis=0) - others.mean(axis=0), values.mean(axis=1), others.mean(axis=1)]
+    return float(values.mean() - others.mean()), _half_width_of_sum(parts)
+
+
+def _half_width_of_sum(samples: Sequence[Array]) -> float | None:
+    """Return half the width of the interval of a sum of independent means; a sample of one says nothing of errors."""
+    parts = [(float(sample.var(ddof=1)) / len(sample), len(sample) - 1) for sample in samples if len(sample) > 1]
     variance = sum(part for part, _ in parts)
     spread = sum(part**2 / freedom for part, freedom in parts)
     freedom = variance**2 / spread if spread > 0 else min((freedom for _, freedom in parts), default=0)
-    return float(values.mean()), half_width(variance**0.5, freedom)
+    return half_width(variance**0.5, freedom)
 
 
 def _means(values_SP: Array) -> tuple[Array, Array]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rltune.intervals import half_width, over_prompts_and_seeds, standard_error
+from rltune.intervals import difference, half_width, over_prompts_and_seeds, standard_error
 
 
 def test_of_a_single_value_nothing_is_known() -> None:
@@ -63,3 +63,19 @@ def test_an_interval_over_prompts_and_seeds_covers_the_truth_at_least_as_often(
 
 def test_equal_values_have_no_width() -> None:
     assert over_prompts_and_seeds(np.zeros((3, 4))) == (0.0, 0.0)
+
+
+def test_a_difference_is_paired_by_prompt_and_not_by_seed() -> None:
+    ours, others = np.array([[1.0, 2.0, 6.0]]), np.array([[0.5, 1.8, 5.0]])
+    found, half = difference(ours, others)  # of a seed each: the mean of paired differences
+    apart_P = np.array([0.5, 0.2, 1.0])
+    assert found == pytest.approx(apart_P.mean())
+    assert half == pytest.approx(half_width(float(apart_P.std(ddof=1)) / 3**0.5, 2))
+    # prompts that do not differ: Welch's test over seeds (1947)
+    seeds, other_seeds = np.array([1.0, 2.0, 4.0]), np.array([0.0, 5.0])
+    found, half = difference(np.repeat(seeds[:, None], 4, axis=1), np.repeat(other_seeds[:, None], 4, axis=1))
+    welch = stats.ttest_ind(seeds, other_seeds, equal_var=False)
+    interval = welch.confidence_interval(0.95)
+    assert found == pytest.approx(seeds.mean() - other_seeds.mean())
+    assert half == pytest.approx((interval.high - interval.low) / 2)
+    assert difference([[1.0]], [[2.0]]) == (-1.0, None)

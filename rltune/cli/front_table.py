@@ -1,6 +1,6 @@
 """What a run found, as tables: its front, and the gains of a single training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from shlex import quote
 
 from rich.console import Group, RenderableType
@@ -17,6 +17,7 @@ from rltune.runs.objectives import Front
 from rltune.runs.results import TrialResult
 
 BEATEN_MARK = "~"
+PROBABILITY = "P(non-dominated)"
 PLUS_MINUS = "\N{PLUS-MINUS SIGN}"
 
 
@@ -27,31 +28,42 @@ def front_view(front: Front, *, where: Sequence[str] = ()) -> RenderableType:
     """
     paths = list(dict.fromkeys(path for member in front.members for path in member.values))
     asked = [f"Of the trials with {', '.join(where)} in the search."] if where else []
-    parts = [*asked, *_measured(front), *_marked(front), *_of_shares(front), _volume(front)]
+    parts = [*asked, *_measured(front), *_marked(front), *_of_places(front), *_of_shares(front), _volume(front)]
     notes = Text(" ".join(parts), style="dim")
     table = FittedTable(
         lambda shown: _front_table_with(shown, front), paths, below=lambda shown: _settings_table_with(shown, front)
     )
-    shares: list[RenderableType] = [Text(), _shares_table(front)] if _has_shares(front) else []
-    return Group(table, *shares, notes)
+    trust: list[RenderableType] = [Text(), _trust_table(front)] if _places(front) or _has_shares(front) else []
+    return Group(table, *trust, notes)
+
+
+def _places(front: Front) -> Mapping[str, float]:
+    return front.fresh.non_dominated if front.fresh else {}
 
 
 def _has_shares(front: Front) -> bool:
     return any(f"eval/{name}" in member.metrics for member in front.members for name in JOINT_SHARES)
 
 
-def _shares_table(front: Front) -> Table:
-    """Return the shares of images that are better and worse than the base model's in every objective."""
+def _trust_table(front: Front) -> Table:
+    """Return how probable each place is, and the shares of images that beat the base model's or fall behind."""
     table = Table(box=None, pad_edge=False, header_style="dim")
+    places, shares = _places(front), JOINT_SHARES if _has_shares(front) else ()
     table.add_column("trial")
-    for name in JOINT_SHARES:
+    for name in [*([PROBABILITY] if places else []), *shares]:
         table.add_column(name, justify="right")
     for member in front.members:
         if member.trial != BASE_TRIAL:
             is_knee = front.knee is not None and member.trial == front.knee.trial
-            cells = (_share(member, name, front.num_prompts) for name in JOINT_SHARES)
-            table.add_row(member.trial, *cells, style="bold" if is_knee else None)
+            place = [_probability(places.get(member.trial))] if places else []
+            cells = (_share(member, name, front.num_prompts) for name in shares)
+            table.add_row(member.trial, *place, *cells, style="bold" if is_knee else None)
     return table
+
+
+def _probability(value: float | None) -> str:
+    """Return a probability; draws are too few to tell 0.999 from 1."""
+    return "" if value is None else ">0.99" if value > 0.99 else "<0.01" if value < 0.01 else f"{value:.2f}"
 
 
 def _share(member: TrialResult, name: str, num_prompts: int) -> str:
@@ -60,6 +72,13 @@ def _share(member: TrialResult, name: str, num_prompts: int) -> str:
         return ""
     half = half_width(member.metrics.get(f"eval/{name}_se"), num_prompts - 1)
     return f"{value:.3f}{PLUS_MINUS}{half:.3f}" if half else f"{value:.3f}"  # all prompts alike: no error is known
+
+
+def _of_places(front: Front) -> list[str]:
+    if not _places(front):
+        return []
+    words = "how probable it is that no other member, nor the base model, is as good in every objective"
+    return [f"{PROBABILITY}: {words}."]
 
 
 def _of_shares(front: Front) -> list[str]:
@@ -116,9 +135,12 @@ def _volume(front: Front) -> str:
         null = f"without any effect it would be 1 {PLUS_MINUS} {fresh.half_width_without_effect:.2g}"
     if not any(member.is_feasible for member in front.members):
         null = "what breaks a constraint covers nothing"
+    luck = ""
+    if fresh is not None and fresh.search_hypervolume is not None:
+        luck = f" By the numbers that chose its members, which luck raises, it was {fresh.search_hypervolume:.4g}."
     return (
         f"Hypervolume {front.hypervolume:.4g}{half}, in {_units(front)}, from the reference point {reference} "
-        f"(the base model minus one of them); {null}."
+        f"(the base model minus one of them); {null}.{luck}"
     )
 
 

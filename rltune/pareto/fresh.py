@@ -44,17 +44,72 @@ def fresh_volume(chosen_ND: Array, gains_PND: Array) -> FreshVolume:
     return FreshVolume(value, half, half_without_effect)
 
 
+NUM_DRAWS = 2000
+"""For a probability, whose error is then 0.011 at most, and 0.005 at 0.95."""
+
+
+def prob_non_dominated(gains_PND: Array) -> Array:
+    """Return how probable it is that no other point dominates each by its true values, ``(N,)``.
+
+    A share of draws from what prompts say of the true values: their means, give or take a multivariate Student's t with
+    P - 1 degrees of freedom and the covariance of everything measured on a prompt. That is the posterior of normal
+    gains under Jeffreys' prior. A bootstrap over prompts would have too little scatter by (P - 1) / P, and no longer
+    tails. The draws are the same each time.
+
+    That prior takes all differences, however large, for as probable; so where true differences are smaller than their
+    errors, high figures are too high. ``tests/benchmarks/front_statistics.py`` says by how much.
+
+    Args:
+        gains_PND: What each gained over the base model on every fresh prompt.
+
+    Raises:
+        ValueError: There is a single prompt, which says nothing of errors.
+    """
+    num, (num_points, num_objectives) = len(gains_PND), gains_PND.shape[1:]
+    if num < 2:
+        raise ValueError(f"gains must be of two prompts at least, got {num}")
+    mean_ND = gains_PND.mean(axis=0)
+    scatter = (gains_PND - mean_ND).reshape(num, -1) / np.sqrt(num * (num - 1))
+    rng = np.random.default_rng(0)
+    normal_BP = rng.standard_normal((NUM_DRAWS, num))
+    scale_B = np.sqrt((num - 1) / rng.chisquare(num - 1, NUM_DRAWS))
+    drawn_BND = mean_ND + (scale_B[:, None] * (normal_BP @ scatter)).reshape(-1, num_points, num_objectives)
+    drawn_DBN = np.ascontiguousarray(drawn_BND.transpose(2, 0, 1))
+    shares = []
+    for i in range(num_points):
+        is_as_good_BN = np.logical_and.reduce([drawn_BN >= drawn_BN[:, i : i + 1] for drawn_BN in drawn_DBN])
+        is_better_BN = np.logical_or.reduce([drawn_BN > drawn_BN[:, i : i + 1] for drawn_BN in drawn_DBN])
+        shares.append(1.0 - (is_as_good_BN & is_better_BN).any(axis=1).mean())
+    return np.array(shares)
+
+
 def _jackknife(chosen_ND: Array, gains_PND: Array) -> tuple[float, float | None]:
     """Return the volume, less the bias of order 1 / P, and half the width of its interval; Efron and Stein 1981."""
     num = len(gains_PND)
-    mean_ND = gains_PND.mean(axis=0)
+    whole, without_B = _with_and_without(chosen_ND, gains_PND)
     if num < 2:
-        return float(volume_as_chosen(chosen_ND, 1 + mean_ND[None])[0]), None
-    without_BND = (num * mean_ND - gains_PND) / (num - 1)
-    whole, *parts = volume_as_chosen(chosen_ND, 1 + np.concatenate([mean_ND[None], without_BND])).tolist()
-    without_B = np.array(parts)
+        return whole, None
     error = float(np.sqrt((num - 1) / num * np.square(without_B - without_B.mean()).sum()))
     return num * whole - (num - 1) * float(without_B.mean()), half_width(error, num - 1)
+
+
+def _with_and_without(chosen_ND: Array, gains_PND: Array) -> tuple[float, Array]:
+    """Return the volume by all prompts, and by all but one of them, ``(P,)``; of a single prompt none of these."""
+    num, mean_ND = len(gains_PND), gains_PND.mean(axis=0)
+    without_BND = (num * mean_ND - gains_PND) / (num - 1) if num > 1 else gains_PND[:0]
+    whole, *parts = volume_as_chosen(chosen_ND, 1 + np.concatenate([mean_ND[None], without_BND])).tolist()
+    return whole, np.array(parts)
+
+
+def volume_by_prompt(chosen_ND: Array, gains_PND: Array) -> Array:
+    """Return what each prompt says of the hypervolume, ``(P,)``: Tukey's pseudo-values.
+
+    Their mean is ``fresh_volume``'s value and their standard error its error, so that volumes of the same prompts can
+    be paired. Of a single prompt it is the volume itself. Arguments are those of ``fresh_volume``.
+    """
+    num = len(gains_PND)
+    whole, without_P = _with_and_without(chosen_ND, gains_PND)
+    return num * whole - (num - 1) * without_P if num > 1 else np.array([whole])
 
 
 def volume_as_chosen(chosen_ND: Array, values_BND: Array) -> Array:

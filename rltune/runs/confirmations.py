@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rltune.config.load import Experiment
-from rltune.pareto.fresh import FreshVolume, fresh_volume
+from rltune.pareto.fresh import FreshVolume, fresh_volume, prob_non_dominated
 from rltune.pareto.front import dominators
 from rltune.records import from_record
 from rltune.runs.layout import BASE_TRIAL, RunFolder
@@ -92,6 +92,7 @@ def confirmed_front(front: Front, experiment: Experiment, confirmations: Sequenc
     counted = [i for i, member in enumerate(members) if member.is_feasible]
     middle = find_knee([front.chosen[i] for i in counted], front.objectives)
     volume = _volume(front, members, counted, found)
+    probabilities = _non_dominated(front, [members[i] for i in counted], found)
     base_D = front.objectives.raw_D(found.base.metrics)
     return replace(
         front,
@@ -105,8 +106,33 @@ def confirmed_front(front: Front, experiment: Experiment, confirmations: Sequenc
             half_width=volume.half_width,
             half_width_without_effect=volume.half_width_without_effect,
             not_held=_not_held(front, members),
+            non_dominated=probabilities,
+            search_hypervolume=front.hypervolume,
         ),
     )
+
+
+def counted_gains(
+    front: Front, experiment: Experiment, confirmations: Sequence[Confirmation]
+) -> tuple[tuple[TrialResult, ...], Array]:
+    """Return the members that count by the fresh measurements, as the search has them, and their gains there.
+
+    Args:
+        front: That of the search, of which every member was measured again.
+        experiment: Of the run.
+        confirmations: What was measured.
+
+    Returns:
+        Members, and what each gained over the base model on every fresh prompt, ``(P, N, D)`` in units.
+    """
+    found = comparable(confirmations)
+    assert found is not None
+    fresh = [(member, found.apply(member, experiment)) for member in front.members]
+    counted = [(chosen, member) for chosen, member in fresh if member is not None and member.is_feasible]
+    if not counted:
+        return (), np.zeros((found.base.num_prompts, 0, len(front.unit_D)))
+    gains_PND = np.stack([_gains_PD(front, member, found) for _, member in counted], axis=1)
+    return tuple(chosen for chosen, _ in counted), gains_PND
 
 
 @dataclass(frozen=True)
@@ -140,12 +166,18 @@ def _volume(front: Front, members: Sequence[TrialResult], counted: Sequence[int]
     """Return the hypervolume of the members that count, above the base model minus one unit."""
     if not counted:
         return FreshVolume(0.0, None, None)
-    objectives = front.objectives
-    chosen = [front.chosen[i] for i in counted]
-    search_base_D = front.reference_D + objectives.signs_D * front.unit_D
-    chosen_ND = (objectives.signed_ND(chosen) - search_base_D * objectives.signs_D) / front.unit_D + 1.0
     gains_PND = np.stack([_gains_PD(front, members[i], found) for i in counted], axis=1)
-    return fresh_volume(chosen_ND, gains_PND)
+    return fresh_volume(front.places_ND([front.chosen[i] for i in counted]), gains_PND)
+
+
+def _non_dominated(front: Front, counted: Sequence[TrialResult], found: Confirmed) -> dict[str, float]:
+    """Return how probable each member's place is among those that count and the base model."""
+    gains = [_gains_PD(front, member, found) for member in counted]
+    if not gains or min(len(gains_PD) for gains_PD in gains) < 2 or len({len(gains_PD) for gains_PD in gains}) > 1:
+        return {}
+    base_PD = np.zeros_like(gains[0])
+    probability_N = prob_non_dominated(np.stack([*gains, base_PD], axis=1))
+    return {member.trial: float(value) for member, value in zip(counted, probability_N, strict=False)}
 
 
 def _gains_PD(front: Front, member: TrialResult, found: Confirmed) -> Array:

@@ -76,8 +76,9 @@ def front_as_dict(front: Front) -> dict[str, Any]:
     """Return the front in JSON's types.
 
     ``metrics`` of a member are what is reported; ``chosen_by`` those of the search, which differ where the front was
-    ``is_measured_again``, and ``not_held`` says why it does not hold its place there. Half widths are of 95 % intervals
-    over prompts.
+    ``is_measured_again``, and ``not_held`` says why it does not hold its place there; ``p_non_dominated`` is how
+    probable it is that no other is better by its true values. Half widths are of 95 % intervals over prompts.
+    ``hypervolume_of_search`` is by ``chosen_by``: what luck has raised.
     """
     fresh = front.fresh
     return {
@@ -92,6 +93,7 @@ def front_as_dict(front: Front) -> dict[str, Any]:
         "reference_point": dict(zip(front.objectives.names, front.reference_D.tolist(), strict=True)),
         "hypervolume": front.hypervolume,
         "hypervolume_half_width": fresh and fresh.half_width,
+        "hypervolume_of_search": fresh.search_hypervolume if fresh else front.hypervolume,
         "hypervolume_without_effect": fresh and {"mean": 1.0, "half_width": fresh.half_width_without_effect},
         "knee": front.knee.trial if front.knee else None,
         "best": {name: front.best(name).trial for name in front.objectives.names},
@@ -105,6 +107,7 @@ def front_as_dict(front: Front) -> dict[str, Any]:
                 "metrics": dict(member.metrics),
                 "chosen_by": dict(chosen.metrics),
                 "not_held": front.not_held.get(member.trial),
+                "p_non_dominated": fresh and fresh.non_dominated.get(member.trial),
             }
             for member, chosen in zip(front.members, front.chosen, strict=True)
         ],
@@ -114,8 +117,8 @@ def front_as_dict(front: Front) -> dict[str, Any]:
 def front_as_csv(front: Front) -> str:
     """Return the front as a table: trial, objectives and gains over the base with standard errors, prompts, knobs.
 
-    Behind the objectives stand the shares of images that dominate or collapse, where they were measured. Of a single
-    prompt there are no standard errors.
+    Behind the objectives stand the shares of images that dominate or collapse, where they were measured, and how
+    probable each place is, where members were measured again. Of a single prompt there are no standard errors.
     """
     paths = sorted({path for member in front.members for path in member.values})
     kinds = ("eval/{}", "eval/{}_se", "gain/{}", "gain/{}_se")
@@ -125,9 +128,11 @@ def front_as_csv(front: Front) -> str:
     columns = list(dict.fromkeys(columns))
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["trial", *columns, "prompts", *paths])
+    places = front.fresh.non_dominated if front.fresh else {}
+    writer.writerow(["trial", *columns, *(["p_non_dominated"] if places else []), "prompts", *paths])
     for member in front.members:
         metrics = [member.metrics.get(column, "") for column in columns]
+        place = [places.get(member.trial, "")] if places else []
         knobs = [member.values.get(path, "") for path in paths]
-        writer.writerow([member.trial, *metrics, front.num_prompts, *knobs])
+        writer.writerow([member.trial, *metrics, *place, front.num_prompts, *knobs])
     return text.getvalue()

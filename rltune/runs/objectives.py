@@ -52,6 +52,11 @@ class Fresh:
     """The same had no trial any effect: the hypervolume would then be 1, give or take so much."""
     not_held: Mapping[str, str] = field(default_factory=dict)
     """Member -> why it does not hold its place on fresh prompts."""
+    non_dominated: Mapping[str, float] = field(default_factory=dict)
+    """Member -> how probable it is that no other, nor the base model, is better by its true values; of those that count
+    and of two prompts or more."""
+    search_hypervolume: float | None = None
+    """The hypervolume that the search claims, by the numbers that members were chosen by."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,13 @@ class Front:
     def not_held(self) -> Mapping[str, str]:
         """Member -> why it does not hold its place on fresh prompts."""
         return self.fresh.not_held if self.fresh else {}
+
+    def places_ND(self, chosen: Sequence[TrialResult]) -> Array:
+        """Return where members lie by what they were chosen by, of a front of the search: the base model at 1."""
+        signs_D = self.objectives.signs_D
+        base_D = self.reference_D + signs_D * self.unit_D
+        places_ND: Array = (self.objectives.signed_ND(chosen) - base_D * signs_D) / self.unit_D + 1.0
+        return places_ND
 
     def best(self, name: str) -> TrialResult:
         """Return the trained member that is best in one objective, or the base model if it is alone.

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from rltune.cli.front_table import BEATEN_MARK, PLUS_MINUS, front_view, gain_view, nothing_to_export
+from rltune.cli.front_table import BEATEN_MARK, PLUS_MINUS, PROBABILITY, front_view, gain_view, nothing_to_export
 from rltune.cli.tables import BREACH_MARK
 from rltune.runs.confirmations import Measured
 from rltune.runs.fronts import front_as_csv, front_as_dict
@@ -61,6 +61,22 @@ def test_what_means_hide_stands_in_a_table_of_its_own() -> None:
     assert "gain/drift_se,eval/domination,eval/domination_se,eval/collapse,eval/collapse_se,prompts" in header
     assert ",0.5,0.1,0.0,0.0,16," in rows[0]
     assert "domination" not in front_as_csv(front_of(BASE, trial))
+
+
+def test_how_probable_each_place_is_and_what_the_search_claimed() -> None:
+    front = front_of(BASE, result("001", 0.7, 0.05), result("002", 0.6, 0.02), num_reused=0)
+    assert front.fresh is not None
+    places = {"001": 0.9985, "002": 0.4321, BASE_TRIAL: 1.0}
+    front = replace(front, fresh=replace(front.fresh, non_dominated=places, search_hypervolume=2.5))
+    lines, text = shown(front, 80)
+    row = lines.index(next(line for line in lines if line.split() == ["trial", PROBABILITY]))
+    assert [line.split() for line in lines[row + 1 : row + 3]] == [["001", ">0.99"], ["002", "0.43"]]
+    assert "By the numbers that chose its members, which luck raises, it was 2.5." in text
+    content = front_as_dict(front)
+    assert content["hypervolume_of_search"] == 2.5
+    assert [member["p_non_dominated"] for member in content["members"]] == [0.9985, 0.4321, 1.0]
+    header, first, *_ = front_as_csv(front).splitlines()
+    assert header.split(",").index("p_non_dominated") == first.split(",").index("0.9985")
 
 
 def test_numbers_that_members_were_chosen_by_are_said_to_be_lucky() -> None:

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy.special import stdtr
 
 from rltune.intervals import half_width
-from rltune.pareto.fresh import fresh_volume, volume_as_chosen
+from rltune.pareto.fresh import fresh_volume, prob_non_dominated, volume_as_chosen, volume_by_prompt
 from rltune.pareto.front import non_dominated
 from rltune.pareto.hypervolume import hypervolume
 
@@ -64,8 +65,48 @@ def test_without_effect_the_interval_is_that_of_the_errors_alone() -> None:
         assert half == pytest.approx(expected, rel=1e-2)
 
 
-NUM_TRIALS, NUM_PROMPTS, NUM_OBJECTIVES, NOISE, NUM_SWEEPS = 12, 16, 3, 0.6, 600
-"""A sweep as mix.yaml's: gains of single prompts scatter by 0.6 deviations of the base model."""
+def test_what_single_prompts_say_comes_to_the_volume_and_its_error() -> None:
+    gains_PND = np.random.default_rng(5).normal(0.3, 0.5, (7, 3, 2))
+    chosen_ND = np.array([[1.0, 1.0], [1.6, 0.8], [0.9, 1.5]])
+    found, said_P = fresh_volume(chosen_ND, gains_PND), volume_by_prompt(chosen_ND, gains_PND)
+    assert said_P.shape == (7,)
+    assert said_P.mean() == pytest.approx(found.value, rel=1e-12)
+    assert half_width(float(said_P.std(ddof=1) / 7**0.5), 6) == pytest.approx(found.half_width, rel=1e-12)
+    only = gains_PND[:1]
+    assert volume_by_prompt(chosen_ND, only).tolist() == [fresh_volume(chosen_ND, only).value]
+
+
+@pytest.mark.parametrize("num_prompts", [2, 4, 40])
+def test_of_two_points_the_probability_is_students(num_prompts: int) -> None:
+    rng = np.random.default_rng(num_prompts)
+    gains_PN = rng.normal(0.0, 1.0, (num_prompts, 2)) + rng.normal(0.0, 5.0, (num_prompts, 1))  # paired: 5 cancels
+    gains_PN[:, 0] += 1.0 / num_prompts**0.5 - (gains_PN[:, 0] - gains_PN[:, 1]).mean()
+    apart_P = gains_PN[:, 0] - gains_PN[:, 1]
+    expected = stdtr(num_prompts - 1, apart_P.mean() / (apart_P.std(ddof=1) / num_prompts**0.5))
+    assert 0.6 < expected < 0.95
+    # four standard deviations of a share of 2,000 draws
+    assert prob_non_dominated(gains_PN[:, :, None]) == pytest.approx([expected, 1 - expected], abs=4 * 0.5 / 2000**0.5)
+
+
+def test_what_is_certain_has_probability_one_or_none_and_copies_do_not_dominate_each_other() -> None:
+    noise_PD = 0.01 * np.random.default_rng(0).normal(0.0, 1.0, (8, 2))
+    places = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [-1.0, -1.0], [0.0, 0.0]])
+    gains_PND = places + noise_PD[:, None]  # the same error for all: nobody's place is in doubt
+    assert prob_non_dominated(gains_PND).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0]
+    with pytest.raises(ValueError, match="two prompts at least, got 1"):
+        prob_non_dominated(gains_PND[:1])
+
+
+def test_what_objectives_of_a_prompt_have_in_common_is_kept() -> None:
+    """Two points that differ by as much in both objectives: one is ahead in both, or the other is."""
+    apart_P = np.random.default_rng(3).normal(0.0, 1.0, 16)
+    gains_PND = np.stack([np.stack([apart_P, apart_P], axis=1), np.zeros((16, 2))], axis=1)
+    assert prob_non_dominated(gains_PND).sum() == pytest.approx(1.0)  # unrelated ones would come to 1.5
+
+
+NUM_TRIALS, NUM_PROMPTS, NUM_OBJECTIVES, NOISE, NUM_SWEEPS = 12, 16, 3, 0.6, 200
+"""A sweep as mix.yaml's: gains of single prompts scatter by 0.6 deviations of the base model. Over 2,000 sweeps and in
+more settings: tests/benchmarks/front_statistics.py."""
 
 
 @pytest.mark.parametrize("effect", [0.0, 0.5])
@@ -102,7 +143,7 @@ def test_a_sweep_is_reported_without_luck_and_covered_as_often_as_it_says(effect
         )
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     error = float(np.std([row["value"] - row["placed"] for row in rows])) / NUM_SWEEPS**0.5
-    assert abs(means["value"] - means["placed"]) < 3 * error < 0.1  # unbiased
+    assert abs(means["value"] - means["placed"]) < 3 * error < 0.2  # unbiased
     assert means["placed"] <= means["true"] + 1e-12
     if effect == 0:
         assert means["true"] == pytest.approx(1.0)
@@ -110,4 +151,4 @@ def test_a_sweep_is_reported_without_luck_and_covered_as_often_as_it_says(effect
         assert means["fresh points"] > 1.4  # what the fresh points' own hypervolume would claim
     assert abs(means["gain"]) < 3 * NOISE * 1.25**0.5 / (NUM_PROMPTS * NUM_SWEEPS) ** 0.5
     for name in ("is covered", "gain is covered"):
-        assert 0.93 <= means[name] <= 0.97, name
+        assert 0.90 <= means[name] <= 0.995, name  # 0.95, give or take three standard deviations of a share of 200

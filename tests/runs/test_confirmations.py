@@ -1,6 +1,7 @@
 """What a front is by fresh measurements made by hand: who is picked, who is marked, how much it covers."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,29 @@ def test_the_hypervolume_and_its_interval_are_of_the_gains_on_single_prompts() -
     assert found.fresh is not None
     assert found.fresh.half_width == pytest.approx(expected.half_width, rel=1e-9)
     assert found.fresh.half_width_without_effect == pytest.approx(expected.half_width_without_effect, rel=1e-9)
+
+
+def test_how_probable_a_place_is_goes_by_those_that_count_and_the_base_model() -> None:
+    front = chosen(result("001", 0.9, 0.1), result("002", 0.7, 0.05), result("003", 0.6, 0.04))
+    jitter = [0.01, -0.01, 0.01, -0.01]
+    rows = [
+        per_prompt(BASE_TRIAL, [0.1, 0.7, 0.4, 0.4], [0.0] * 4),
+        per_prompt("001", [0.6, 1.2, 0.9, 0.9], [0.5] * 4),  # breaks the constraint
+        per_prompt("002", [0.6, 1.2, 0.9, 0.9], [0.1 + x for x in jitter]),
+        per_prompt("003", [0.0, 0.6, 0.3, 0.3], [0.1 + x for x in jitter]),  # worse than 002, and than the base model
+    ]
+    bound = {"constraints": {"drift": {"max": 0.3}}}
+    found = confirmed(front, rows, **bound).fresh
+    assert found is not None
+    assert found.non_dominated == {"002": 1.0, "003": 0.0, BASE_TRIAL: 1.0}
+    assert found.search_hypervolume == front.hypervolume
+    alone = replace(front, members=front.members[2:3], chosen=front.chosen[2:3])
+    beaten = confirmed(alone, rows, **bound).fresh  # the search had no base model on the front
+    assert beaten is not None
+    assert beaten.non_dominated == {"003": 0.0}
+    means = confirmed(chosen(result("001", 0.7, 0.05)), [fresh(BASE_TRIAL, 0.4, 0.0), fresh("001", 0.7, 0.02)])
+    assert means.fresh is not None
+    assert means.fresh.non_dominated == {}  # of before: errors are not known
 
 
 def test_a_member_that_breaks_a_constraint_on_fresh_prompts_is_neither_picked_nor_counted() -> None:
