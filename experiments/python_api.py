@@ -20,6 +20,7 @@ experiment = rltune.load(
         "evaluate.every": 2,
         "evaluate.prompts": 4,
         "search.trials": 3,
+        "resources.executor": "warm",  # trials as short as these share workers, with their models loaded once
     },
 )
 

@@ -48,10 +48,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadFileSch
     return ByFile(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is not asked for
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where tests run side by side, start with the files that take longest."""
+    """What is long is slow; where tests run side by side, start with the files that take longest."""
     ranks: dict[Path, int] = {}
     for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")
         rank = 0 if item.get_closest_marker("ray") else 1 if item.get_closest_marker("slow") else 2
         ranks[item.path] = min(rank, ranks.get(item.path, rank))
         if rank == 0 and not item.path.name.startswith("test_ray_"):
@@ -68,6 +71,17 @@ def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import SD15_SCHEDULE, make_pipeline
 
     return make_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline", PNDMScheduler(**SD15_SCHEDULE))
+
+
+@pytest.fixture(scope="session")
+def deep_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``tiny_pipeline``, with blocks of every kind: half as quick."""
+    from diffusers import PNDMScheduler
+
+    from tests.tiny import SD15_SCHEDULE, make_pipeline
+
+    folder = tmp_path_factory.mktemp("deep") / "pipeline"
+    return make_pipeline(folder, PNDMScheduler(**SD15_SCHEDULE), is_deep=True)
 
 
 @pytest.fixture(scope="session")

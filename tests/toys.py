@@ -168,7 +168,7 @@ def perceptron_toy(dtype: torch.dtype = torch.float64) -> Toy:
 
 def unet_toy() -> Toy:
     torch.manual_seed(1)
-    network = tiny_unet().requires_grad_(False)
+    network = tiny_unet(is_deep=False).requires_grad_(False)
     add_lora(network, rank=2, alpha=2, targets="attention", seed=0)
     network.double()
     fill(network, 0.1)

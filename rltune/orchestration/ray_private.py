@@ -41,6 +41,8 @@ LOCAL = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     # a trial is some eight processes, most of them idle: on few cores Ray would start them in turn, and warn
     "RAY_worker_maximum_startup_concurrency": str(max(16, os.cpu_count() or 1)),
+    # it is taken away as a whole or not at all: a process less for every trial, of a few seconds of CPU to start
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # a busy machine needs more than Ray's minute, after which the cluster does not start
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
 }

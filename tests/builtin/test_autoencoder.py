@@ -34,6 +34,7 @@ def test_warm_start_copies_the_outer_levels_bit_by_bit() -> None:
     assert len(copied) > 80
 
 
+@pytest.mark.slow
 def test_whitening_leaves_decoding_unchanged_and_makes_latents_white() -> None:
     torch.manual_seed(0)
     model = make_f8_autoencoder().eval()
@@ -70,6 +71,7 @@ def test_the_loss_of_a_constant_error_is_known() -> None:
     assert reconstruction_loss(error).item() == 0.5 + 0.25 + 1.5 * (0.5 + 0.5)
 
 
+@pytest.mark.slow
 def test_refining_trains_the_decoder_and_leaves_the_encoder_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

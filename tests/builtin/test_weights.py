@@ -50,6 +50,7 @@ def test_no_file_names_the_machine_it_was_built_on() -> None:
     assert [path for path in texts if "/tmp" in path.read_text() or "/home" in path.read_text()] == []
 
 
+@pytest.mark.slow
 def test_the_pipeline_draws_its_prompts(pipeline: StableDiffusionPipeline, clip: tuple[Any, Any]) -> None:
     prompts = BUILTIN_PROMPTS["builtin-heldout"].read_text().splitlines()[:16]
     images = draw(pipeline, prompts)
@@ -73,6 +74,7 @@ def test_one_number_format_for_all_parts_where_none_is_named() -> None:
     assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_the_same_noise_gives_the_same_picture(pipeline: StableDiffusionPipeline) -> None:
     prompts = ["a red circle on a white background"]
     assert torch.equal(draw(pipeline, prompts), draw(pipeline, prompts))

@@ -158,6 +158,7 @@ def test_a_curve_without_validation_has_no_column_for_it(tmp_path: Path) -> None
     assert follow(Workshop(tmp_path), 2, lambda step: 1.0)[0].keys() == {"step", "loss"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [(301,), (301, 350), (0, 449)])
 def test_a_killed_run_leaves_the_same_curve(tmp_path: Path, kills: tuple[int, ...]) -> None:
     def loss_at(step: int) -> float:

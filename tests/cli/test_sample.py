@@ -101,6 +101,7 @@ def test_the_noise_is_that_of_the_held_out_images(make_config: Config) -> None:
     assert (row == expected).all()
 
 
+@pytest.mark.slow
 def test_the_run_s_sampler_is_used_unless_another_is_asked_for(
     make_config: Config, loras: list[Path], tmp_path: Path
 ) -> None:
@@ -122,6 +123,7 @@ def test_the_run_s_sampler_is_used_unless_another_is_asked_for(
         assert (pages["run"] != pages[name]).any(), name
 
 
+@pytest.mark.slow
 def test_the_first_steps_are_left_to_the_base_model_as_the_run_or_the_caller_says(
     make_config: Config, tmp_path: Path
 ) -> None:

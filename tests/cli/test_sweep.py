@@ -73,6 +73,7 @@ def test_a_run_that_cannot_be_started_from_is_refused_before_anything_starts(tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_plan_says_what_will_be_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overrides = [
         "search.trials=5",

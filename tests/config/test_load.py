@@ -226,6 +226,7 @@ LEAVES = {
 }
 
 
+@pytest.mark.slow
 @given(values=st.fixed_dictionaries({}, optional=LEAVES))
 def test_any_value_survives_an_override_and_the_resolved_file(values: dict[str, Any]) -> None:
     overrides = [f"{path}={write_yaml({'x': value}).removeprefix('x:')}" for path, value in values.items()]
@@ -280,6 +281,7 @@ def sample(draw: st.DrawFn, distribution: Distribution) -> Any:
             return None
 
 
+@pytest.mark.slow
 @settings(deadline=None)  # the first example builds the schema
 @given(data=st.data())
 def test_any_sampled_value_of_a_valid_space_is_a_valid_run(data: st.DataObject) -> None:
@@ -319,6 +321,7 @@ PLACES += [
 ]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(changes=st.dictionaries(st.sampled_from(PLACES), JUNK, min_size=1, max_size=4))
 def test_whatever_is_written_loads_or_is_answered_with_faults(changes: dict[str, Any]) -> None:

@@ -16,12 +16,13 @@ from rltune.diffusion.families.base import FAMILIES, ModelFamily
 from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.diffusion.memory import measure_call, stored_bytes
 from rltune.diffusion.sampler import Sampler
-from tests.tiny_families import PIPELINES, lively, own_eta
+from tests.tiny_families import PIPELINES, lively, own_eta, shared_out
 from tests.toys import fill, unet_toy
 
 PROMPTS = ["a cat", "two red birds on a branch"]
 T = 2
 TYPES = [torch.float32, torch.bfloat16]
+BOTH = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 
 
 @cache
@@ -53,8 +54,8 @@ def gradient(sampler: Sampler, x_BCHW: Tensor, weight: Callable[[Tensor], Tensor
     return [torch.zeros(()) if part is None else part for part in found]
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("dtype", BOTH, ids=str)
+@pytest.mark.parametrize("name", shared_out(PIPELINES))
 def test_the_gradient_is_the_same_and_less_is_stored(name: str, dtype: torch.dtype) -> None:
     model = adapted(name, dtype)
     shape = model.latent_shape(16, 16)

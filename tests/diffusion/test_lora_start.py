@@ -152,7 +152,7 @@ def mixed(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     as_diffusers(pipeline, folder)
     file = next(folder.glob("*.safetensors"))
     state = load_file(file)
-    for name in (name for name in state if "mid_block" in name):
+    for name in (name for name in state if "down_blocks" in name):
         state[name] = state[name].repeat(*(2, 1) if "lora_A" in name else (1, 2))
     save_file(state, file)
 

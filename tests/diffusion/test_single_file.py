@@ -58,6 +58,7 @@ def test_stable_diffusion_is_read_with_another_folder_s_settings(tiny_pipeline: 
     assert half.network.dtype == half.pipeline.vae.dtype == half.pipeline.text_encoder.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_sdxl_is_read_with_both_its_text_encoders(xl: Path, tmp_path: Path) -> None:
     file = write_original(xl, tmp_path / "model.safetensors")
     config = settings_of(xl, tmp_path / "settings")

@@ -14,7 +14,7 @@ from rltune.diffusion.families.base import FAMILIES
 from rltune.diffusion.memory import stored_bytes
 from rltune.diffusion.tiles import Tiling, decode_in_tiles
 from tests.diffusion.test_blocks import latents, sampler_of
-from tests.tiny_families import PIPELINES, lively
+from tests.tiny_families import PIPELINES, lively, shared_out
 
 SMALL = Tiling(tile=8, overlap=2)
 
@@ -57,7 +57,7 @@ def test_the_seam_is_a_straight_line_from_one_tile_to_the_next() -> None:
     torch.testing.assert_close(image[0, 0, 0], expected)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", shared_out(PIPELINES))
 def test_the_gradient_is_that_of_the_same_image_and_less_is_stored(name: str) -> None:
     torch.manual_seed(0)
     pipeline = lively(PIPELINES[name]())

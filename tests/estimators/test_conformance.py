@@ -52,7 +52,7 @@ NUMBERS = [
 every_case = pytest.mark.parametrize(("name", "options"), CASES)
 both_precisions = pytest.mark.parametrize(
     "dtype",
-    [pytest.param(torch.float64, id="float64"), pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.slow)],
+    [pytest.param(torch.float64, id="float64"), pytest.param(torch.bfloat16, id="bfloat16", marks=pytest.mark.long)],
 )
 """Of the frozen network; around bfloat16, latents, adapters and their gradient are float32, as on a GPU by default."""
 

@@ -184,12 +184,13 @@ def test_trust_weighs_an_image_s_part_of_the_gradient(estimator: Estimator) -> N
     torch.testing.assert_close(gradient(trust), expected, **close)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "use_bf16_prefix", "is_right"),
     [
         pytest.param(torch.float32, False, True, id="float32"),
-        pytest.param(torch.bfloat16, False, True, id="bfloat16", marks=pytest.mark.slow),
-        pytest.param(torch.float32, True, False, id="bfloat16 prefix", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, False, True, id="bfloat16", marks=pytest.mark.long),
+        pytest.param(torch.float32, True, False, id="bfloat16 prefix", marks=pytest.mark.long),
     ],
 )
 def test_a_step_is_scored_in_the_arithmetic_that_drew_it(

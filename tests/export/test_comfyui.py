@@ -49,9 +49,9 @@ def merged(file: dict[str, Tensor], name: str, shape: torch.Size, strength: floa
 @pytest.mark.parametrize("rank", [2, 3, 16])
 @pytest.mark.parametrize("targets", ["attention", "all", ("linear_1", "time_emb_proj", "conv_in", "conv")], ids=str)
 def test_every_tensor_has_a_name_that_comfyui_knows_and_adds_what_was_trained(
-    tiny_pipeline: Path, tmp_path: Path, targets: str | tuple[str, ...], rank: int
+    deep_pipeline: Path, tmp_path: Path, targets: str | tuple[str, ...], rank: int
 ) -> None:
-    lora = RandomLora(tiny_pipeline, targets, rank=rank, alpha=3.0 * rank)
+    lora = RandomLora(deep_pipeline, targets, rank=rank, alpha=3.0 * rank)
     ComfyUI().write(lora.model, lora.adapter, tmp_path)
     file = load_file(tmp_path / FILE)
     names = {name.split(".")[0] for name in file}
@@ -64,8 +64,8 @@ def test_every_tensor_has_a_name_that_comfyui_knows_and_adds_what_was_trained(
             torch.testing.assert_close(added, strength * update, rtol=1e-4, atol=1e-5)
 
 
-def test_the_header_says_what_managers_of_loras_read(tiny_pipeline: Path, tmp_path: Path) -> None:
-    lora = RandomLora(tiny_pipeline, rank=4, alpha=1.0)
+def test_the_header_says_what_managers_of_loras_read(deep_pipeline: Path, tmp_path: Path) -> None:
+    lora = RandomLora(deep_pipeline, rank=4, alpha=1.0)
     ComfyUI().write(lora.model, lora.adapter, tmp_path)
     with safe_open(tmp_path / FILE, framework="pt") as opened:
         header = opened.metadata()

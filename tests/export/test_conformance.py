@@ -66,8 +66,11 @@ def is_refused(written: Written, name: str) -> bool:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def written(request: pytest.FixtureRequest, tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
-    return Written(RandomLora(tiny_pipeline, **CASES[request.param]), tmp_path_factory.mktemp("lora") / "exports")
+def written(
+    request: pytest.FixtureRequest, tiny_pipeline: Path, deep_pipeline: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Written:
+    base = deep_pipeline if request.param in ("all", "time") else tiny_pipeline
+    return Written(RandomLora(base, **CASES[request.param]), tmp_path_factory.mktemp("lora") / "exports")
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +138,10 @@ def test_a_base_model_in_bfloat16_gets_the_same_up_to_its_rounding(written: Writ
 
 
 @every_format
-def test_what_a_user_is_told_to_type_loads_it(written: Written, name: str, tiny_pipeline: Path) -> None:
+def test_what_a_user_is_told_to_type_loads_it(written: Written, name: str) -> None:
     if is_refused(written, name):
         return
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(written.lora.pipeline, safety_checker=None)
     code = build(name).how_to_load(written.lora.model, written.folder)
     exec(code, {"pipeline": pipeline})
     generator = torch.Generator().manual_seed(1)

@@ -126,6 +126,7 @@ def test_an_adapter_whose_scale_is_one_is_written_as_it_is(tiny_pipeline: Path, 
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
 def test_in_half_precision_it_is_what_an_evaluation_has_drawn(
     tiny_pipeline: Path, tmp_path: Path, options: dict[str, bool]

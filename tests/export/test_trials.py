@@ -151,6 +151,7 @@ def test_a_checkpoint_that_is_gone_is_said_so(run: tuple[RunFolder, Experiment])
     assert not (folder.exports_dir / "007").exists()
 
 
+@pytest.mark.slow
 def test_a_pick_that_fails_does_not_keep_the_others_from_being_written(
     run: tuple[RunFolder, Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +226,7 @@ def test_a_file_that_fails_its_proof_does_not_stand_in_an_exports_place(
     assert not (folder.exports_dir / "009").exists()
 
 
+@pytest.mark.slow
 def test_a_format_that_fails_does_not_keep_the_others_from_being_written(
     run: tuple[RunFolder, Experiment], formats: tuple[str, ...]
 ) -> None:
@@ -241,6 +243,7 @@ def test_a_format_that_fails_does_not_keep_the_others_from_being_written(
     assert {path.name for path in (folder.exports_dir / "010").iterdir()} == PEFT_FILES | {"pipeline"}
 
 
+@pytest.mark.slow
 def test_a_format_may_have_a_folder_which_is_replaced_as_a_whole(
     run: tuple[RunFolder, Experiment], formats: tuple[str, ...]
 ) -> None:
@@ -263,6 +266,7 @@ def test_an_unknown_format_is_said_before_anything_is_written(run: tuple[RunFold
         export_trials([], folder, experiment_, on_export=pytest.fail, formats=["diffusers", "kohia"])
 
 
+@pytest.mark.slow
 def test_formats_lie_side_by_side_and_the_card_tells_of_each(
     exported: Exported, run: tuple[RunFolder, Experiment]
 ) -> None:
@@ -282,7 +286,8 @@ def test_formats_lie_side_by_side_and_the_card_tells_of_each(
     assert not place.with_name("001.unproved").exists()
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_a_run_in_either_precision_exports(tiny_pipeline: Path, tmp_path: Path, precision: str) -> None:
     """In bfloat16 images of the same file are 0.02 from float32's, ten times what the comparison allows."""
     experiment_ = asked(tiny_pipeline, resources={"precision": precision})

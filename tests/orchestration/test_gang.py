@@ -54,7 +54,8 @@ def timeless(report: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in report.items() if name != "eval_s"}
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_trial_after_trial_is_what_each_is_alone(
     worker: WarmWorker,
     spec_of: Callable[..., JobSpec],
@@ -80,6 +81,7 @@ def test_trial_after_trial_is_what_each_is_alone(
     assert all(torch.equal(value, expected[name]) for name, value in load_adapter(kept[-1]).items())
 
 
+@pytest.mark.slow
 def test_a_trial_waits_at_its_report_and_is_taken_up_where_it_was_left(
     worker: WarmWorker, spec_of: Callable[..., JobSpec]
 ) -> None:
@@ -108,6 +110,7 @@ def test_a_faulty_trial_says_why_and_the_next_one_runs(
     assert reports_of(worker)[-1]["is_final"] == 1.0
 
 
+@pytest.mark.slow
 def test_what_is_nobodys_fault_is_raised_where_tune_asks(
     worker: WarmWorker, spec_of: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from rltune.runs.rows import read_metrics
 from tests.orchestration import processes
 from tests.training.runs import train
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 CLUSTER = """
 import sys

@@ -7,7 +7,7 @@ import pytest
 from rltune.runs.results import read_results
 from tests.benchmarks.family_sweeps import sweep
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 def test_an_experiment_of_another_family_is_swept_and_exported(tmp_path: Path) -> None:

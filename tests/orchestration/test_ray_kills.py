@@ -20,7 +20,7 @@ from tests.orchestration.processes import (
     wait_for_end_of,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 UNHURRIED = "tests.orchestration.own_rewards:unhurried"
 PAUSE_S = 0.1

@@ -13,7 +13,7 @@ from rltune.runs.rows import read_metrics
 from rltune.training.checkpoint import newest_whole, read_checkpoint_meta
 from tests.orchestration.processes import PATIENCE_S, descendants, name_of, trained_alone, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 def test_a_warm_sweep_survives_and_ends_with_the_numbers_of_trials_trained_alone(

@@ -266,6 +266,7 @@ def steps(reporter: FolderReporter) -> list[float]:
     return [report["step"] for report in reporter.reports]
 
 
+@pytest.mark.slow
 def test_a_fault_of_the_experiment_is_recorded_at_once(
     spec: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +279,7 @@ def test_a_fault_of_the_experiment_is_recorded_at_once(
     assert read_retry(job.folder.trial_dir("001")) is None
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_no_fault_of_the_trial(spec: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -343,6 +345,7 @@ def test_memory_that_runs_out_is_tried_once_more_and_gives_what_the_smaller_batc
     assert "; lower optim.micro_batch, or write estimator.checkpoint: always" in failure
 
 
+@pytest.mark.slow
 def test_the_base_model_is_measured_in_smaller_batches_after_memory_ran_out(
     spec: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch
 ) -> None:

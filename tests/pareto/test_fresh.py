@@ -109,6 +109,7 @@ NUM_TRIALS, NUM_PROMPTS, NUM_OBJECTIVES, NOISE, NUM_SWEEPS = 12, 16, 3, 0.6, 200
 more settings: tests/benchmarks/front_statistics.py."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("effect", [0.0, 0.5])
 def test_a_sweep_is_reported_without_luck_and_covered_as_often_as_it_says(effect: float) -> None:
     rng = np.random.default_rng(4)

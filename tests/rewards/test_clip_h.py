@@ -305,7 +305,8 @@ def transformers_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=list(ours.bpe_ranks))
 
 
-@pytest.mark.parametrize("name", ["RN50", pytest.param("ViT-B-16-SigLIP", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["RN50", pytest.param("ViT-B-16-SigLIP", marks=pytest.mark.long)])
 def test_towers_of_other_kinds_are_looked_through_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen, "LARGE", 1)  # as if it were large
     monkeypatch.setattr(logging.root.manager, "disable", logging.WARNING)  # that it has no weights

@@ -95,6 +95,7 @@ def test_an_image_without_any_object_pulls_towards_the_target(logit: float, targ
     assert (gradient != 0).all()
 
 
+@pytest.mark.slow
 def test_the_faint_count_is_smooth_where_it_begins_and_little_too_high() -> None:
     z = torch.linspace(-12, 0, 4001, dtype=torch.float64)
     count = torch.stack([soft_count(value[None], apart(1).double()) for value in z])

@@ -30,10 +30,10 @@ from rltune.search.searcher import (
 from tests.run_folders import experiment
 
 every_sampler = pytest.mark.parametrize(
-    "sampler", [pytest.param(name, marks=pytest.mark.slow if name == "gp" else ()) for name in SAMPLERS]
+    "sampler", [pytest.param(name, marks=pytest.mark.long if name == "gp" else ()) for name in SAMPLERS]
 )
 """Optuna's Gaussian process takes a second a trial."""
-SLOW_GP = pytest.param("gp", 1, marks=pytest.mark.slow)
+SLOW_GP = pytest.param("gp", 1, marks=pytest.mark.long)
 BOTH = Objectives(("brightness", "drift"))
 SPACE: dict[str, Any] = {
     "name": "mix",
@@ -190,7 +190,7 @@ def test_a_genetic_search_breeds_within_the_trials_it_has(sampler: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sampler", "num_trials", "num_seeds"), [("tpe", 40, 3), pytest.param("gp", 10, 1, marks=pytest.mark.slow)]
+    ("sampler", "num_trials", "num_seeds"), [("tpe", 40, 3), pytest.param("gp", 10, 1, marks=pytest.mark.long)]
 )
 def test_samplers_of_optuna_learn_from_failures(sampler: str, num_trials: int, num_seeds: int) -> None:
     """The best learning rate is 1e-2, and trials fail above 1e-3: half of what is drawn at random does."""

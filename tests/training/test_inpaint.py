@@ -65,6 +65,7 @@ def make(make_config: Make, pictures: Path, nine_channels: Path) -> Make:
 POLICY = {"estimator": {"name": "ddpo", "k": None, "draw": None, "options": {}}, "sampler": {"eta": 1.0}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("is_told", "sections"), [(False, {}), (True, {}), (False, POLICY)])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     make: Make, is_told: bool, sections: dict[str, Any], tmp_path: Path
@@ -82,6 +83,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
         assert whole.reports[-1]["gain/brightness"] > 0
 
 
+@pytest.mark.slow
 def test_two_workers_take_the_steps_of_one(make: Make, tmp_path: Path) -> None:
     configs = {"plain": make(), "policy": make(**POLICY)}
     train_in_processes(configs, tmp_path / "2", 2)
@@ -94,6 +96,7 @@ def test_two_workers_take_the_steps_of_one(make: Make, tmp_path: Path) -> None:
             assert one["train/reward"] == pytest.approx(two["train/reward"], rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_told", [False, True])
 def test_it_trains_in_bfloat16_too(make: Make, is_told: bool, tmp_path: Path) -> None:
     config = make(is_told=is_told, resources={"precision": "bf16"}, optim={"steps": 1})
@@ -101,6 +104,7 @@ def test_it_trains_in_bfloat16_too(make: Make, is_told: bool, tmp_path: Path) ->
     assert np.isfinite(report["eval/brightness"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["drtune", "refl", "draft_lv"])
 def test_one_step_at_a_time_gives_the_gradient_of_all_at_once(make: Make, name: str, tmp_path: Path) -> None:
     """What is given takes its part out of the gradient, whichever way it is computed."""

@@ -134,6 +134,7 @@ def test_a_target_without_layers_beside_one_that_has_some_ends_a_run(make_config
         )
 
 
+@pytest.mark.slow
 def test_a_reward_without_gradient_is_measured_but_not_trained_on(make_config: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"one with a positive weight has no gradient, which alignprop needs"):
         train(make_config(rewards={"opaque": {"weight": 1.0}}), tmp_path)
@@ -151,6 +152,7 @@ def test_a_gradient_of_exactly_zero_is_an_error(make_config: Make, tmp_path: Pat
         train(make_config(rewards={"blind": {}}), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_names_its_folder(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     train(make_config(), tmp_path, base_dir=base_dir)
     checkpoint = tmp_path / "checkpoints" / "step-000002"
@@ -183,7 +185,7 @@ def test_one_training_prompt_is_enough_to_measure_the_unit_of_a_reward(make_conf
 
 @pytest.mark.parametrize(
     ("queries", "rounds"),
-    [pytest.param(24, 2, marks=pytest.mark.slow), (25, 3), pytest.param(1000, 4, marks=pytest.mark.slow)],
+    [pytest.param(24, 2, marks=pytest.mark.long), (25, 3), pytest.param(1000, 4, marks=pytest.mark.long)],
 )
 def test_a_run_ends_with_the_round_that_uses_up_its_queries(
     make_config: Make, tmp_path: Path, base_dir: Path, queries: int, rounds: int
@@ -240,6 +242,7 @@ def test_a_target_below_every_score_pulls_the_other_way(make_config: Make, tmp_p
 # ---- the average
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_evaluated_and_exported_while_training_goes_on(
     make_config: Make, tmp_path: Path, base_dir: Path
 ) -> None:
@@ -281,6 +284,7 @@ def test_steps_of_the_base_model_hold_the_images_near_it(make_config: Make, tmp_
     assert all(torch.equal(whole[name], last[name]) for name in whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_at_learning_rate_zero_steps_of_the_base_model_change_no_bit(
     make_config: Make, tmp_path: Path, eta: float
@@ -298,6 +302,7 @@ def test_at_learning_rate_zero_steps_of_the_base_model_change_no_bit(
 # ---- speed
 
 
+@pytest.mark.slow
 def test_steps_without_gradient_in_bfloat16_are_nearly_the_same(
     make_config: Make, tmp_path: Path, base_dir: Path
 ) -> None:
@@ -310,6 +315,7 @@ def test_steps_without_gradient_in_bfloat16_are_nearly_the_same(
     assert report["eval/drift"] == 0  # measured against a base model that is sampled in bfloat16 too
 
 
+@pytest.mark.slow
 def test_steps_of_the_base_model_are_sampled_in_bfloat16_like_those_of_the_reference(
     make_config: Make, tmp_path: Path
 ) -> None:

@@ -116,6 +116,7 @@ def test_the_mode_reaches_the_estimator(
     assert [(round.is_serial, round.sampler.num_kept) for round in rounds] == [(is_serial, num_kept)]
 
 
+@pytest.mark.slow
 def test_every_round_has_prompts_noise_and_draws_of_its_own(
     make_config: Make, tmp_path: Path, base_dir: Path, rounds: list[Round]
 ) -> None:
@@ -152,6 +153,7 @@ def test_a_policy_needs_no_gradient_of_its_reward(make_config: Make, tmp_path: P
     assert all(torch.equal(opaque[name], brightness[name]) for name in opaque)
 
 
+@pytest.mark.slow
 def test_a_flat_optimum_costs_queries(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     cases: list[tuple[dict[str, float], int]] = [
         ({}, 1),
@@ -171,6 +173,7 @@ def test_a_flat_optimum_costs_queries(make_config: Make, tmp_path: Path, base_di
     assert rows[2]["train/reward"] == rows[0]["train/reward"]  # a second look at the same images is not a second image
 
 
+@pytest.mark.slow
 def test_a_penalty_holds_the_network_near_the_base_model(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     drifts = []
     for weight in (0.0, 1e3):
@@ -204,7 +207,8 @@ def largest_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]
     return max((first[name] - second[name]).abs().max().item() for name in moved) / largest
 
 
-@pytest.mark.parametrize("name", [pytest.param("alignprop", marks=pytest.mark.slow), "drtune"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param("alignprop", marks=pytest.mark.long), "drtune"])
 def test_how_activations_are_kept_changes_no_adapter(
     make_config: Make, tmp_path: Path, base_dir: Path, name: str
 ) -> None:

@@ -38,10 +38,11 @@ def alone(make_config: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return root, train(make_config(seed=3), root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "other",
     [
-        pytest.param(other, id=name, marks=[] if name == "lora" else pytest.mark.slow)
+        pytest.param(other, id=name, marks=[] if name == "lora" else pytest.mark.long)
         for name, other in zip(("lora", "rewards", "estimator", "prompts", "precision"), OTHERS, strict=True)
     ],
 )

@@ -142,6 +142,7 @@ def difference(first: Path, second: Path) -> float:
 # ---- the user's own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "section",
     [
@@ -162,6 +163,7 @@ def test_a_users_reward_trains(make_config: Make, folder: Path, section: dict[st
     assert metrics(folder)[0]["train/mine"] < 2
 
 
+@pytest.mark.slow
 def test_a_users_reward_without_gradient_trains_a_policy_alone(make_config: Make, folder: Path) -> None:
     rewards = {"mine": {"reward": "my_rewards:lengths"}}
     policy: dict[str, Any] = {"sampler": {"eta": 1.0}, "prompts": {"images_per_prompt": 2}, "estimator": DDPO}
@@ -213,6 +215,7 @@ def test_a_fault_of_a_users_reward_ends_the_run_in_words(
 # ---- names
 
 
+@pytest.mark.slow
 def test_a_reward_stands_in_an_experiment_as_often_as_it_has_names(make_config: Make, folder: Path) -> None:
     rewards = {
         "warm": {"reward": "my_rewards:redness"},
@@ -242,6 +245,7 @@ def test_a_reward_stands_in_an_experiment_as_often_as_it_has_names(make_config: 
 # ---- what is done to a reward
 
 
+@pytest.mark.slow
 def test_everything_at_once_trains(make_config: Make, folder: Path) -> None:
     words = {"positive": "Realistic photo", "negative": "Cartoon", "k": 0.5}
     rewards = {
@@ -376,7 +380,8 @@ def test_no_trust_is_measured_in_a_reward_that_is_only_watched(make_config: Make
     assert build_mixture(config, build_rewards(config, (), CPU), units, CPU).trusts == {}
 
 
-@pytest.mark.parametrize("method", [pytest.param("sum", marks=pytest.mark.slow), "gradient_balance"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [pytest.param("sum", marks=pytest.mark.long), "gradient_balance"])
 def test_a_reward_in_parts_is_the_same_to_rounding(make_config: Make, folder: Path, method: str) -> None:
     words = {"positive": "Realistic photo", "negative": "Cartoon", "k": 0.5}
     for name, micro_batch in (("whole", None), ("parts", 1), ("uneven", 3)):
@@ -422,6 +427,7 @@ def test_a_mixture_trains_and_its_number_is_what_it_says(
         assert 0 < row["train/reward"] < 1
 
 
+@pytest.mark.slow
 def test_methods_differ(make_config: Make, folder: Path, base_dir: Path) -> None:
     for method in METHODS:
         train(short(make_config, TWO, mixture={"method": method}), folder / method, base_dir=base_dir)
@@ -430,9 +436,10 @@ def test_methods_differ(make_config: Make, folder: Path, base_dir: Path) -> None
             assert not is_equal(folder / method, folder / other), (method, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("sum", "chebyshev")), "win_rate", "gradient_balance"],
+    [*(pytest.param(name, marks=pytest.mark.long) for name in ("sum", "chebyshev")), "win_rate", "gradient_balance"],
 )
 def test_micro_batches_of_a_mixture_add_up_to_the_whole_batch(
     make_config: Make, folder: Path, base_dir: Path, method: str
@@ -459,6 +466,7 @@ def test_chebyshevs_options_reach_it(make_config: Make) -> None:
     assert build_mixture(config, build_rewards(config, (), CPU), units, CPU).scalarise == Chebyshev()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("standardise", [True, False])
 def test_a_win_rate_compares_with_the_scores_that_were_kept(make_config: Make, folder: Path, standardise: bool) -> None:
     rewards = {"brightness": {"standardise": standardise}}
@@ -497,6 +505,7 @@ GROUP: dict[str, Any] = {"variety": {"reward": "diversity_pixels"}}
 PAIRS = {"prompts": {"images_per_prompt": 2}}
 
 
+@pytest.mark.slow
 def test_a_reward_of_groups_trains(make_config: Make, folder: Path) -> None:
     config = short(make_config, GROUP, **PAIRS, optim={"micro_batch": 2})
     report = train(config, folder).reports[-1]
@@ -526,6 +535,7 @@ def test_a_users_reward_of_groups_is_held_to_the_same_rules(make_config: Make, f
             train(config, folder)
 
 
+@pytest.mark.slow
 def test_a_users_reward_of_groups_trains(make_config: Make, folder: Path) -> None:
     train(short(make_config, {"mine": {"reward": "my_rewards:spread"}}, **PAIRS, optim={"micro_batch": 2}), folder)
     check_trained(folder)
@@ -546,7 +556,8 @@ class Ranked:
         return tensor
 
 
-@pytest.mark.parametrize("each", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("each", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(3, marks=pytest.mark.long)])
 def test_workers_share_prompts_and_say_the_same_of_groups(make_config: Make, each: int) -> None:
     config = short(make_config, {**GROUP, "mine": {"reward": "my_rewards:spread"}, "lit": {"reward": "brightness"}},
                    **PAIRS)  # fmt: skip
@@ -572,6 +583,7 @@ def test_workers_share_prompts_and_say_the_same_of_groups(make_config: Make, eac
             assert values == pytest.approx(one[number], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_micro_batches_of_groups_add_up_to_the_whole_batch(make_config: Make, folder: Path) -> None:
     for name, micro_batch in (("whole", 4), ("split", 2)):
         optim = {**SMOOTH, "micro_batch": micro_batch}
@@ -644,13 +656,14 @@ def test_a_run_is_named_where_the_users_code_is_not(make_config: Make, folder: P
 # ---- resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rewards", "mixture"),
     [
         pytest.param(
             {"alignment": {"trust": {"reference": "builtin"}}, "brightness": {}},
             {"method": "gradient_balance"},
-            marks=pytest.mark.slow,
+            marks=pytest.mark.long,
         ),
         ({"mine": {"reward": "my_rewards:redness", "micro_batch": 2}, "brightness": {}}, {"method": "win_rate"}),
     ],

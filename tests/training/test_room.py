@@ -184,6 +184,7 @@ def test_the_decoder_is_not_measured_whole_where_it_runs_in_tiles(
     assert (sampler.num_kept, sampler.is_decoder_kept) == (2, False)
 
 
+@pytest.mark.slow
 def test_checkpointed_blocks_train_the_same_adapters(make_config: Make, tmp_path: Path) -> None:
     for is_on in (False, True):
         config = make_config(optim={"steps": 2}, resources={"checkpoint_blocks": is_on})

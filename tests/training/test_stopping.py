@@ -75,10 +75,11 @@ def without_times(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if not name.endswith(("_s", "_gib"))} for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "sections"),
     [
-        pytest.param(name, sections, id=name, marks=[] if name == "dpok" else pytest.mark.slow)
+        pytest.param(name, sections, id=name, marks=[] if name == "dpok" else pytest.mark.long)
         for name, sections in CASES.items()
     ],
 )

@@ -195,6 +195,7 @@ def test_tensorboard_has_every_step_once(trial_dir: Path) -> None:
     assert hparams["estimator.draw"].string_value == "uniform"
 
 
+@pytest.mark.slow
 def test_mlflow_has_every_step_once(trial_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # mlflow sets it: what it was before is put back
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
@@ -217,6 +218,7 @@ def test_mlflow_has_every_step_once(trial_dir: Path, monkeypatch: pytest.MonkeyP
     assert not (trial_dir / "mlruns").exists()  # nothing where the process happens to stand
 
 
+@pytest.mark.slow
 def test_wandb_goes_on_in_the_same_run(trial_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
