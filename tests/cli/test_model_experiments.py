@@ -16,6 +16,7 @@ def test_each_file_is_tried_on_a_pipeline() -> None:
     assert {path.stem for path in FOLDER.glob("*.yaml")} == set(MODELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_plan_is_whole(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

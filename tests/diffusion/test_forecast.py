@@ -14,7 +14,7 @@ from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.diffusion.memory import measure_call, stored_bytes
 from rltune.diffusion.sampler import guided_denoiser
 from rltune.diffusion.tiles import Tiling
-from tests.tiny_families import PIPELINES, autoencoder
+from tests.tiny_families import PIPELINES, autoencoder, shared_out
 
 CPU = torch.device("cpu")
 B = 2
@@ -52,7 +52,7 @@ def mid_size() -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, **parts, add_watermarker=False)
 
 
-@pytest.mark.parametrize("name", [*PIPELINES, "mid-size"])
+@pytest.mark.parametrize("name", [*shared_out(PIPELINES), "mid-size"])
 def test_a_count_is_within_5_percent_of_what_autograd_stores(name: str) -> None:
     make = PIPELINES.get(name, mid_size)
     torch.manual_seed(0)

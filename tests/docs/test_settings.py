@@ -46,6 +46,7 @@ def has_placeholder(code: str) -> bool:
     return "..." in code or bool(re.search(r"\b(NAME|FOLDER|OPTION|VALUE)\b", code))
 
 
+@pytest.mark.slow
 @every_page
 def test_every_block_of_yaml_is_an_experiment_that_could_start(page: Page, tmp_path: Path) -> None:
     """On a cluster that is large enough, but for what this machine lacks."""
