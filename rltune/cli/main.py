@@ -146,6 +146,21 @@ def front(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="Run folders, two or more.", show_default=False, callback=_at_home),
+    ],
+    objectives: Annotated[str | None, typer.Option(help="What fronts are over, as of front.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print numbers, points and surfaces for programs.")] = False,
+) -> None:
+    """Show runs side by side: hypervolumes, who dominates whom, what several seeds attain, which settings differ."""
+    from rltune.cli.compare import show_comparison
+
+    show_comparison(runs, objectives or "", as_json=as_json)
+
+
+@app.command()
 def export(
     run: RunArgument,
     pick: Annotated[str, typer.Option(help="knee, best:OBJECTIVE, or a trial.")] = "knee",

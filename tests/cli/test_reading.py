@@ -20,7 +20,9 @@ print("loaded:", sorted(heavy & sys.modules.keys()))
 """
 
 
-@pytest.mark.parametrize("command", [("front",), ("status",), ("status", "--usage")], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [("front",), ("status",), ("status", "--usage"), ("compare", "other")], ids=" ".join
+)
 def test_neither_ray_nor_torch_is_loaded(tmp_path: Path, command: tuple[str, ...]) -> None:
     rows = [result("000", 0.5, 0.0), result("001", 0.8, 0.1)]
     folder = write_run(tmp_path / "mix", experiment(), results=rows)
@@ -28,9 +30,11 @@ def test_neither_ray_nor_torch_is_loaded(tmp_path: Path, command: tuple[str, ...
         '{"time": 0, "event": "driver_started", "trials_at_once": 1, "workers": 1}\n'
         '{"time": 9, "event": "driver_ended"}\n'
     )
+    if "other" in command:
+        write_run(tmp_path / "other", experiment(seed=1), results=rows)
     name, *flags = command
     call = [sys.executable, "-c", CODE, name, str(folder.path), *flags]
-    done = subprocess.run(call, capture_output=True, text=True)
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("loaded: []\n")
     assert len(done.stdout.splitlines()) > 3
