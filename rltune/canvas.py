@@ -62,3 +62,8 @@ class Canvas(str):
 def identity(prompt: str) -> str:
     """Return plain text that tells prompts apart, pictures included; a prompt without one is itself."""
     return f"{prompt!s} {prompt.source}" if isinstance(prompt, Canvas) else prompt
+
+
+def as_read(prompt: str) -> str:
+    """Return a prompt as text encoders tell it from others: they see neither case nor the width of a space."""
+    return " ".join(prompt.split()).casefold()

@@ -27,10 +27,10 @@ ALLOWED = {
     "estimators": BASE | {"diffusion", "rewards"},
     "training": BASE | {"config", "runs", "diffusion", "rewards", "estimators", "builtin"},
     "search": BASE | {"config", "pareto", "runs", "training"},
-    "report": BASE | {"runs"},
+    "report": BASE | {"config", "pareto", "runs"},
     "export": BASE | {"config", "runs", "diffusion", "training"},
     "orchestration": BASE
-    | {"config", "pareto", "runs", "diffusion", "rewards", "estimators", "training", "search", "export"},
+    | {"config", "pareto", "runs", "diffusion", "rewards", "estimators", "training", "search", "report", "export"},
     "api": BASE | {"config", "runs", "orchestration"},
     "cli": BASE
     | {
@@ -42,6 +42,7 @@ ALLOWED = {
         "training",
         "builtin",
         "search",
+        "report",
         "export",
         "orchestration",
     },

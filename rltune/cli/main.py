@@ -161,6 +161,20 @@ def compare(
 
 
 @app.command()
+def report(
+    run: RunArgument,
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="Write the figures there, as PNG and SVG, instead of the page.", callback=_at_home),
+    ] = None,
+) -> None:
+    """Write report.html: the front to click on, with pictures, curves and settings of every trial, in one file."""
+    from rltune.cli.report import make_report
+
+    make_report(run, figures)
+
+
+@app.command()
 def export(
     run: RunArgument,
     pick: Annotated[str, typer.Option(help="knee, best:OBJECTIVE, or a trial.")] = "knee",

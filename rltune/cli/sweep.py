@@ -22,6 +22,7 @@ from rltune.orchestration.campaign import (
     Found,
     NotConfirmed,
     Planned,
+    Reported,
     Trained,
     check_kind,
     plan_run,
@@ -66,18 +67,25 @@ def run_experiment(
         print_plan(*plan_run(experiment, storage=storage, address=address))
         return
     written: list[Path] = []
+    reported: list[Path] = []
     here = Path.cwd()
     try:
-        run_campaign(experiment, storage=storage, address=address, notify=_printing(here, written), display=watch)
+        run_campaign(
+            experiment, storage=storage, address=address, notify=_printing(here, written, reported), display=watch
+        )
     finally:
         if written:
             console.print(
                 f"\nSee it beside the base model:  rltune sample {quote(_shown(written[0], here))}", soft_wrap=True
             )
+        for page in reported:
+            console.print(
+                f"{'' if written else chr(10)}All of it, to click on:        {_shown(page, here)}", soft_wrap=True
+            )
 
 
-def _printing(here: Path, written: list[Path]) -> Callable[[Event], None]:
-    """Return what prints each stage; exported folders are added to ``written``."""
+def _printing(here: Path, written: list[Path], reported: list[Path]) -> Callable[[Event], None]:
+    """Return what prints each stage; exported folders are added to ``written``, the page to ``reported``."""
 
     def show(event: Event) -> None:
         match event:
@@ -94,6 +102,11 @@ def _printing(here: Path, written: list[Path]) -> Callable[[Event], None]:
                 errors.print(marked("warning", "yellow", why), soft_wrap=True)
             case Found():
                 _show_found(event, here)
+            case Reported(page, why_not):
+                if why_not:
+                    errors.print(marked("note", "yellow", f"{page} could not be written, {why_not}"), soft_wrap=True)
+                else:
+                    reported.append(page)
             case Exported():
                 if not written:
                     console.print("\nExported", style="bold")

@@ -3,6 +3,7 @@
 It says what it does to a ``notify`` of the caller's and prints nothing.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,12 +17,16 @@ from rltune.export.trials import Exported, export_trials
 from rltune.orchestration.cluster import Cluster, connect, find_address
 from rltune.orchestration.plan import Plan, plan, this_machine
 from rltune.orchestration.workload import work_out
+from rltune.report.pictures import Shrinker
+from rltune.report.write import kept_current, write_report
 from rltune.runs.confirmations import Measured
 from rltune.runs.layout import BASE_TRIAL, RunFolder
 from rltune.runs.objectives import Front
 from rltune.runs.record import standing_where_started
 from rltune.runs.results import TrialResult
 from rltune.training.quiet import quiet_libraries
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,16 @@ class Found:
     """The trained trial that breaks its constraints least."""
 
 
-Event = Planned | Trained | Confirming | NotConfirmed | Found | Exported
+@dataclass(frozen=True)
+class Reported:
+    """The run is told of on a page, as it stands at its end."""
+
+    page: Path
+    why_not: str = ""
+    """Why the page could not be written; empty where it was."""
+
+
+Event = Planned | Trained | Confirming | NotConfirmed | Found | Reported | Exported
 Notify = Callable[[Event], None]
 Display = Callable[[RunFolder, Experiment], AbstractContextManager[None]]
 """Shows a run for as long as the block runs."""
@@ -148,11 +162,21 @@ def run_campaign(
                 known = plan(experiment, cluster.nodes, folder, is_attached=True, may_fetch=True)
             _check_decided(known)
             planned = replace(known, workload=work_out(known.experiment, cluster.nodes))
-            found = _run(planned, cluster, notify, display)
+            shrink = Shrinker()
+            found = _run(planned, cluster, notify, display, shrink)
+            notify(_report(folder, found.experiment, shrink))
             if exports and found.picks:
                 quiet_libraries()
                 export_trials(found.picks, folder, found.experiment, on_export=notify)
             return found
+
+
+def _report(folder: RunFolder, experiment: Experiment, shrink: Shrinker) -> Reported:
+    try:
+        return Reported(write_report(folder, experiment, shrink=shrink))
+    except Exception as error:  # whatever is wrong with a page, the run has ended well
+        logger.debug("the report could not be written", exc_info=True)
+        return Reported(folder.report_file, f"{type(error).__name__}: {error}")
 
 
 def _check_decided(known: Plan) -> None:
@@ -169,7 +193,7 @@ def _check_decided(known: Plan) -> None:
         )
 
 
-def _run(planned: Plan, cluster: Cluster, notify: Notify, display: Display) -> Found:
+def _run(planned: Plan, cluster: Cluster, notify: Notify, display: Display, shrink: Shrinker) -> Found:
     from rltune.orchestration.sweep import Sweep  # ray, which a plan does without
 
     folder = planned.folder
@@ -178,7 +202,7 @@ def _run(planned: Plan, cluster: Cluster, notify: Notify, display: Display) -> F
     planned = replace(planned, experiment=experiment)
     num_ended = sum(result.trial != BASE_TRIAL for result in trials.results)
     notify(Planned(planned, cluster, num_ended, trials.num_left, is_resumed=bool(trials.results)))
-    with display(folder, experiment):
+    with display(folder, experiment), kept_current(folder, experiment, shrink):
         sweep.run()
     notify(Trained(planned, trials.num_left, trials.over))
     if trials.num_left and not trials.over:

@@ -96,6 +96,11 @@ class RunFolder:
         return self.path / "confirm-failure.txt"
 
     @property
+    def report_file(self) -> Path:
+        """The run as a page of HTML, written again while it goes on and at its end."""
+        return self.path / "report.html"
+
+    @property
     def stop_file(self) -> Path:
         """Is there while trials are asked to write a checkpoint and leave: the machine will go away."""
         return self.path / ".stop"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from rltune.canvas import Canvas
+from rltune.canvas import Canvas, as_read
 from rltune.config.experiment import RunConfig
 from rltune.errors import UserError
 from rltune.training.canvases import prompt_set
@@ -60,5 +60,5 @@ def distinct(prompts: Iterable[str]) -> tuple[str, ...]:
     first: dict[tuple[str, object], str] = {}
     for prompt in prompts:
         picture = prompt.source if isinstance(prompt, Canvas) else None
-        first.setdefault((" ".join(prompt.split()).casefold(), picture), prompt)
+        first.setdefault((as_read(prompt), picture), prompt)
     return tuple(first.values())

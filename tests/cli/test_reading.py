@@ -21,7 +21,7 @@ print("loaded:", sorted(heavy & sys.modules.keys()))
 
 
 @pytest.mark.parametrize(
-    "command", [("front",), ("status",), ("status", "--usage"), ("compare", "other")], ids=" ".join
+    "command", [("front",), ("status",), ("status", "--usage"), ("compare", "other"), ("report",)], ids=" ".join
 )
 def test_neither_ray_nor_torch_is_loaded(tmp_path: Path, command: tuple[str, ...]) -> None:
     rows = [result("000", 0.5, 0.0), result("001", 0.8, 0.1)]
@@ -37,4 +37,4 @@ def test_neither_ray_nor_torch_is_loaded(tmp_path: Path, command: tuple[str, ...
     done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("loaded: []\n")
-    assert len(done.stdout.splitlines()) > 3
+    assert len(done.stdout.splitlines()) > 1

@@ -12,7 +12,7 @@ from rltune.config.load import Experiment
 from rltune.errors import RunError
 from rltune.export.trials import Exported
 from rltune.orchestration import campaign, trials
-from rltune.orchestration.campaign import Confirming, Found, NotConfirmed, Planned, Trained, run_campaign
+from rltune.orchestration.campaign import Confirming, Found, NotConfirmed, Planned, Reported, Trained, run_campaign
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.nodes import Node
 from rltune.orchestration.sweep import Sweep
@@ -90,18 +90,18 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
 def test_the_stages_of_a_sweep_in_their_order(stage: Stage) -> None:
     stage.results += [result(f"00{i}", 0.5 + i / 10, 0.1 * i) for i in range(1, 5)]
     found = stage.run()
-    assert stage.kinds == ["Planned", "Trained", "Confirming", "Found", *["Exported"] * len(found.picks)]
+    assert stage.kinds == ["Planned", "Trained", "Confirming", "Found", "Reported", *["Exported"] * len(found.picks)]
     planned, trained = stage.told[:2]
     assert (planned.num_left, planned.is_resumed, trained.num_left, trained.over) == (4, False, 0, "")
     assert stage.shown == ["begins", "ends"]
     assert stage.told[3] is found
-    assert {pick.trial for pick in found.picks} == {event.trial for event in stage.told[4:]}
+    assert {pick.trial for pick in found.picks} == {event.trial for event in stage.told[5:]}
 
 
 def test_what_is_not_to_be_exported_is_not(stage: Stage) -> None:
     stage.results += [result(f"00{i}", 0.5 + i / 10, 0.1 * i) for i in range(1, 5)]
     stage.run(exports=False)
-    assert stage.kinds == ["Planned", "Trained", "Confirming", "Found"]
+    assert stage.kinds == ["Planned", "Trained", "Confirming", "Found", "Reported"]
 
 
 def test_a_front_that_cannot_be_measured_again_stands(stage: Stage) -> None:
@@ -136,7 +136,18 @@ def test_where_nothing_beats_the_base_model_nothing_is_picked(stage: Stage) -> N
     found = stage.run()
     assert found.picks == ()
     assert found.nearest is not None
-    assert stage.kinds[-1] == "Found"
+    assert stage.kinds[-2:] == ["Found", "Reported"]
+
+
+def test_a_run_ends_with_its_page_and_not_with_what_was_wrong_with_it(stage: Stage) -> None:
+    """Here the base model's measurements are not on the disk: there is no page, and no error."""
+    stage.results += [result(f"00{i}", 0.5 + i / 10, 0.1 * i) for i in range(1, 5)]
+    found = stage.run(exports=False)
+    told = stage.told[-1]
+    assert isinstance(told, Reported)
+    assert told.page == found.folder.path / "report.html"
+    assert "the base model has no result yet" in told.why_not
+    assert not told.page.exists()
 
 
 def test_a_single_run_is_its_one_trial(stage: Stage) -> None:
