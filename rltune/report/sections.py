@@ -16,6 +16,7 @@ from rltune.report.pictures import Album
 from rltune.report.words import (
     gain_and_half,
     measured_on,
+    probability,
     question,
     setting_name,
     setup,
@@ -97,7 +98,8 @@ def _panel() -> Markup:
 
 def _members(run: Gathered) -> Markup:
     """Return the front as a table."""
-    head = ["trial", *run.objectives, *(setting_name(path) for path in run.settings)]
+    places = run.front.fresh.non_dominated if run.front.fresh else {}
+    head = ["trial", *(["P(front)"] if places else []), *run.objectives, *(setting_name(path) for path in run.settings)]
     rows = []
     for member in run.front.members:
         gains = [_value_and_gain(run, member, name) for name in run.objectives]
@@ -105,12 +107,15 @@ def _members(run: Gathered) -> Markup:
         is_knee = run.front.knee is not None and member.trial == run.front.knee.trial
         name = f"{member.trial}{' base' if member.trial == BASE_TRIAL else ' knee' if is_knee else ''}"
         marks = " !" if not member.is_feasible else " ~" if member.trial in run.front.not_held else ""
-        cells = [tag("td", text) for text in [name + marks, *gains, *values]]
+        place = [probability(places.get(member.trial))] if places else []
+        cells = [tag("td", text) for text in [name + marks, *place, *gains, *values]]
         rows.append(tag("tr", *cells, data_t=member.trial, tabindex="0", aria_label=f"trial {member.trial}"))
     reasons = [f"{trial}: {why}" for trial, why in run.front.not_held.items()]
     table = tag("table", tag("thead", tag("tr", *(tag("th", text) for text in head))), tag("tbody", *rows))
     marked = f"~ or !: does not hold its place on fresh prompts ({'; '.join(reasons)})." if reasons else ""
-    return join(tag("div", table, class_="scroll tall"), tag("p", marked, class_="dim") if marked else None)
+    sure = "P(front): how probable it is that no other member, nor the base model, is better by its true values. "
+    notes = f"{sure if places else ''}{marked}"
+    return join(tag("div", table, class_="scroll tall"), tag("p", notes, class_="dim") if notes else None)
 
 
 def _value_and_gain(run: Gathered, member: TrialResult, name: str) -> str:

@@ -44,6 +44,11 @@ def gain_and_half(gain: float, half: float | None) -> str:
     return f"{gain:+.{decimals}f} \N{PLUS-MINUS SIGN} {half:.{decimals}f}"
 
 
+def probability(value: float | None) -> str:
+    """Return a probability that was estimated by draws, too few to tell 0.999 from 1."""
+    return "" if value is None else ">0.99" if value > 0.99 else "<0.01" if value < 0.01 else f"{value:.2f}"
+
+
 def listed(names: Sequence[str]) -> str:
     """Return names as a sentence has them."""
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
@@ -108,7 +113,9 @@ def volume(run: Gathered) -> str:
     null = "the base model alone has 1"
     if fresh and fresh.half_width_without_effect is not None:
         null = f"without any effect it would be 1 \N{PLUS-MINUS SIGN} {fresh.half_width_without_effect:.2g}"
-    return f"Hypervolume {front.hypervolume:.4g}{half}, in units of the base model's spread; {null}."
+    claimed = fresh.search_hypervolume if fresh else None
+    luck = "" if claimed is None else f" The search itself claimed {claimed:.4g}."
+    return f"Hypervolume {front.hypervolume:.4g}{half}, in units of the base model's spread; {null}.{luck}"
 
 
 def _searched(run: Gathered) -> list[str]:

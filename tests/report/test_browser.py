@@ -85,7 +85,9 @@ def test_a_click_on_a_point_shows_its_pictures_beside_the_base_models(browser: "
     assert len(css(browser, "#curves svg")) == 2
     assert css(browser, f'circle.on[data-t="{trial}"]')
 
-    css(browser, "#which")[0].send_keys("trial 003")
+    browser.execute_script(
+        "const list = document.getElementById('which'); list.value = '003'; list.dispatchEvent(new Event('change'))"
+    )
     assert panel.get_attribute("data-shown") == "003"
     browser.execute_script("document.getElementById('all').open = true")
     browser.execute_async_script("requestAnimationFrame(() => setTimeout(arguments[0]))")
