@@ -12,6 +12,8 @@ from rltune.report.markup import Markup, join, tag
 
 RAMP = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#fde725")
 """From low to high: viridis, which the colour-blind tell apart and greys keep in order."""
+RAMP_IN_DARK = ("#8c66d0", "#6f7bdc", "#5595dc", "#45afc6", "#43c6a0", "#7bd66c", "#bbe34c", "#fde725")
+"""The same, without what would be as dark as the page."""
 PALETTE: dict[str, tuple[str, str]] = {
     "ink": ("#1b1f24", "#e8eaed"),
     "dim": ("#5c6570", "#a3acb6"),
@@ -23,7 +25,7 @@ PALETTE: dict[str, tuple[str, str]] = {
     "knee": ("#d9480f", "#ffa94d"),
     "bad": ("#c2255c", "#faa2c1"),
     "chance": ("#e3e7eb", "#31373e"),
-    **{f"ramp{i}": (color, color) for i, color in enumerate(RAMP)},
+    **{f"ramp{i}": pair for i, pair in enumerate(zip(RAMP, RAMP_IN_DARK, strict=True))},
 }
 """Role -> its colour in light and in dark."""
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
