@@ -1,14 +1,23 @@
 """The command line: ``rltune COMMAND``. Heavy imports stay inside commands, so that ``--help`` is instant."""
 
 import logging
-import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from rltune import __version__
+from rltune.cli.arguments import (
+    AddressOption,
+    DryRunOption,
+    ExperimentArgument,
+    NameOption,
+    RunArgument,
+    SetOption,
+    StorageOption,
+    at_home,
+)
 from rltune.cli.terminal import errors, marked, take_any_text
 from rltune.errors import RltuneError
 from rltune.redaction import Redacting
@@ -28,33 +37,6 @@ rewards = typer.Typer(help="List the rewards that an experiment can name; check 
 app.add_typer(rewards, name="rewards")
 models = typer.Typer(help="Weights: which there are, which are on this machine, and fetching the others.")
 app.add_typer(models, name="models")
-
-
-def _at_home(value: Any) -> Any:
-    """Spell out the ``~`` of paths: the shell leaves that of ``--storage=~/runs`` as it is."""
-    if isinstance(value, list):
-        return [_at_home(item) for item in value]
-    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
-
-
-ExperimentArgument = Annotated[
-    Path, typer.Argument(help="Experiment file (YAML).", show_default=False, callback=_at_home)
-]
-RunArgument = Annotated[
-    Path, typer.Argument(help="Run folder, such as runs/mix.", show_default=False, callback=_at_home)
-]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a setting: --set optim.lr=1e-3. Repeatable.")
-]
-AddressOption = Annotated[
-    str | None,
-    typer.Option(help="Ray cluster to attach to, HOST:PORT. Else RAY_ADDRESS, else a local one, else start one."),
-]
-NameOption = Annotated[str | None, typer.Option(help="Name of the run; the experiment's own if left out.")]
-StorageOption = Annotated[
-    Path, typer.Option(help="Folder that holds run folders; shared, if the cluster has nodes.", callback=_at_home)
-]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -149,7 +131,7 @@ def front(
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN", help="Run folders, two or more.", show_default=False, callback=_at_home),
+        typer.Argument(metavar="RUN", help="Run folders, two or more.", show_default=False, callback=at_home),
     ],
     objectives: Annotated[str | None, typer.Option(help="What fronts are over, as of front.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers, points and surfaces for programs.")] = False,
@@ -165,7 +147,7 @@ def report(
     run: RunArgument,
     figures: Annotated[
         Path | None,
-        typer.Option(help="Write the figures there, as PNG and SVG, instead of the page.", callback=_at_home),
+        typer.Option(help="Write the figures there, as PNG and SVG, instead of the page.", callback=at_home),
     ] = None,
 ) -> None:
     """Write report.html: the front to click on, with pictures, curves and settings of every trial, in one file."""
@@ -192,16 +174,16 @@ def export(
 @app.command()
 def sample(
     loras: Annotated[
-        list[Path] | None, typer.Argument(help="LoRA folders or files; none: the base model.", callback=_at_home)
+        list[Path] | None, typer.Argument(help="LoRA folders or files; none: the base model.", callback=at_home)
     ] = None,
     prompts: Annotated[
         list[str] | None, typer.Option("--prompt", help="What to draw; repeatable. Else held-out prompts.")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.", callback=_at_home)] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.", callback=at_home)] = Path(
         "samples.png"
     ),
     base: Annotated[
-        str | None, typer.Option(help="Base model; that of the first LoRA's run if left out.", callback=_at_home)
+        str | None, typer.Option(help="Base model; that of the first LoRA's run if left out.", callback=at_home)
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the run's, else the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; the run's, else the model's.")] = None,
@@ -209,9 +191,9 @@ def sample(
     base_steps: Annotated[
         int | None, typer.Option(min=0, help="First steps left to the base model; the run's, else 0.")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="Image to fill, for inpainting.", callback=_at_home)] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to fill, for inpainting.", callback=at_home)] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="Where to fill it, white, of the same size; else at random.", callback=_at_home)
+        Path | None, typer.Option(help="Where to fill it, white, of the same size; else at random.", callback=at_home)
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, the same for every row.")] = 0,
@@ -259,7 +241,7 @@ def rewards_list(context: typer.Context) -> None:
 def rewards_check(
     name: Annotated[str, typer.Argument(help="A reward, or module:name of your own.", show_default=False)],
     images: Annotated[
-        list[Path] | None, typer.Option("--image", help="Image to score; repeatable.", callback=_at_home)
+        list[Path] | None, typer.Option("--image", help="Image to score; repeatable.", callback=at_home)
     ] = None,
     prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Its prompt; one for all, or one each.")] = None,
     options: Annotated[
@@ -321,10 +303,10 @@ def fetch(
 @builtin.command("train")
 def builtin_train(
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Where weights, prompts and card go.", callback=_at_home)
+        Path, typer.Option("--output", "-o", help="Where weights, prompts and card go.", callback=at_home)
     ],
     work: Annotated[
-        Path, typer.Option(help="Data and checkpoints; the same folder again resumes.", callback=_at_home)
+        Path, typer.Option(help="Data and checkpoints; the same folder again resumes.", callback=at_home)
     ] = Path("builtin"),
     seed: Annotated[int, typer.Option(min=0, help="Of data, initial weights and batches.")] = 0,
     scale: Annotated[float, typer.Option(min=0.0, help="Multiplies the steps of every stage.")] = 1.0,
@@ -338,7 +320,7 @@ def builtin_train(
 
 @builtin.command("scenes")
 def builtin_scenes(
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.", callback=_at_home)] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.", callback=at_home)] = Path(
         "scenes.png"
     ),
     count: Annotated[int, typer.Option(min=1, help="Scenes.")] = 32,
