@@ -9,7 +9,13 @@ from rltune.pareto.front import non_dominated, ranks
 from rltune.pareto.hypervolume import hypervolume
 
 
-@pytest.mark.parametrize(("num_objectives", "num_fronts"), [(2, 1000), (3, 1000), (4, 500), (5, 100)])
+@pytest.mark.parametrize(
+    ("num_objectives", "num_fronts"),
+    [
+        *((2, 200), (3, 100)),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 1000), (3, 1000), (4, 500), (5, 100))),
+    ],
+)
 def test_fronts_and_volumes(num_objectives: int, num_fronts: int) -> None:
     rng = np.random.default_rng(num_objectives)
     for number in range(num_fronts):

@@ -238,7 +238,7 @@ def test_a_reward_stands_in_an_experiment_as_often_as_it_has_names(make_config: 
     for name, values in expected.items():
         assert run.rewards[name](images, ["", ""]).tolist() == pytest.approx(values.tolist(), abs=1e-6)
     assert {key.removeprefix("eval/") for key in report if key.startswith("eval/") and not key.endswith("_se")} == {
-        "warm", "cold", "lit", "smoothness", "drift"
+        "warm", "cold", "lit", "smoothness", "drift", "domination", "collapse"
     }  # fmt: skip
 
 
