@@ -281,7 +281,7 @@ class ResourcesConfig(StrictModel):
     changes them a little at the seams. ``auto`` does so where both the image and those the model was made for are
     longer than 768 px, on every machine alike. Evaluation decodes whole."""
     compile: Bool = False
-    """Compile the network with torch.compile: faster steps after a minute or more of compiling. The code is kept on
-    disk for the next trial, or run, on the machine."""
+    """Compile the network's repeated blocks, where its class names them, or all of it, with torch.compile: faster steps
+    after minutes of compiling. The code is kept on disk for the next trial, or run, on the machine."""
     threads_per_worker: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
     """CPU threads per worker; ``auto`` shares the machine out."""

@@ -1,4 +1,4 @@
-"""The blocks of a denoiser, as diffusers knows them, and a checkpoint around each.
+"""The blocks of a denoiser, as diffusers knows them: a checkpoint around each, and code compiled once for those alike.
 
 What diffusers keeps private of its networks is used here and nowhere else.
 """
@@ -74,3 +74,15 @@ def in_checkpoint(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any
 
     # tensors as arguments of their own, not by name or in lists: only such does a checkpoint hand to autograd to store
     return checkpoint(run, *nested_tensors((args, kwargs)), use_reentrant=False, preserve_rng_state=False)
+
+
+def compile_blocks(network: nn.Module) -> bool:
+    """Compile the blocks that the network's class names as repeated, else the whole; return whether blocks were.
+
+    Blocks that are alike share their code, so that a network takes as long to compile as a few of its blocks.
+    """
+    names = set(getattr(network, "_repeated_blocks", None) or ())
+    repeated = [module for module in network.modules() if type(module).__name__ in names]
+    for part in repeated or [network]:
+        part.compile()
+    return bool(repeated)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 def leaves(value: Any) -> Iterator[Any]:
     """Yield what is in nested lists, tuples and dicts, in order."""
-    if isinstance(value, dict | list | tuple):
+    if isinstance(value, (dict, list, tuple)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from leaves(part)
     else:
@@ -26,7 +26,7 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, dict):
         return {key: mapped(part, change) for key, part in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         parts = [mapped(part, change) for part in value]
         return parts if isinstance(value, list) else tuple(parts)
     return value

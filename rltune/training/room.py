@@ -5,10 +5,11 @@ import os
 from dataclasses import replace
 
 import torch
+import torch.compiler.config as compiler
 from torch import Tensor, nn
 
 from rltune.config.experiment import RunConfig
-from rltune.diffusion.blocks import blocks_of, checkpoint_blocks
+from rltune.diffusion.blocks import blocks_of, checkpoint_blocks, compile_blocks
 from rltune.diffusion.memory import GIB, Stored, free_bytes, measure_call, stored_bytes
 from rltune.diffusion.sampler import Sampler
 from rltune.errors import UserError
@@ -16,6 +17,9 @@ from rltune.rewards.weights import cache_dir
 from rltune.training.setup import Run
 
 logger = logging.getLogger(__name__)
+
+NUM_TRACED = 64
+"""Forms of one block that are compiled at most."""
 
 
 def with_room(run: Run, config: RunConfig) -> Sampler:
@@ -43,12 +47,15 @@ def with_room(run: Run, config: RunConfig) -> Sampler:
 
 
 def compile_kept(network: nn.Module) -> None:
-    """Compile a network, and keep the code on disk, so that the next trial, or run, on this machine has it.
+    """Compile a network, or its repeated blocks, and keep the code on disk for the next trial, or run, on this machine.
 
     In the folder that ``TORCHINDUCTOR_CACHE_DIR`` names, or beside the weights that rltune keeps.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
-    network.compile()
+    # the code of a block is traced once for every width, image size and precision, with gradient and without, with
+    # adapters and without; beyond the 8 that PyTorch allows, blocks would silently run uncompiled
+    compiler.recompile_limit = max(compiler.recompile_limit, NUM_TRACED)
+    compile_blocks(network)
 
 
 def _set_blocks(run: Run, config: RunConfig, step: Stored | None) -> bool:

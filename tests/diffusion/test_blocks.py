@@ -1,4 +1,4 @@
-"""Checkpoints around blocks: the same gradient of every family, and far less that is stored for it."""
+"""Checkpoints around blocks, and blocks that are compiled: the same gradient, and far less that is stored for it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rltune.diffusion.blocks import blocks_of, checkpoint_blocks
+from rltune.diffusion.blocks import blocks_of, checkpoint_blocks, compile_blocks
 from rltune.diffusion.chain import GradientPlan
 from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import FAMILIES, ModelFamily
@@ -110,3 +110,40 @@ def test_a_network_that_names_none_is_left_alone() -> None:
     x = torch.ones(1, 2)
     stored = measure_call(lambda: network(x), network)
     assert (stored.plain, stored.outside, stored.largest) == (8, 8, 0)
+
+
+# ---- compiled
+
+
+# tracing looks at every input's .grad, which PyTorch warns of where the input is no leaf
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.slow
+def test_blocks_are_compiled_whole_inside_their_checkpoints_and_give_the_same_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Traced forwards and backwards, but not translated, which would take minutes on a CPU."""
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda part: compile_(part, backend="aot_eager", fullgraph=True))
+    torch.manual_seed(0)
+    model = adapted.__wrapped__("sdxl", torch.float32)  # of its own: it stays compiled
+    shape = model.latent_shape(16, 16)
+    sampler, x_BCHW = sampler_of(model, shape, num_kept=T), latents(model, shape)
+    expected = gradient(sampler, x_BCHW)
+    checkpoint_blocks(model.network, enabled=True)
+    assert compile_blocks(model.network)
+    found = gradient(sampler, x_BCHW)
+    assert any(part.abs().max() > 0 for part in found)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [("flux", {"FluxTransformerBlock", "FluxSingleTransformerBlock"}), ("sd3", {"SD3Transformer2DModel"})],
+)
+def test_a_network_without_repeated_blocks_is_compiled_as_a_whole(
+    monkeypatch: pytest.MonkeyPatch, name: str, kinds: set[str]
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda part: compiled.append(type(part).__name__))
+    assert compile_blocks(adapted(name, torch.float32).network) == (name == "flux")
+    assert set(compiled) == kinds

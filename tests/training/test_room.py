@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.compiler.config as compiler
 
 from rltune.diffusion.blocks import blocks_of
 from rltune.diffusion.memory import Stored, measure_call, stored_bytes
@@ -197,9 +198,11 @@ def test_checkpointed_blocks_train_the_same_adapters(make_config: Make, tmp_path
 def test_compiled_code_lies_where_the_next_trial_finds_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
     monkeypatch.setenv("RLTUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler, "recompile_limit", 8)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     room.compile_kept(torch.nn.Linear(1, 1))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    assert compiler.recompile_limit >= room.NUM_TRACED
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     room.compile_kept(torch.nn.Linear(1, 1))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
