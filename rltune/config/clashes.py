@@ -23,6 +23,9 @@ def find_clashes(config: Settings, known: Known, *, must_find_files: bool) -> li
 
 def _clashes(config: Settings) -> Iterator[Clash]:
     yield from _sampler_clashes(config)
+    if config.model.lora.dora and config.model.quantise != "none":
+        what = f"DoRA reads the norms of weights, which model.quantise: {config.model.quantise} packs, got true"
+        yield Clash("model.lora.dora", what, "delete one of them", ("model.quantise",))
     yield from _worker_clashes(config)
     yield from _batch_clashes(config)
     yield from _reward_clashes(config)

@@ -42,5 +42,9 @@ class ModelConfig(StrictModel):
     tokenizers and what the file lacks; the published model's if left out."""
     drop: tuple[Text, ...] = ()
     """Text encoders to do without: ``[text_encoder_3]``, T5, of Stable Diffusion 3 and 3.5."""
+    quantise: Literal["none", "nf4", "int8"] = "none"
+    """Keep the frozen network's linear layers rounded while training: ``nf4`` in 4 bits (bitsandbytes), ``int8`` in 8
+    (torchao, weights alone). Gains are over the base model so rounded; exports are made for, and proved on, the one
+    that is not. Needs the extra ``quantise``."""
     lora: LoraConfig = LoraConfig()
     """The adapter that is trained."""

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import adapted_weights, add_lora, lora_parameters, remove_lora
 from rltune.diffusion.memory import Stored, measure_call
+from rltune.diffusion.quantise import Kind, weight_bytes
 from rltune.diffusion.sampler import GuidanceGradient, guided_denoiser
 from rltune.diffusion.tiles import Tiling
 
@@ -36,6 +37,8 @@ class Counts:
     """Parameters of the adapters, in float32."""
     merged: int
     """A second copy of the adapted layers, for steps without gradient; none below float32."""
+    unpacked: int
+    """The largest of quantised weights, unpacked for a call."""
     step: Stored
     """One call of the network with guidance, as an estimator differentiates it."""
     decoding: Stored
@@ -56,6 +59,7 @@ def count(
     guidance_scale: float,
     guidance_gradient: GuidanceGradient = "both",
     tiling: Tiling | None = None,
+    quantised: Kind | None = None,
 ) -> Counts:
     """Return what a model comes to; its networks have no values, and no adapters before and after.
 
@@ -72,31 +76,26 @@ def count(
         guidance_scale: Above 1 the network runs on two rows an image.
         guidance_gradient: Which of them carry gradient.
         tiling: Tiles that are decoded one by one.
+        quantised: How the network's weights are rounded.
     """
     # a diffusers model's own method warns of layers that are kept in float32, of which there are none here
     network = nn.Module.to(model.network, dtype=dtype)
     decoder = nn.Module.to(model.decoder, dtype=decoder_dtype or dtype)
-    sizes = {part: _weight_bytes(part) for part in (network, decoder)}
+    size, unpacked = weight_bytes(network, quantised)
+    is_merged = dtype == torch.float32 and quantised is None
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     add_lora(network, rank=rank, alpha=rank, targets=model.lora_layers(targets), seed=0)
     try:
-        row = model.blank_text()
-        denoise = guided_denoiser(
-            model, [row] * batch, row, META, guidance_scale=guidance_scale, gradient=guidance_gradient
+        step, decoding, whole_image = _calls(
+            model, torch.empty(batch, *shape, device=META), guidance_scale, guidance_gradient, tiling
         )
-        x_BCHW = torch.empty(batch, *shape, device=META, requires_grad=True)
-        t = torch.empty((), device=META)
-        tile_BCHW = x_BCHW if tiling is None else _tile(x_BCHW, tiling)
-        with fused_attention():
-            step = measure_call(lambda: denoise(x_BCHW, t), network)
-            decoding = measure_call(lambda: model.decode(tile_BCHW), decoder)
-            whole_image = measure_call(lambda: model.decode(x_BCHW[:1]), decoder)
         return Counts(
-            network=sizes[network],
+            network=size,
             num_parameters=num_parameters,
-            decoder=sizes[decoder],
+            decoder=weight_bytes(decoder)[0],
             num_adapted=sum(parameter.numel() for parameter in lora_parameters(network)),
-            merged=sum(weight.nbytes for weight in adapted_weights(network)) if dtype == torch.float32 else 0,
+            merged=sum(weight.nbytes for weight in adapted_weights(network)) if is_merged else 0,
+            unpacked=unpacked,
             step=step,
             decoding=decoding,
             whole_image=whole_image,
@@ -105,8 +104,19 @@ def count(
         remove_lora(network)
 
 
-def _weight_bytes(network: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+def _calls(
+    model: ModelFamily, x_BCHW: Tensor, scale: float, gradient: GuidanceGradient, tiling: Tiling | None
+) -> tuple[Stored, Stored, Stored]:
+    """Return what is stored of one step, of decoding, in tiles or not, and of decoding one image whole."""
+    row, t = model.blank_text(), torch.empty((), device=META)
+    denoise = guided_denoiser(model, [row] * len(x_BCHW), row, META, guidance_scale=scale, gradient=gradient)
+    x_BCHW = x_BCHW.requires_grad_()
+    tile_BCHW = x_BCHW if tiling is None else _tile(x_BCHW, tiling)
+    with fused_attention():
+        step = measure_call(lambda: denoise(x_BCHW, t), model.network)
+        decoding = measure_call(lambda: model.decode(tile_BCHW), model.decoder)
+        whole_image = measure_call(lambda: model.decode(x_BCHW[:1]), model.decoder)
+    return step, decoding, whole_image
 
 
 def _tile(x_BCHW: Tensor, tiling: Tiling) -> Tensor:

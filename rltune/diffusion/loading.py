@@ -21,6 +21,7 @@ from rltune.diffusion.outline import (
     remedy,
     short,
 )
+from rltune.diffusion.quantise import Kind, quantise
 from rltune.diffusion.single_file import load_parts
 from rltune.errors import UserError, gated_remedy
 
@@ -33,6 +34,7 @@ def load_model(
     drop: Sequence[str] = (),
     dtype: torch.dtype | dict[str, torch.dtype] = torch.float32,
     device: torch.device | None = None,
+    quantised: Kind | None = None,
 ) -> ModelFamily:
     """Load a text-to-image model and wrap it by its family; frozen, in eval mode.
 
@@ -45,10 +47,11 @@ def load_model(
         drop: Components to do without.
         dtype: Of the frozen weights; by component, such as ``vae``, with that of the others as ``default``.
         device: Where network and decoder go; the CPU by default.
+        quantised: How the network's weights are rounded before they go there; left out, not at all.
 
     Raises:
         UserError: The weights are not there, or are of a family that rltune does not know, or a component cannot be
-            done without.
+            done without, or the library that quantises is not installed.
     """
     source, folder = resolve_base(base), find_pipeline(base, revision, config)
     is_file = Path(base).is_file()
@@ -68,6 +71,8 @@ def load_model(
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, UserError) as error:
         raise UserError(f"model.base: {base!r} could not be loaded ({short(error)}); {remedy(base, error)}") from error
     model = family(pipeline)
+    if quantised is not None:
+        quantise(model.network, quantised)
     model.to(device or torch.device("cpu"))
     return model
 

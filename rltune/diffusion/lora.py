@@ -1,5 +1,6 @@
 """LoRA adapters by peft: attach, read, write, switch off, fold."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -10,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from rltune.diffusion.quantise import is_quantised, precision_of
 from rltune.registry import suggest
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -93,8 +95,10 @@ def add_lora(
         use_dora=use_dora,
     )
     gpus = sorted({weight.device.index for weight in network.parameters() if weight.device.type == "cuda"})
-    with torch.random.fork_rng(devices=gpus):  # all of them otherwise, with a warning
+    with torch.random.fork_rng(devices=gpus), warnings.catch_warnings():  # all of them otherwise, with a warning
         torch.manual_seed(seed)
+        # that peft could not merge into quantised weights, which nobody does
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated")
         cast(Any, network).add_adapter(config, adapter_name=ADAPTER)
     for parameter in lora_parameters(network):
         parameter.data = parameter.data.float()
@@ -210,7 +214,7 @@ def adapters_as_loaded(network: nn.Module) -> Iterator[None]:
     """
     changed = []
     for layer in _lora_layers(network):
-        dtype = layer.get_base_layer().weight.dtype
+        dtype = precision_of(layer.get_base_layer())
         for name in (name for name in layer.active_adapters if name in layer.lora_A):
             a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
             if a.dtype != dtype:
@@ -220,7 +224,7 @@ def adapters_as_loaded(network: nn.Module) -> Iterator[None]:
     for layer in _lora_layers(network):
         for part in layer.lora_magnitude_vector.values():
             exact.append((part.weight, part.weight.data))
-            part.weight.data = part.weight.data.to(layer.get_base_layer().weight.dtype)
+            part.weight.data = part.weight.data.to(precision_of(layer.get_base_layer()))
     try:
         yield
     finally:
@@ -234,7 +238,7 @@ def adapters_as_loaded(network: nn.Module) -> Iterator[None]:
 class MergedLora:
     """The adapters folded into the weights they are attached to, for calls without gradient.
 
-    Those with more to them than B A and DoRA's magnitudes run as peft runs them.
+    Those with more to them than B A and DoRA's magnitudes, and those on quantised weights, run as peft runs them.
 
     The merged weights are a second copy of the adapted layers alone, made once and taken anew for every set of adapter
     values. The network's own weights are put aside while it runs and put back untouched, so that nothing is rounded
@@ -267,7 +271,7 @@ def _lora_layers(network: nn.Module) -> list[Any]:
 def _is_foldable(layer: Any) -> bool:
     """Whether ``_update`` is all that the layer's adapters do: one of DoRA's alone, or any number of plain ones."""
     names = layer.active_adapters
-    if any(layer.lora_bias.get(name) for name in names):
+    if any(layer.lora_bias.get(name) for name in names) or is_quantised(layer.get_base_layer()):
         return False
     return not any(name in layer.lora_variant for name in names) or (
         len(names) == 1 and names[0] in layer.lora_magnitude_vector

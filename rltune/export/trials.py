@@ -232,7 +232,8 @@ def _in_float32(config: RunConfig) -> RunConfig:
     resources = config.resources.model_copy(
         update={"precision": "fp32", "decoder_precision": "same", "prefix_precision": "same"}
     )
-    return config.model_copy(update={"resources": resources})
+    model = config.model.model_copy(update={"quantise": "none"})  # the model that the files are for
+    return config.model_copy(update={"resources": resources, "model": model})
 
 
 def _move_files(source: Path, target: Path) -> None:

@@ -16,6 +16,7 @@ from rltune.config.load import Experiment
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import unfit_targets
 from rltune.diffusion.outline import INDEX, find_pipeline, load_outline
+from rltune.diffusion.quantise import check_quantiser
 from rltune.errors import ExperimentError, Fault, RltuneError, RunError, UnknownNameError, UserError
 from rltune.orchestration.last_step import last_step_note
 from rltune.rewards.base import REWARDS
@@ -234,6 +235,10 @@ def _check_prompts(experiment: Experiment, faults: Faults, folder: RunFolder) ->
 
 def _check_base(experiment: Experiment, faults: Faults, *, is_attached: bool) -> ModelFamily | None:
     """Return the base model without weights; None where it is not on this machine, or a fault."""
+    for kind in {config.model.quantise for config in experiment.corners(("model.quantise",))} - {"none"}:
+        with faults.noted():
+            if not is_attached:
+                check_quantiser(kind)
     model = None
     with faults.noted():
         model = _outline(experiment.shared, is_attached=is_attached)

@@ -22,6 +22,9 @@ BYTES_PER_ADAPTED = 16
 """Of an adapter's parameter in float32: itself, its gradient, and Adam's two moments."""
 PROCESS_BYTES = int(1.5 * GIB)
 """Python and its libraries in memory, on a GPU CUDA's own instead, and the allocator's gaps."""
+GAPS = 0.03
+"""Of the network's weights, more gaps: what the allocator keeps of temporaries, which grow with them. Of SDXL's step on
+a CPU ``malloc_trim`` gave back 1.40 GiB in all, of SD-Turbo's 0.68 (docs/memory.md)."""
 REWARD_ACTIVATIONS = 0.3
 """What a reward stores for an image, as a share of its weights: a CLIP of size H, 1.9 GiB, stores 0.6 GiB."""
 TEMPORARIES = 3
@@ -96,7 +99,7 @@ def _forecast(config: RunConfig, model: ModelFamily, precision: str, *, has_bloc
         "decoder": counts.decoder,
         "adapters": BYTES_PER_ADAPTED * counts.num_adapted,
         "rewards": rewards if config.resources.rewards_on == "same" else 0,
-        "process": PROCESS_BYTES,
+        "process": PROCESS_BYTES + int(GAPS * counts.network),
     }
     step = counts.step.outside + counts.step.largest if has_blocks else counts.step.plain
     height_px, width_px = image_px(config, model)
@@ -105,10 +108,10 @@ def _forecast(config: RunConfig, model: ModelFamily, precision: str, *, has_bloc
     drawn = max(EVAL_BATCH_LARGE if sampler.is_decoded_singly else EVAL_BATCH, batch)
     decoded = 1 if sampler.is_decoded_singly else drawn
     phases = {
-        "a training step": step + TEMPORARIES * counts.step.tensor,
+        "a training step": step + TEMPORARIES * counts.step.tensor + counts.unpacked,
         "decoding": counts.decoding.plain + TEMPORARIES * (counts.decoding.tensor + images),
         "scoring": int(REWARD_ACTIVATIONS * fixed["rewards"] * num_scored) + 2 * images,
-        "sampling": counts.merged + counts.step.largest,
+        "sampling": counts.merged + counts.step.largest + counts.unpacked,
         "evaluation": counts.merged
         + max(FORWARD_TENSORS * counts.whole_image.tensor * decoded, counts.step.largest * drawn // batch),
     }
@@ -140,6 +143,7 @@ def counts_of(config: RunConfig, model: ModelFamily, dtype: torch.dtype) -> Coun
         "guidance_scale": sampler.guidance_scale,
         "guidance_gradient": sampler.guidance_gradient,
         "tiling": sampler.tiling,
+        "quantised": None if config.model.quantise == "none" else config.model.quantise,
         "decoder_dtype": DTYPES.get(config.resources.decoder_precision),
     }
     networks = [dict(getattr(part, "config", {})) for part in (model.network, model.decoder)]

@@ -78,7 +78,7 @@ class ModelCache:
     def _model_key(config: RunConfig, device: torch.device | None) -> Hashable:
         model, resources = config.model, config.resources
         named = (model.base, model.revision, model.config, model.drop)
-        return (*named, resources.precision, resources.decoder_precision, device)
+        return (*named, model.quantise, resources.precision, resources.decoder_precision, device)
 
     @staticmethod
     def _clear(*kinds: dict[Any, Any]) -> None:
@@ -89,6 +89,8 @@ class ModelCache:
 
 def load_base_model(config: RunConfig, device: torch.device, *, dtype: torch.dtype | None = None) -> ModelFamily:
     """Load the base model of an experiment without adapters, in its precision and its decoder's, or all in another.
+
+    In another precision its weights are not quantised.
 
     Raises:
         UserError: The weights are not there.
@@ -103,6 +105,7 @@ def load_base_model(config: RunConfig, device: torch.device, *, dtype: torch.dty
         drop=model.drop,
         dtype=dtype or dtypes,
         device=device,
+        quantised=None if dtype is not None or model.quantise == "none" else model.quantise,
     )
 
 

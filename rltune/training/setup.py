@@ -229,6 +229,8 @@ def base_settings(config: RunConfig, named: Mapping[str, str] | None = None) -> 
         parts["model_config"] = named.get("model.config") or config.model.config
     if config.model.drop:
         parts["model_drop"] = list(config.model.drop)
+    if config.model.quantise != "none":
+        parts["model_quantise"] = config.model.quantise
     train, held_out = prompt_set(config, "train").prompts, prompt_set(config, "eval").prompts
     parts["prompts"] = {
         "train": prompts_digest(kept_form(train)),

@@ -121,6 +121,13 @@ def test_an_eta_above_1_needs_the_rule_that_has_a_meaning_for_it() -> None:
     assert "sampler.eta: must be a number from 0 to 10, got 11" in only_fault("sampler: {eta: 11, rule: flow_grpo}")
 
 
+def test_dora_reads_weights_that_are_not_packed() -> None:
+    assert only_fault("model: {quantise: int8, lora: {dora: true}}") == (
+        "x.yaml:2 model.lora.dora: DoRA reads the norms of weights, which model.quantise: int8 packs, got true; delete "
+        "one of them"
+    )
+
+
 def test_an_experiment_has_the_models_own_values_only_where_it_says_nothing() -> None:
     own = {"sampler.steps": 4, "sampler.guidance": 1.0, "sampler.eta": 1.0}
     experiment = parse_experiment("rewards: {a: }\nsampler: {steps: 12, eta: null}", "x.yaml")

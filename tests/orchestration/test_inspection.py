@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError
 
 from rltune.config.load import load_experiment
+from rltune.diffusion import quantise
 from rltune.diffusion.loading import load_model
 from rltune.errors import ExperimentError, RunError, UserError
 from rltune.orchestration import inspection
@@ -176,6 +177,19 @@ evaluate: {{prompts: 2}}
         "model.lora.targets: an adapter cannot go to a Attention, got 'attn1'",
         "model.lora.start: no/lora: no such file or folder",
     ]
+
+
+def test_a_library_that_is_needed_here_is_a_fault_at_every_value(
+    inspect: Inspect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantise, "find_spec", lambda _: None)
+    text = "rewards: {brightness: }\nmodel: {quantise: {choice: [none, int8]}}"
+    (fault,) = faults_of(inspect, text)
+    assert fault == (
+        "model.quantise: int8 needs torchao, which is not installed; run 'pip install \"rltune[quantise]\"', or write "
+        "none"
+    )
+    inspect(text, is_attached=True)  # the nodes' libraries are not known here
 
 
 def test_a_folder_that_is_no_whole_pipeline_is_a_fault(inspect: Inspect, pipeline: Path) -> None:

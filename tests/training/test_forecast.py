@@ -7,6 +7,7 @@ import pytest
 
 from rltune.diffusion.memory import measure_call
 from rltune.diffusion.outline import load_outline
+from rltune.diffusion.quantise import NF4_BYTES, quantised_layers
 from rltune.rewards.base import REWARDS
 from rltune.training import forecast as module
 from rltune.training import room
@@ -82,6 +83,18 @@ def test_every_setting_that_is_proposed_makes_it_smaller(make_config: Make, monk
     assert "resources.precision: bf16" not in smaller(config, outline, best)
 
 
+def test_a_quantised_network_is_counted_packed_with_one_layer_unpacked(make_config: Make) -> None:
+    config, rounded = make_config(), make_config(model={"quantise": "nf4"})
+    outline = outline_of(config)
+    plain, found = (forecast(given, outline, precision="fp32") for given in (config, rounded))
+    layers = [layer for _, _, layer in quantised_layers(outline.network)]
+    weights = sum(layer.weight.numel() for layer in layers)
+    assert found.fixed["network"] == pytest.approx(plain.fixed["network"] - (4 - NF4_BYTES) * weights, abs=len(layers))
+    largest = max(layer.weight.nbytes for layer in layers)
+    assert found.phases["a training step"] == plain.phases["a training step"] + largest
+    assert found.phases["sampling"] < plain.phases["sampling"] + largest  # nothing is merged
+
+
 def test_rewards_count_by_their_published_files_each_once(make_config: Make) -> None:
     section = {"weight": 1.0}
     config = make_config(rewards={"hpsv2": section}, evaluate={"judges": ["pickscore"]})
@@ -96,6 +109,6 @@ def test_the_peak_is_what_stays_and_the_largest_phase(make_config: Make) -> None
     config = make_config()
     found = forecast(config, outline_of(config), precision="fp32")
     assert found.peak_bytes == sum(found.fixed.values()) + max(found.phases.values())
-    assert found.fixed["process"] == module.PROCESS_BYTES
+    assert found.fixed["process"] == module.PROCESS_BYTES + int(module.GAPS * found.fixed["network"])
     assert sum(found.parts.values()) == pytest.approx(found.peak_gib)
     assert micro_batch(make_config(optim={"batch": 8}, resources={"workers": 3})) == 3

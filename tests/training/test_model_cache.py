@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rltune.config.experiment import RunConfig
+from rltune.diffusion import loading
 from rltune.diffusion.lora import add_lora, lora_parameters, remove_lora
 from rltune.errors import UserError
 from rltune.training.loop import base_run, train_run
@@ -124,6 +125,18 @@ def test_a_decoder_may_have_a_precision_of_its_own(make_config: Make, precision:
     assert torch.equal(image, whole.decode(latents))
     assert network_dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     assert next(whole.network.parameters()).dtype != network_dtype
+
+
+def test_a_base_is_quantised_unless_it_is_loaded_to_prove_an_export(
+    make_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(loading, "quantise", lambda network, kind: done.append(kind))
+    cache, plain, rounded = ModelCache(), make_config(), make_config(model={"quantise": "nf4"})
+    first = cache.model(plain, CPU)
+    assert cache.model(rounded, CPU) is not first
+    load_base_model(rounded, CPU, dtype=torch.bfloat16)
+    assert done == ["nf4"]
 
 
 def test_a_checkpoint_in_one_file_is_loaded_with_the_settings_that_are_named(

@@ -239,6 +239,7 @@ def test_what_does_not_change_the_base_model_shares_its_measurements(
         {"rewards": {"brightness": {}}},
         {"rewards": {"brightness": {"options": {"x": 1}}, "smoothness": {}}},
         {"model": {"base": "other"}},
+        {"model": {"quantise": "nf4"}},
     ],
 )
 def test_what_changes_the_base_model_has_measurements_of_its_own(make_config: Make, sections: dict[str, Any]) -> None:
