@@ -27,9 +27,10 @@ AROUND = {
 """What a snippet may rely on."""
 FILES = (".safetensors", ".json")
 LACKING = re.compile(
-    r"no module 'my_rewards'|not on this machine: |model\.base: no such folder|variable \w+ is not set"
+    r"no module 'my_rewards'|not on this machine: |model\.base: no such folder|is not installed|variable \w+ is not set"
 )
-"""Faults of an experiment that another machine would not find: published weights, the reader's own code, a secret."""
+"""Faults of an experiment that another machine would not find: published weights, the reader's own code, a secret, a
+library of an extra."""
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
