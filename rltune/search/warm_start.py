@@ -14,6 +14,7 @@ from typing import Any
 from rltune.config.distributions import is_in, show
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment
+from rltune.config.sections import DISTANCES, JOINT_SHARES
 from rltune.errors import UserError
 from rltune.records import to_record
 from rltune.runs.layout import BASE_TRIAL, RunFolder
@@ -76,6 +77,8 @@ def read_prior_results(experiment: Experiment, folder: RunFolder) -> list[TrialR
         return []
     results = read_results(other.results_file)
     base = next((result for result in reversed(results) if result.trial == BASE_TRIAL and result.is_ok), None)
+    if base is not None:
+        _check_shares(experiment, read_run(other.path)[1], base)
     ended = [result for result in results if result.trial != BASE_TRIAL]
     objectives = Objectives(experiment.shared.objective_names)
     inside = [result for result in ended if experiment.has(result.values)]
@@ -102,6 +105,23 @@ def keep_prior_results(experiment: Experiment, folder: RunFolder, prior_results:
     if experiment.shared.search.warm_start is not None and not folder.warm_start_file.is_file():
         lines = [json.dumps(to_record(asdict(result)), allow_nan=False) + "\n" for result in prior_results]
         write_atomically(folder.warm_start_file, "".join(lines))
+
+
+def _check_shares(experiment: Experiment, other: Experiment, base: TrialResult) -> None:
+    """Check that shares of images that the search goes by are those of the other run: over the same objectives.
+
+    Raises:
+        UserError: They are not, or the other run has none.
+    """
+    asked, no_scores = experiment.shared, (*DISTANCES, *JOINT_SHARES)
+    compared = [set(shared.objective_names).difference(no_scores) for shared in (asked, other.shared)]
+    for name in JOINT_SHARES:
+        is_there = f"eval/{name}" in base.metrics and compared[0] == compared[1]
+        if (name in asked.objective_names or name in asked.constraints) and not is_there:
+            raise UserError(
+                f"{WHERE}: has no {name} over {', '.join(sorted(compared[0]))}, which the search goes by, got "
+                f"{asked.search.warm_start!r}; name a run with these objectives, or leave {name} out"
+            )
 
 
 def _translated(result: TrialResult, run: str, experiment: Experiment, base: TrialResult | None) -> TrialResult:

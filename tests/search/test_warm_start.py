@@ -73,6 +73,20 @@ def test_constraints_are_this_experiments(other: Path, tmp_path: Path) -> None:
     assert prior_results[2].constraints == {}
 
 
+def test_shares_of_images_are_over_the_same_objectives_or_refused(other: Path, tmp_path: Path) -> None:
+    asked = starting_from(other, constraints={"collapse": {"max": 0.2}})
+    what = r"has no collapse over brightness, which the search goes by, got '.*'; name a run with these objectives"
+    with pytest.raises(UserError, match=what):  # a run of before measured none
+        read_prior_results(asked, RunFolder(tmp_path / "new"))
+    file = RunFolder(other).results_file
+    file.write_text(file.read_text().replace('"metrics": {"step"', '"metrics": {"eval/collapse": 0.3, "step"'))
+    found = read_prior_results(asked, RunFolder(tmp_path / "new"))
+    assert found[0].constraints == {"collapse.max": pytest.approx(0.1)}
+    more = starting_from(other, constraints={"collapse": {"max": 0.2}}, objectives=["brightness", "smoothness"])
+    with pytest.raises(UserError, match="has no collapse over brightness, smoothness"):
+        read_prior_results(more, RunFolder(tmp_path / "new"))
+
+
 def test_objectives_may_be_others_that_were_measured(other: Path, tmp_path: Path) -> None:
     assert len(read_prior_results(starting_from(other, objectives=["drift"]), RunFolder(tmp_path / "new"))) == 3
 
