@@ -99,7 +99,12 @@ def _panel() -> Markup:
 def _members(run: Gathered) -> Markup:
     """Return the front as a table."""
     places = run.front.fresh.non_dominated if run.front.fresh else {}
-    head = ["trial", *(["P(front)"] if places else []), *run.objectives, *(setting_name(path) for path in run.settings)]
+    head = [
+        "trial",
+        *(["P(non-dominated)"] if places else []),
+        *run.objectives,
+        *(setting_name(path) for path in run.settings),
+    ]
     rows = []
     for member in run.front.members:
         gains = [_value_and_gain(run, member, name) for name in run.objectives]
@@ -113,7 +118,9 @@ def _members(run: Gathered) -> Markup:
     reasons = [f"{trial}: {why}" for trial, why in run.front.not_held.items()]
     table = tag("table", tag("thead", tag("tr", *(tag("th", text) for text in head))), tag("tbody", *rows))
     marked = f"~ or !: does not hold its place on fresh prompts ({'; '.join(reasons)})." if reasons else ""
-    sure = "P(front): how probable it is that no other member, nor the base model, is better by its true values. "
+    sure = (
+        "P(non-dominated): how probable it is that no other member, nor the base model, is better by its true values. "
+    )
     notes = f"{sure if places else ''}{marked}"
     return join(tag("div", table, class_="scroll tall"), tag("p", notes, class_="dim") if notes else None)
 
