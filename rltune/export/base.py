@@ -5,7 +5,7 @@ the conformance suite, ``tests/export/test_conformance.py``.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 from typing import Protocol
@@ -37,6 +37,8 @@ class Adapter:
     targets: str | Sequence[str]
     """Layers that it was attached to, as in ``add_lora``."""
     use_rslora: bool = False
+    about: Mapping[str, str] = field(default_factory=dict)
+    """What headers say of it, by ModelSpec's names: ``title``, ``description``, ``date``, ``resolution``."""
 
     def __post_init__(self) -> None:
         for name, tensor in self.state.items():

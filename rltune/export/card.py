@@ -2,24 +2,40 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import rltune
 from rltune.config.experiment import RunConfig
+from rltune.config.sections import RewardConfig
+from rltune.config.yamlfile import write_yaml
+from rltune.export.effect import Effect
 from rltune.records import to_record
+from rltune.redaction import redact
 from rltune.runs.confirmations import comparable, read_confirmations
 from rltune.runs.layout import BASE_TRIAL, RunFolder
+from rltune.runs.metrics import JUDGES
 from rltune.runs.record import read_trial_versions
 from rltune.runs.results import TrialResult, read_results
-from rltune.training.canvases import kept_form
+from rltune.training.canvases import kept_form, prompt_set
+from rltune.training.figures import figures_of
+from rltune.training.heldout import fresh_prompts, search_prompts
+from rltune.training.rewards import licence_of
 
 CARD_FILE = "rltune.json"
+EXPERIMENT_FILE = "experiment.yaml"
 
 
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
-    """Write a card into a folder of LoRA files."""
-    (folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n")
+    """Write a card into a folder of LoRA files; what is known to be a secret is masked."""
+    (folder / CARD_FILE).write_text(redact(json.dumps(card, indent=2)) + "\n")
+
+
+def write_experiment(folder: Path, card: Mapping[str, Any]) -> None:
+    """Write the experiment that ``command`` of a card trains again, under a name of its own."""
+    content = {**card["experiment"], "name": f"{card['run']}-{card['trial']}"}
+    (folder / EXPERIMENT_FILE).write_text(redact(write_yaml(content)), encoding="utf-8")
 
 
 def formats_told(folder: Path) -> dict[str, Any]:
@@ -39,8 +55,9 @@ def card_of(
     folder: RunFolder,
     config: RunConfig,
     *,
-    revision: str | None,
+    settled: RunConfig,
     prompts: Sequence[str],
+    effect: Effect,
     formats: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the card of a trial's LoRA.
@@ -49,30 +66,73 @@ def card_of(
         result: The trial.
         folder: Of the run.
         config: The trial's experiment as it was asked for.
-        revision: Of the base model, as it was settled when the run began.
+        settled: The same with what was decided when the run began, and with its own prompts.
         prompts: Of the sample images.
+        effect: What it changes.
         formats: Format -> its files and what came of loading them again.
     """
     metrics, base_metrics, measured_on = measurements(result, folder, config)
+    figures = figures_of(metrics, base_metrics, measured_on["prompts"])
     return to_record(
         {
             "rltune": rltune.__version__,
             "run": folder.name,
             "trial": result.trial,
             "base_model": config.model.base,
-            "base_revision": revision,
+            "base_revision": settled.model.revision,
             "strength": "load at weight 1.0: alpha / rank is folded into the weights",
             "formats": dict(formats),
             "settings": dict(result.values),
+            "effect": asdict(effect),
+            "rewards": _roles(config),
+            "figures": [asdict(figure) for figure in figures],
             "metrics": dict(metrics),
             "base_metrics": dict(base_metrics),
             "measured_on": measured_on,
+            "measured_again": measured_again(result, folder, settled),
+            "command": f"rltune train {EXPERIMENT_FILE}",
             "trained_with": list(read_trial_versions(folder, result.trial)),
             "prompts": [str(prompt) for prompt in prompts],
             **({"pictures": kept_form(prompts)} if config.task == "inpaint" else {}),
             "experiment": config.model_dump(mode="json"),
         }
     )
+
+
+def _roles(config: RunConfig) -> list[dict[str, Any]]:
+    """Return every reward and judge, its weight in training, and the licence of the weights that it reads."""
+    judges = {name: RewardConfig(weight=0.0) for name in config.evaluate.judges if name not in JUDGES}
+    sections = {**judges, **config.rewards}
+    return [
+        {
+            "name": name,
+            "reward": section.reward or name,
+            "weight": section.weight,
+            "licence": licence_of(name, section),
+        }
+        for name, section in sections.items()
+    ]
+
+
+def measured_again(result: TrialResult, folder: RunFolder, settled: RunConfig) -> dict[str, Any]:
+    """Return what ``rltune evaluate`` needs to measure the figures once more without the run.
+
+    Args:
+        result: The trial.
+        folder: Of the run.
+        settled: The trial's experiment as the run began it, with its own prompts.
+    """
+    found = comparable(read_confirmations(folder))
+    row = None if found is None else found.of(result)
+    prompts = search_prompts(settled) if row is None else row.prompts or fresh_prompts(settled).prompts
+    by_text = {str(prompt): prompt for prompt in prompt_set(settled, "eval").prompts}
+    whole = [by_text.get(str(prompt), prompt) for prompt in prompts]
+    is_fresh = row is not None
+    return {
+        "noise": "fresh" if is_fresh else "search",
+        "precision": settled.resources.precision,
+        "prompts": kept_form(whole),
+    }
 
 
 def measurements(

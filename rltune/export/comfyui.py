@@ -19,6 +19,7 @@ from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import ADAPTABLE
 from rltune.errors import RunError, UserError
 from rltune.export.base import EXPORT_FORMATS, Adapter
+from rltune.export.header import header_of
 
 FILE = "comfyui.safetensors"
 NUM_NAMED = 3
@@ -33,12 +34,6 @@ OF_TRANSFORMERS = (
     "AuraFlowPipeline",
 )
 """Pipelines whose layers ``model_lora_keys_unet`` of ComfyUI knows by diffusers' names behind ``transformer.``."""
-ARCHITECTURES = {
-    "StableDiffusionXLPipeline": "stable-diffusion-xl-v1-base/lora",
-    "StableDiffusion3Pipeline": "stable-diffusion-v3/lora",
-    "FluxPipeline": "flux-1-dev/lora",
-}
-"""Names of ModelSpec 1.0.1 for the header; managers of LoRAs sort by them."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ class ComfyUI:
             if place.alpha is not None:
                 tensors[place.alpha] = torch.tensor(float(down.shape[0]))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, folder / FILE, metadata=_header(model, adapter))
+        save_file(tensors, folder / FILE, metadata=header_of(model, adapter))
         return (folder / FILE,)
 
     def load(self, model: ModelFamily, folder: Path) -> Iterable[tuple[str, Tensor]]:
@@ -158,19 +153,3 @@ def _merged(up: Tensor, down: Tensor, scale: float, weight: Tensor) -> Tensor:
 
 def _weight(network: nn.Module, layer: str) -> Tensor:
     return cast(Tensor, cast(Any, network.get_submodule(layer)).weight.data)
-
-
-def _header(model: ModelFamily, adapter: Adapter) -> dict[str, str]:
-    """Return what managers of LoRAs read: kohya's ``ss_`` keys and ModelSpec's; values are strings."""
-    rank = str(adapter.rank)
-    header = {
-        "format": "pt",
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
-        "ss_network_alpha": rank,
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": "rltune LoRA",
-    }
-    architecture = ARCHITECTURES.get(type(model.pipeline).__name__)
-    return header if architecture is None else {**header, "modelspec.architecture": architecture}

@@ -16,8 +16,11 @@ from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import load_lora_state
 from rltune.errors import RltuneError, RunError
 from rltune.export.base import DEFAULT_FORMATS, EXPORT_FORMATS, Adapter, ExportFormat
-from rltune.export.card import card_of, formats_told, write_card
+from rltune.export.card import card_of, formats_told, write_card, write_experiment
+from rltune.export.effect import Effect, effect_of
 from rltune.export.proof import Trained, check_reload, rounding_of
+from rltune.export.readme import write_readme
+from rltune.redaction import redact
 from rltune.runs.layout import RunFolder
 from rltune.runs.record import read_record, settled, with_own_prompts
 from rltune.runs.results import TrialResult
@@ -25,7 +28,7 @@ from rltune.training.adapters import attach_lora
 from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import draw_images, save_grid, to_uint8
 from rltune.training.model_cache import load_base_model
-from rltune.training.sampling import make_sampler
+from rltune.training.sampling import image_px, make_sampler
 from rltune.training.setup import eval_image_set
 
 NUM_CHECKED_IMAGES = 4
@@ -50,12 +53,15 @@ class Exported:
     format: str
     how_to_load: str
     """Lines of Python that load it into ``pipeline``."""
+    size: Effect | None = None
+    """What it changes at strength 1."""
 
     @property
     def proof(self) -> str:
         """What was compared, in words."""
         formats = ", ".join(f"{name} changes them by {value:.1g}" for name, value in self.rounding.items())
-        return f"reloaded and compared in float32: images agree to {self.difference:.1g}; {formats}"
+        told = f"reloaded and compared in float32: images agree to {self.difference:.1g}; {formats}"
+        return told if self.size is None else f"{told}\nat strength 1 {self.size}"
 
 
 def export_trials(
@@ -134,6 +140,7 @@ class _Draft:
     """The same with what was settled when the run began."""
     device: torch.device
     trained: Trained
+    effect: Effect
     prompts: tuple[str, ...]
     """Of the images."""
 
@@ -164,12 +171,15 @@ def _draw(result: TrialResult, folder: RunFolder, experiment: Experiment) -> tup
         alpha=lora.alpha_value,
         targets=lora.targets,
         use_rslora=lora.rslora,
+        about=_about(result, folder, asked),
     )
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     exact = _in_float32(config)
     model = load_base_model(exact, device)
-    adapter = replace(adapter, targets=model.lora_layers(lora.targets))
+    height_px, width_px = image_px(exact, model)
+    about = {**adapter.about, "resolution": f"{width_px}x{height_px}"}
+    adapter = replace(adapter, targets=model.lora_layers(lora.targets), about=about)
     images = eval_image_set(config, model)
     numbers = range(min(NUM_CHECKED_IMAGES, len(images)))
 
@@ -182,8 +192,20 @@ def _draw(result: TrialResult, folder: RunFolder, experiment: Experiment) -> tup
     attach_lora(model, lora)
     load_lora_state(model.network, dict(adapter.state))
     trained = Trained(adapter, draw, base_B3HW, images_B3HW=draw(model))
+    effect = effect_of(model.network, base_B3HW, trained.images_B3HW)
     prompts = tuple(images.prompts[:NUM_CHECKED_IMAGES])
-    return _Draft(result, folder, asked, config, device, trained, prompts), model
+    return _Draft(result, folder, asked, config, device, trained, effect, prompts), model
+
+
+def _about(result: TrialResult, folder: RunFolder, asked: RunConfig) -> dict[str, str]:
+    """Return what headers say of a trial's LoRA."""
+    weights = ", ".join(f"{name} {weight:.3g}" for name, weight in asked.weights.items() if weight)
+    about = {
+        "title": f"{folder.name} {result.trial}",
+        "description": f"LoRA for {asked.model.base}, trained by rltune on {weights}",
+        "date": result.ended_at,
+    }
+    return {name: redact(text) for name, text in about.items() if text}
 
 
 def _prove(draft: _Draft, name: str, form: ExportFormat, files: Sequence[Path]) -> Exported:
@@ -197,6 +219,7 @@ def _prove(draft: _Draft, name: str, form: ExportFormat, files: Sequence[Path]) 
     fresh = load_base_model(_in_float32(config), draft.device)
     how_to_load = form.how_to_load(fresh, target)
     reload = check_reload(form, source, fresh, draft.trained)
+    family = type(fresh.pipeline).__name__
     del fresh
     rounding = {}
     for number_format, dtype in HALVES.items():
@@ -204,28 +227,48 @@ def _prove(draft: _Draft, name: str, form: ExportFormat, files: Sequence[Path]) 
             half = load_base_model(config, draft.device, dtype=dtype)
             rounding[number_format] = rounding_of(form, source, half, draft.trained)
     exported = Exported(
-        draft.result.trial, target, reload.difference, reload.effect, rounding, format=name, how_to_load=how_to_load
+        draft.result.trial,
+        target,
+        reload.difference,
+        reload.effect,
+        rounding,
+        format=name,
+        how_to_load=how_to_load,
+        size=draft.effect,
     )
-    _write_card(draft, exported, [str(file.relative_to(source)) for file in files])
-    save_grid(to_uint8(draft.trained.images_B3HW), source / "samples.png", columns=len(draft.trained.images_B3HW))
+    _save_samples(draft.trained, source)
+    _write_card(draft, exported, [str(file.relative_to(source)) for file in files], family=family)
     for file in files:
         file.chmod(0o644)  # safetensors writes 0600, which another user cannot read
     _move_files(source, target)
     return exported
 
 
-def _write_card(draft: _Draft, exported: Exported, files: Sequence[str]) -> None:
-    """Write the card into the folder of a format; it tells of the formats that lie in the export's place, too."""
+def _save_samples(trained: Trained, folder: Path) -> None:
+    """Write the images of the proof: with the LoRA and without in a row each, and singly those with it."""
+    with_NHW3, without_NHW3 = to_uint8(trained.images_B3HW), to_uint8(trained.base_B3HW)
+    save_grid(with_NHW3, folder / "samples.png", columns=len(with_NHW3))
+    save_grid(without_NHW3, folder / "base.png", columns=len(without_NHW3))
+    for number, image_HW3 in enumerate(with_NHW3, 1):
+        save_grid(image_HW3[None], folder / "samples" / f"{number}.png", columns=1)
+
+
+def _write_card(draft: _Draft, exported: Exported, files: Sequence[str], *, family: str) -> None:
+    """Write card, README and experiment into the folder of a format; the card tells of those in its place, too."""
     figures = {"difference": exported.difference, "effect": exported.effect, **exported.rounding}
     card = card_of(
         draft.result,
         draft.folder,
         draft.asked,
-        revision=draft.config.model.revision,
+        settled=draft.config,
         prompts=draft.prompts,
+        effect=draft.effect,
         formats={**formats_told(exported.folder), exported.format: {"files": list(files), "reloaded": figures}},
     )
-    write_card(draft.unproved / exported.format, card)
+    folder = draft.unproved / exported.format
+    write_card(folder, card)
+    write_experiment(folder, card)
+    write_readme(folder, card, family=family)
 
 
 def _in_float32(config: RunConfig) -> RunConfig:

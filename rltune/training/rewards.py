@@ -117,6 +117,15 @@ def is_own(name: str, section: RewardConfig) -> bool:
     return ":" in (section.reward or name)
 
 
+def licence_of(name: str, section: RewardConfig) -> str:
+    """Return the licence of the weights that a reward reads; empty where it reads none, or nothing is known of them."""
+    kind = section.reward or name
+    if is_own(name, section) or kind not in REWARDS.names():
+        return ""
+    card = REWARDS.card(kind)
+    return card.licence if card.has_licence else ""
+
+
 def compares_images(name: str, section: RewardConfig) -> bool:
     """Return whether a reward compares the images of a prompt with one another; loads no weights.
 

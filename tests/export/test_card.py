@@ -3,8 +3,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
-from rltune.export.card import formats_told, measurements, write_card
+from rltune.export.card import formats_told, measurements, write_card, write_experiment
+from rltune.redaction import MASK
 from rltune.runs.confirmations import Confirmation
 from rltune.runs.layout import BASE_TRIAL
 from rltune.runs.store import append_line
@@ -46,3 +48,14 @@ def test_a_card_has_both_models_by_the_same_measurements(tmp_path: Path) -> None
     assert measured_on == {"prompts": 8, "fresh_prompts": 8}
     older = result("001", 0.9, 0.1, checkpoint="b")  # another checkpoint than was measured again
     assert measurements(older, folder, config)[:2] == (older.metrics, result(BASE_TRIAL, 0.5).metrics)
+
+
+def test_a_secret_is_masked_in_card_and_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", 'long"secret')
+    card = {"run": "mix", "trial": "001", "experiment": {"prompts": {"train": ['a long"secret']}, "seed": 3}}
+    write_card(tmp_path, card)
+    write_experiment(tmp_path, card)
+    prompts = {"train": [f"a {MASK}"]}
+    assert json.loads((tmp_path / "rltune.json").read_text())["experiment"]["prompts"] == prompts
+    written = (tmp_path / "experiment.yaml").read_text()
+    assert yaml.safe_load(written) == {"name": "mix-001", "prompts": prompts, "seed": 3}

@@ -1,5 +1,6 @@
 """ComfyUI's file by ComfyUI's own rules, written out here: which names it knows, and what it adds at a strength."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from rltune.diffusion.lora import adapter_updates
 from rltune.export.comfyui import FILE, ComfyUI
+from rltune.export.header import header_of
 from tests.export.random_lora import RandomLora
 
 UNET_PARTS = ("conv1", "conv2", "conv_shortcut", "time_emb_proj")
@@ -72,3 +74,13 @@ def test_the_header_says_what_managers_of_loras_read(deep_pipeline: Path, tmp_pa
     assert header["ss_network_module"] == "networks.lora"
     assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "4")
     assert header["modelspec.sai_model_spec"] == "1.0.1"
+    assert header["modelspec.title"] == header["ss_output_name"] == "rltune LoRA"
+    assert (header["modelspec.implementation"], header["modelspec.prediction_type"]) == ("diffusers", "epsilon")
+    assert "modelspec.architecture" not in header  # a tiny network of no known kind
+    about = {"title": "mix 012", "description": "a <b>LoRA</b>", "resolution": "64x64"}
+    lora.model.network.register_to_config(cross_attention_dim=1024)
+    header = header_of(lora.model, replace(lora.adapter, about=about))
+    assert {name: header[f"modelspec.{name}"] for name in about} == about
+    assert header["modelspec.architecture"] == "stable-diffusion-v2-512/lora"
+    assert (header["ss_output_name"], header["ss_base_model_version"]) == ("mix 012", "sd_v2")
+    assert {type(value) for value in header.values()} == {str}

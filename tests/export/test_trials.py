@@ -1,15 +1,16 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import rltune
-from rltune.config.load import Experiment
+from rltune.config.load import Experiment, parse_experiment
 from rltune.diffusion.lora import lora_parameters
 from rltune.diffusion.lora_files import WEIGHT_FILE
 from rltune.errors import RunError, UserError
@@ -23,6 +24,7 @@ from rltune.runs.layout import BASE_TRIAL, RunFolder
 from rltune.runs.results import TrialResult, append_result, read_results
 from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import draw_images, to_uint8
+from rltune.training.figures import figures_of
 from rltune.training.loop import base_run, train_run
 from rltune.training.model_cache import load_base_model
 from rltune.training.reporter import FolderReporter
@@ -31,7 +33,8 @@ from rltune.training.setup import eval_image_set
 from tests.run_folders import experiment, result
 from tests.tiny import EVAL_PROMPTS, TRAIN_PROMPTS
 
-PEFT_FILES = {"adapter_model.safetensors", "adapter_config.json", "rltune.json", "samples.png"}
+BESIDE = {"rltune.json", "README.md", "experiment.yaml", "samples.png", "base.png", "samples"}
+PEFT_FILES = {"adapter_model.safetensors", "adapter_config.json", *BESIDE}
 VALUES = {"optim.lr": 0.05, "model.lora.rank": 2}
 
 
@@ -89,7 +92,7 @@ def test_an_export_is_a_file_that_was_compared(exported: Exported, run: tuple[Ru
     folder, _ = run
     assert exported.trial == "001"
     assert exported.folder == folder.path / "exports" / "001"
-    assert {path.name for path in exported.folder.iterdir()} == {WEIGHT_FILE, "rltune.json", "samples.png"}
+    assert {path.name for path in exported.folder.iterdir()} == {WEIGHT_FILE, *BESIDE}
     assert 0 <= exported.difference < 2e-5  # float32, the same network
 
 
@@ -99,28 +102,36 @@ def test_the_card_says_where_it_comes_from_and_what_it_scored(
     folder, experiment_ = run
     card = json.loads((exported.folder / "rltune.json").read_text())
     _, base, trained = read_results(folder.results_file)
-    assert card == {
-        "schema": 1,
-        "rltune": rltune.__version__,
-        "run": "tiny",
-        "trial": "001",
-        "base_model": str(tiny_pipeline),
-        "base_revision": None,
-        "strength": "load at weight 1.0: alpha / rank is folded into the weights",
-        "formats": {
-            "diffusers": {
-                "files": [WEIGHT_FILE],
-                "reloaded": {"difference": exported.difference, "effect": exported.effect, **exported.rounding},
-            }
-        },
-        "settings": VALUES,
-        "metrics": trained.metrics,
-        "base_metrics": base.metrics,  # of the attempt that went well
-        "measured_on": {"prompts": 3, "fresh_prompts": 0},
-        "trained_with": [],  # by hand
-        "prompts": EVAL_PROMPTS,
-        "experiment": experiment_.concrete(VALUES).model_dump(mode="json"),
-    }
+    assert (
+        card
+        == {
+            "schema": 1,
+            "rltune": rltune.__version__,
+            "run": "tiny",
+            "trial": "001",
+            "base_model": str(tiny_pipeline),
+            "base_revision": None,
+            "strength": "load at weight 1.0: alpha / rank is folded into the weights",
+            "formats": {
+                "diffusers": {
+                    "files": [WEIGHT_FILE],
+                    "reloaded": {"difference": exported.difference, "effect": exported.effect, **exported.rounding},
+                }
+            },
+            "settings": VALUES,
+            "effect": asdict(exported.size),
+            "rewards": [{"name": "brightness", "reward": "brightness", "weight": 1.0, "licence": ""}],
+            "figures": [asdict(figure) for figure in figures_of(trained.metrics, base.metrics, 3)],
+            "metrics": trained.metrics,
+            "base_metrics": base.metrics,  # of the attempt that went well
+            "measured_on": {"prompts": 3, "fresh_prompts": 0},
+            "measured_again": {"noise": "search", "precision": "auto", "prompts": EVAL_PROMPTS[:3]},
+            "command": "rltune train experiment.yaml",
+            "trained_with": [],  # by hand
+            "prompts": EVAL_PROMPTS,
+            "experiment": experiment_.concrete(VALUES).model_dump(mode="json"),
+        }
+    )
     assert card["metrics"]["eval/brightness"] > card["base_metrics"]["eval/brightness"]
 
 
@@ -255,8 +266,8 @@ def test_a_format_may_have_a_folder_which_is_replaced_as_a_whole(
     assert json.loads((place / "rltune.json").read_text())["formats"]["nested"]["files"] == files
     assert {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()} == {
         *files,
-        "rltune.json",
-        "samples.png",
+        *BESIDE - {"samples"},
+        *(f"samples/{number}.png" for number in range(1, 5)),
     }
 
 
@@ -272,11 +283,15 @@ def test_formats_lie_side_by_side_and_the_card_tells_of_each(
 ) -> None:
     place = exported.folder
     (place / "notes.txt").write_text("mine")
+    again = parse_experiment((place / "experiment.yaml").read_text(), "experiment.yaml")
+    assert again.shared == run[1].concrete(VALUES).model_copy(update={"name": "tiny-001"})
+    assert asdict(exported.size) == pytest.approx(effect_by_hand(*run, place), rel=0.02)  # samples have 8 bits
     (also,) = export_knee(*run, "peft", "peft")
     assert (also.format, also.folder) == ("peft", place)
     assert also.how_to_load.endswith(f"PeftModel.from_pretrained(pipeline.unet, {str(place)!r})")
     assert {path.name for path in place.iterdir()} == PEFT_FILES | {WEIGHT_FILE, "notes.txt"}
-    assert {path.stat().st_mode & 0o777 for path in place.iterdir()} == {0o644}  # which others can read
+    modes = {path.stat().st_mode & 0o777 for path in place.iterdir() if path.is_file()}
+    assert modes == {0o644}  # which others can read
     told = json.loads((place / "rltune.json").read_text())["formats"]
     assert {name: what["files"] for name, what in told.items()} == {
         "diffusers": [WEIGHT_FILE],
@@ -284,6 +299,24 @@ def test_formats_lie_side_by_side_and_the_card_tells_of_each(
     }
     assert told["peft"]["reloaded"]["bfloat16"] == also.rounding["bfloat16"]
     assert not place.with_name("001.unproved").exists()
+
+
+def effect_by_hand(folder: RunFolder, experiment_: Experiment, place: Path) -> dict[str, float]:
+    """The two figures from the file and the pictures, by diffusers and numpy."""
+    pipeline = StableDiffusionPipeline.from_pretrained(experiment_.shared.model.base, safety_checker=None)
+    layers = {
+        name: module.weight.detach().clone()
+        for name, module in pipeline.unet.named_modules()
+        if "to_" in name and hasattr(module, "weight")
+    }
+    pipeline.load_lora_weights(place)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    fused = {name: pipeline.unet.get_submodule(name).weight for name in layers}
+    added = sum(float((fused[name] - weight).square().sum()) for name, weight in layers.items())
+    held = sum(float(weight.square().sum()) for weight in layers.values())
+    pictures = [np.asarray(Image.open(place / name)).astype(float) / 255 for name in ("samples.png", "base.png")]
+    return {"update": (added / held) ** 0.5, "image": float(np.abs(pictures[0] - pictures[1]).mean())}
 
 
 @pytest.mark.slow

@@ -1,0 +1,162 @@
+"""``README.md`` of an exported LoRA: what ``rltune.json`` says, for people and for the Hugging Face site.
+
+All of it is made from the card. Text of a user (prompts, names, settings) is escaped: it is neither HTML nor Markdown.
+"""
+
+import html
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from rltune.redaction import redact
+
+README_FILE = "README.md"
+LONGEST = 300
+"""Characters of a prompt that are shown; ``rltune.json`` has the whole of it."""
+REPO = re.compile(r"[\w.-]+/[\w.-]+")
+MARKS = re.compile(r"([\\`*_\[\]|~#$!])")
+FAMILY_TAGS = {
+    "StableDiffusionPipeline": ["stable-diffusion"],
+    "StableDiffusionXLPipeline": ["stable-diffusion-xl"],
+    "StableDiffusion3Pipeline": ["sd3"],
+    "FluxPipeline": ["flux"],
+}
+"""As the training scripts of diffusers tag their LoRAs."""
+
+
+def write_readme(folder: Path, card: Mapping[str, Any], *, family: str) -> None:
+    """Write the README of an exported folder.
+
+    Args:
+        folder: Of the LoRA; pictures that are there are shown.
+        card: What ``card_of`` returned.
+        family: Class of the base model's pipeline.
+    """
+    images = sorted((folder / "samples").glob("*.png"), key=lambda file: int(file.stem))
+    body = "\n".join(_body(card, has_base=(folder / "base.png").is_file()))
+    front = front_matter(card, [f"samples/{file.name}" for file in images], family=family)
+    text = f"---\n{front}\n---\n\n{body}\n"
+    (folder / README_FILE).write_text(text, encoding="utf-8")
+
+
+def front_matter(card: Mapping[str, Any], images: Sequence[str], *, family: str) -> str:
+    """Return the YAML that the Hugging Face site reads.
+
+    A base model that is no repository of the hub is left out, since the site refuses it there, and so is the licence
+    of any but the built-in model's: a LoRA is bound by its base model's, which its owner's page states.
+    """
+    base, prompts = card["base_model"], card["prompts"]
+    is_repo = REPO.fullmatch(base) is not None and not Path(base).exists()
+    data = ModelCardData(
+        license="apache-2.0" if base == "builtin" else None,
+        library_name="diffusers",
+        pipeline_tag="image-to-image" if card.get("pictures") else "text-to-image",
+        base_model=base if is_repo else None,
+        tags=["diffusers", "lora", "template:sd-lora", *FAMILY_TAGS.get(family, []), "reward-finetuning", "rltune"],
+        widget=[
+            {"text": shortened(prompt), "output": {"url": image}}
+            for prompt, image in zip(prompts, images, strict=False)
+        ],
+    )
+    if is_repo:
+        data["base_model_relation"] = "adapter"
+    return data.to_yaml()
+
+
+def shortened(text: str) -> str:
+    """Return a text on one line, without secrets, and no longer than is shown."""
+    line = " ".join(redact(text).split())
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 4]} ..."
+
+
+def plain(text: object) -> str:
+    """Return a user's text so that Markdown and HTML show it as it is."""
+    return MARKS.sub(r"\\\1", html.escape(shortened(str(text))))
+
+
+def _body(card: Mapping[str, Any], *, has_base: bool) -> Iterator[str]:
+    title, base = f"{card['run']}, trial {card['trial']}", card["base_model"]
+    revision = f", revision {plain(card['base_revision'])}" if card["base_revision"] else ""
+    trained = ", ".join(plain(row["name"]) for row in card["rewards"] if row["weight"])
+    yield f"# LoRA {plain(title)}\n"
+    yield (
+        f"A LoRA for {plain(base)}{revision}, trained by rltune {plain(card['rltune'])} on {trained}. "
+        "It has no trigger word: prompts are those of the base model.\n"
+    )
+    yield "![samples with the LoRA](samples.png)\n"
+    if has_base:
+        yield "The base model's images of the same prompts and noise:\n\n![samples of the base model](base.png)\n"
+    yield "## Use\n\nLoad it at weight 1: its scale is in the weights.\n"
+    for name, what in card["formats"].items():
+        yield f"- {plain(name)}: {', '.join(f'`{file}`' for file in what['files'][:3])}"
+    yield (
+        '\n```python\npipeline.load_lora_weights("FOLDER OR REPOSITORY")\n```\n'
+        if "diffusers" in card["formats"]
+        else ""
+    )
+    yield from _measured(card)
+    yield from _effect(card)
+    yield "## Sample prompts\n"
+    yield from (f"{i}. {plain(prompt)}" for i, prompt in enumerate(card["prompts"], 1))
+    yield from _settings(card)
+
+
+def _measured(card: Mapping[str, Any]) -> Iterator[str]:
+    on, roles = card["measured_on"], {row["name"]: row for row in card["rewards"]}
+    yield "## What it measured\n"
+    yield "| reward or judge | base model | LoRA | gain | weight in training | licence of its weights |"
+    yield "|---|---|---|---|---|---|"
+    for figure in card["figures"]:
+        row = roles.get(figure["name"], {"weight": 0.0, "licence": ""})
+        weight = _short(row["weight"]) if row["weight"] else "judge"
+        base = "" if figure["base"] is None else f"{figure['base']:.4g}"
+        yield (
+            f"| {plain(figure['name'])} | {base} | {interval(figure['value'], figure['half_width'])} | "
+            f"{interval(figure['gain'], figure['gain_half_width'], sign='+')} | {weight} | "
+            f"{plain(row['licence']) or 'none'} |"
+        )
+    fresh = f", {on['fresh_prompts']} of which no trial was chosen by" if on["fresh_prompts"] else ""
+    yield (
+        f"\nMeans over {on['prompts']} prompts that were not trained on{fresh}, with 95 % intervals by Student's t "
+        "over prompts. Gains are paired with the base model by prompt and noise.\n"
+    )
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def interval(value: float, half: float | None, *, sign: str = "") -> str:
+    """Return a mean and its interval, as text."""
+    return f"{value:{sign}.4g}" if half is None else f"{value:{sign}.4g} ± {half:.2g}"
+
+
+def _effect(card: Mapping[str, Any]) -> Iterator[str]:
+    effect = card["effect"]
+    yield "## How strong it is\n"
+    yield (
+        f"What it adds to the weights of its layers is {effect['update']:.2%} of them (root mean square). At strength "
+        f"1 it moves the colour of a pixel by {effect['image']:.2%} of the range on average, in the samples.\n"
+    )
+    for name, what in card["formats"].items():
+        halves = {key: value for key, value in what["reloaded"].items() if key not in ("difference", "effect")}
+        said = "".join(f"; in {key} by up to {value:.2g}" for key, value in halves.items())
+        yield (
+            f"- {plain(name)}: loaded into a fresh pipeline, it differs from the trained adapter by up to "
+            f"{what['reloaded']['difference']:.1g} in float32{said} (RGB in [0, 1])"
+        )
+    yield ""
+
+
+def _settings(card: Mapping[str, Any]) -> Iterator[str]:
+    sampler = {name: value for name, value in card["experiment"]["sampler"].items() if value not in (None, "", 0)}
+    yield "\n## How it was made\n\n| setting | value |\n|---|---|"
+    rows = {**card["settings"], **{f"sampler.{name}": value for name, value in sampler.items()}}
+    yield from (f"| {plain(name)} | {plain(_short(value))} |" for name, value in rows.items())
+    yield (
+        f"\n`experiment.yaml` has all of them: `{card['command']}` trains it again. `rltune.json` has every figure, "
+        "the prompts and the versions of all libraries.\n"
+    )
