@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from rltune.errors import UserError
+
 
 def at_home(value: Any) -> Any:
     """Spell out the ``~`` of paths: the shell leaves that of ``--storage=~/runs`` as it is."""
@@ -32,3 +34,23 @@ StorageOption = Annotated[
     Path, typer.Option(help="Folder that holds run folders; shared, if the cluster has nodes.", callback=at_home)
 ]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")]
+
+
+def names_of(text: str | None) -> tuple[str, ...]:
+    """Return the names that stand in a text with commas between."""
+    return tuple(name.strip() for name in (text or "").split(",") if name.strip())
+
+
+def numbers_of(text: str, option: str) -> tuple[float, ...]:
+    """Return the numbers that stand in a text with commas between.
+
+    Raises:
+        UserError: There is none, or one is no finite number.
+    """
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+        if not all(-1e6 < number < 1e6 for number in numbers):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"{option}: must be numbers with commas between, got {text!r}; write 0,0.5,1") from None
+    return numbers

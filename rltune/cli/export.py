@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
+
+from rltune.cli.arguments import at_home
 from rltune.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -13,11 +16,39 @@ if TYPE_CHECKING:
     from rltune.runs.results import TrialResult
 
 
-def export_pick(run: Path, pick: str, formats: Sequence[str] = ()) -> None:
+def export(
+    run: Annotated[Path, typer.Argument(help="Run folder, such as runs/mix.", show_default=False, callback=at_home)],
+    pick: Annotated[str, typer.Option(help="knee, best:OBJECTIVE, or a trial.")] = "knee",
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format",
+            help="Whose files: diffusers if left out, comfyui, peft, or fused, a whole pipeline. Repeatable.",
+        ),
+    ] = None,
+    push: Annotated[str | None, typer.Option(help="Upload the folder to OWNER/NAME of the Hugging Face hub.")] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let all read what --push makes; else it is private.")
+    ] = False,
+) -> None:
+    """Write a trial's LoRA as files that other tools load, load them again and compare before saying so."""
+    export_pick(run, pick, formats or [], push=push, is_public=public)
+
+
+def export_pick(
+    run: Path, pick: str, formats: Sequence[str] = (), *, push: str | None = None, is_public: bool = False
+) -> None:
     """Export the LoRA that ``pick`` names, for diffusers if no format is named; say where it is and how to load it.
 
+    Args:
+        run: Its folder.
+        pick: ``knee``, ``best:OBJECTIVE`` or a trial.
+        formats: Names of export formats.
+        push: Repository of the Hugging Face hub that receives the folder; none if left out.
+        is_public: Whether a new one can be read by all.
+
     Raises:
-        UserError: There is no such run, pick or format.
+        UserError: There is no such run, pick or format, or the hub wants a token.
         RunError: The LoRA could not be written, or is not the trained adapter when it is loaded again.
     """
     from rltune.export.picks import pick_trial
@@ -25,7 +56,24 @@ def export_pick(run: Path, pick: str, formats: Sequence[str] = ()) -> None:
 
     folder, experiment = read_run(run)
     with standing_where_started(folder):
-        _export(pick_trial(pick, folder, experiment), folder, experiment, formats)
+        result = pick_trial(pick, folder, experiment)
+        if push is not None:
+            from rltune.export.push import check_push
+
+            check_push(push)
+        _export(result, folder, experiment, formats)
+    if push is not None:
+        _push(folder.exports_dir / result.trial, push, is_public=is_public)
+
+
+def _push(place: Path, repo: str, *, is_public: bool) -> None:
+    from rltune.export.push import push_folder
+
+    pushed = push_folder(place, repo, is_private=not is_public)
+    who = "private" if pushed.is_private else "public"
+    console.print(f"\nuploaded to {pushed.url}, which is {who}:", soft_wrap=True)
+    for name in pushed.files:
+        console.print(f"  {name}  {(place / name).stat().st_size / 1e6:.3g} MB", soft_wrap=True)
 
 
 def _export(result: "TrialResult", folder: "RunFolder", experiment: "Experiment", formats: Sequence[str]) -> None:

@@ -18,6 +18,9 @@ from rltune.cli.arguments import (
     StorageOption,
     at_home,
 )
+from rltune.cli.evaluate import evaluate
+from rltune.cli.export import export
+from rltune.cli.soup import soup
 from rltune.cli.terminal import errors, marked, take_any_text
 from rltune.errors import RltuneError
 from rltune.redaction import Redacting
@@ -156,19 +159,7 @@ def report(
     make_report(run, figures)
 
 
-@app.command()
-def export(
-    run: RunArgument,
-    pick: Annotated[str, typer.Option(help="knee, best:OBJECTIVE, or a trial.")] = "knee",
-    formats: Annotated[
-        list[str] | None,
-        typer.Option("--format", help="Whose files: diffusers if left out, comfyui, or peft. Repeatable."),
-    ] = None,
-) -> None:
-    """Write a trial's LoRA as files that other tools load, load them again and compare before saying so."""
-    from rltune.cli.export import export_pick
-
-    export_pick(run, pick, formats or [])
+app.command()(export)
 
 
 @app.command()
@@ -215,6 +206,10 @@ def sample(
         num_images=images,
         seed=seed,
     )
+
+
+app.command()(evaluate)
+app.command()(soup)
 
 
 @app.command()

@@ -215,7 +215,7 @@ def adapters_as_loaded(network: nn.Module) -> Iterator[None]:
     changed = []
     for layer in _lora_layers(network):
         dtype = precision_of(layer.get_base_layer())
-        for name in (name for name in layer.active_adapters if name in layer.lora_A):
+        for name in list(layer.lora_A):
             a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
             if a.dtype != dtype:
                 changed.append((layer, name, a.data, b.data, scale))

@@ -52,14 +52,21 @@ def read_lora(model: ModelFamily, path: Path) -> dict[str, Factors]:
                 f"{path}: it changes the {', '.join(others)} too, which stays frozen here, so that a part of it would "
                 f"be lost; give one that was trained on the {model.lora_prefix} alone"
             )
-        layers: dict[str, Any] = {
-            name: layer for name, layer in model.network.named_modules() if isinstance(layer, LoraLayer)
-        }
+        layers = _lora_layers(model.network)
         if biased := [name for name, layer in layers.items() if layer.lora_bias.get(ADAPTER)]:
             raise UserError(f"{path}: {biased[0]} has a bias in its adapter, which rltune cannot train; give another")
-        return {name: _factors(layer) for name, layer in layers.items()}
+        return attached_factors(model.network)
     finally:
         unload_lora_file(model)
+
+
+def attached_factors(network: nn.Module) -> dict[str, Factors]:
+    """Return layer -> what its adapter adds to it."""
+    return {name: _factors(layer) for name, layer in _lora_layers(network).items()}
+
+
+def _lora_layers(network: nn.Module) -> dict[str, Any]:
+    return {name: layer for name, layer in network.named_modules() if isinstance(layer, LoraLayer)}
 
 
 def _factors(layer: Any) -> Factors:

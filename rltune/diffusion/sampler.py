@@ -18,6 +18,7 @@ from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import EMBEDDED_GUIDANCE, Conditioning, ModelFamily, TextBatch
 from rltune.diffusion.inpaint import Blend, blend_of, given_of, told
 from rltune.diffusion.lora import MergedLora, adapters_off
+from rltune.diffusion.mix import Mix, image_keys, mixed_denoiser
 from rltune.diffusion.table import ChainTable
 from rltune.diffusion.tiles import Tiling, decode_in_tiles
 
@@ -135,6 +136,8 @@ class Sampler:
     """Run the steps without gradient in bfloat16: faster on hardware that has it, a trajectory that differs by it."""
     size_px: tuple[int, int] | None = None
     """Height and width of the images; needed where prompts come with pictures."""
+    mix: Mix | None = None
+    """How several adapters share the steps, for chains without gradient; None runs those that are active."""
 
     @property
     def num_steps(self) -> int:
@@ -153,6 +156,7 @@ class Sampler:
         given = given_of(prompts, self.size_px, x_BCHW.device)
         known = None if given is None else told(self.model, given)
         blend = None if given is None or known else blend_of(self.model, given, x_BCHW, self.table)
+        keys = () if self.mix is None else tuple(image_keys(x_BCHW))
         x_BCHW = x_BCHW * self.table.init_scale
         denoise = guided_denoiser(
             self.model,
@@ -164,7 +168,7 @@ class Sampler:
             gradient=self.guidance_gradient,
             told=known or (),
         )
-        chain = Chain(self, denoise, self.table, x_BCHW, noise, rows, blend)
+        chain = Chain(self, denoise, self.table, x_BCHW, noise, rows, blend, keys)
         if self.num_base_steps == 0:
             return chain
         with torch.no_grad(), adapters_off(self.model.network), in_bf16(x_BCHW.device, enabled=self.use_bf16_prefix):
@@ -205,6 +209,8 @@ class Chain:
     """What each image's prompt tells the network."""
     blend: Blend | None = None
     """The part of the latents that is given."""
+    keys: tuple[bytes, ...] = ()
+    """Of the images, where adapters share the steps."""
 
     @property
     def drawn_B1HW(self) -> Tensor | None:
@@ -228,6 +234,10 @@ class Chain:
     def run(self, plan: GradientPlan = NO_GRADIENT, *, observe: Observer | None = None) -> Tensor:
         """Run the steps that are left, differentiable as ``plan`` says; see ``run_chain``."""
         sampler, frozen = self.sampler, None
+        if sampler.mix is not None:
+            with in_bf16(self.x_BCHW.device, enabled=sampler.use_bf16_prefix):
+                frozen = mixed_denoiser(self.denoise, sampler.model.network, sampler.mix, self.keys)
+                return run_chain(frozen, self.x_BCHW, self.table, noise=self.noise, observe=observe, blend=self.blend)
         if len(plan.active) < self.table.num_steps or not torch.is_grad_enabled():  # merged weights are a second copy
             network, device = sampler.model.network, self.x_BCHW.device
             frozen = frozen_denoiser(self.denoise, network, device, use_bf16=sampler.use_bf16_prefix)

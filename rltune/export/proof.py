@@ -94,14 +94,15 @@ def check_reload(form: ExportFormat, folder: Path, fresh: ModelFamily, trained: 
 def _check_updates(form: ExportFormat, folder: Path, fresh: ModelFamily, adapter: Adapter, where: str) -> None:
     state = adapter.state
     layers = {name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")}
+    # DoRA's update depends on the weight, which a format may put its own in the place of
+    bases = {name: _weight(fresh, name).clone() for name in layers if f"{name}{MAGNITUDE}" in state}
     for name, update in form.load(fresh, folder):
         if name not in layers:
             raise RunError(f"{where} it changes {name}, which was not trained; {UNFIT}")
         layers.remove(name)
         a, b = (state[f"{name}.lora_{factor}.weight"].to(update) for factor in "AB")
         magnitude = state.get(f"{name}{MAGNITUDE}")
-        weight = update if magnitude is None else _base_weight(fresh, name)
-        trained = layer_update(weight, a, b, scale=adapter.scale, magnitude=magnitude)
+        trained = layer_update(bases.get(name, update), a, b, scale=adapter.scale, magnitude=magnitude)
         error = float((update - trained).norm())
         if not error <= UPDATE_TOLERANCE * float(trained.norm()):
             raise RunError(
@@ -112,10 +113,9 @@ def _check_updates(form: ExportFormat, folder: Path, fresh: ModelFamily, adapter
         raise RunError(f"{where} it leaves out {', '.join(sorted(layers)[:3])}; {UNFIT}")
 
 
-def _base_weight(fresh: ModelFamily, name: str) -> Tensor:
-    """Return a layer's own weight, whether a tool has put its adapters around the layer or not."""
+def _weight(fresh: ModelFamily, name: str) -> Tensor:
     layer: Any = fresh.network.get_submodule(name)
-    weight: Tensor = getattr(layer, "base_layer", layer).weight
+    weight: Tensor = layer.weight
     return weight.data
 
 

@@ -16,7 +16,8 @@ from rltune.redaction import redact
 README_FILE = "README.md"
 LONGEST = 300
 """Characters of a prompt that are shown; ``rltune.json`` has the whole of it."""
-REPO = re.compile(r"[\w.-]+/[\w.-]+")
+REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+"""``OWNER/NAME`` of the hub."""
 MARKS = re.compile(r"([\\`*_\[\]|~#$!])")
 FAMILY_TAGS = {
     "StableDiffusionPipeline": ["stable-diffusion"],

@@ -3,8 +3,12 @@
 ``tests/search/test_optuna_private.py`` has a test for each name, which says what to do where one is gone.
 """
 
+import json
+from dataclasses import asdict
 from typing import Any
 
+from optuna.artifacts import ArtifactMeta
+from optuna.artifacts._upload import ARTIFACTS_ATTR_PREFIX
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseGASampler
 
@@ -21,3 +25,12 @@ def generation_key(sampler: BaseGASampler) -> str:
     alone, not of those of an earlier start.
     """
     return str(sampler._get_generation_key())
+
+
+def artifact_attribute(artifact: str, filename: str, mimetype: str) -> dict[str, str]:
+    """Return the attribute by which a trial has a file of an artifact store, for a trial that has ended already.
+
+    ``upload_artifact`` sets it of trials that run; those of a mirrored study have ended when they are added.
+    """
+    meta = ArtifactMeta(artifact_id=artifact, filename=filename, mimetype=mimetype, encoding=None)
+    return {f"{ARTIFACTS_ATTR_PREFIX}{artifact}": json.dumps(asdict(meta))}

@@ -14,20 +14,24 @@ from typing import Any
 
 import optuna
 import sqlalchemy
+from optuna.artifacts import FileSystemArtifactStore
 from optuna.distributions import BaseDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
 from rltune.config.load import Experiment
-from rltune.runs.layout import BASE_TRIAL
+from rltune.runs.layout import BASE_TRIAL, RunFolder
 from rltune.runs.objectives import Objectives
 from rltune.runs.results import TrialResult
+from rltune.search.optuna_private import artifact_attribute
 from rltune.search.searcher import frozen_trial, to_optuna
 
 logger = logging.getLogger(__name__)
 
 RETRY_S = 60.0
 """After a failure the file is left alone for so long."""
+PICTURES = "study_artifacts"
+"""Folder beside the study: the last image grid of each trial, under its id."""
 LOCK_S = 1.0
 """How long another program's lock is waited for; the sweep stands still meanwhile."""
 
@@ -46,6 +50,7 @@ class StudyFile:
         self._name = name
         self._objectives = Objectives(experiment.shared.objective_names)
         self._distributions: Mapping[str, BaseDistribution] = to_optuna(experiment.space)
+        self._pictures = path.with_name(PICTURES)
         self._study: optuna.Study | None = None
         self._num_written = 0
         self._retry_at = 0.0
@@ -75,8 +80,21 @@ class StudyFile:
             self._study = self._open(trained) or self._make_anew(trained, base)
             self._num_written = len(self._study.get_trials(deepcopy=False))
         for result in trained[self._num_written :]:
-            self._study.add_trial(self._frozen(result))
+            self._add(self._study, result)
             self._num_written += 1
+
+    def _add(self, study: optuna.Study, result: TrialResult) -> None:
+        """Add a trial, and its last image grid as an artifact, which optuna-dashboard shows on its plots."""
+        grid = self._grid(result)
+        if grid.is_file():
+            self._pictures.mkdir(exist_ok=True)
+            with grid.open("rb") as picture:
+                FileSystemArtifactStore(self._pictures).write(result.trial, picture)
+        study.add_trial(self._frozen(result))
+
+    def _grid(self, result: TrialResult) -> Path:
+        samples = RunFolder(self._path.parent).trial_dir(result.trial) / "samples"
+        return samples / f"step-{result.metrics.get('step', 0):06.0f}.png"
 
     def _open(self, trained: Sequence[TrialResult]) -> optuna.Study | None:
         """Return the study in the file, or None if it is not that of these results."""
@@ -105,7 +123,7 @@ class StudyFile:
                 values = self._objectives.raw_D(base.metrics).tolist()
                 study.set_user_attr("base model", dict(zip(self._objectives.names, values, strict=True)))
             for result in trained:
-                study.add_trial(self._frozen(result))
+                self._add(study, result)
         finally:
             storage.remove_session()
             storage.engine.dispose()
@@ -119,6 +137,9 @@ class StudyFile:
         trial = frozen_trial(result, self._objectives, self._distributions, attributes)
         if result.constraints:  # Optuna 5.0 keeps them by name, optuna-dashboard 0.21 looks for the list of before
             trial.system_attrs = {**trial.system_attrs, "constraints": list(result.constraints.values())}
+        if self._grid(result).is_file():
+            picture = artifact_attribute(result.trial, f"trial-{result.trial}.png", "image/png")
+            trial.system_attrs = {**trial.system_attrs, **picture}
         if result.ended_at:  # Optuna's times are local and do not say so
             ended = datetime.fromisoformat(result.ended_at).astimezone().replace(tzinfo=None)
             trial.datetime_complete = ended

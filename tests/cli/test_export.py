@@ -65,6 +65,6 @@ def test_a_pick_that_is_not_there_is_said_at_once(folder: RunFolder) -> None:
 def test_an_unknown_format_is_one_message_that_lists_the_known_ones(call: Call, folder: RunFolder) -> None:
     code, out, err = call("export", folder.path, "--format", "diffuser")
     assert (code, out) == (2, "")
-    known = "did you mean 'diffusers'? known: comfyui, diffusers, peft"
+    known = "did you mean 'diffusers'? known: comfyui, diffusers, fused, peft"
     assert err == f"error export format 'diffuser' is unknown; {known}\n"
     assert not folder.exports_dir.exists()

@@ -51,6 +51,8 @@ def test_help_of_every_command_imports_nothing_heavy() -> None:
         "front",
         "export",
         "sample",
+        "evaluate",
+        "soup",
         "doctor",
         "rewards",
         "estimators",

@@ -1,4 +1,6 @@
 import json
+import shutil
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import rltune
+from rltune.cli.main import main
 from rltune.config.load import Experiment, parse_experiment
 from rltune.diffusion.lora import lora_parameters
 from rltune.diffusion.lora_files import WEIGHT_FILE
@@ -133,6 +136,24 @@ def test_the_card_says_where_it_comes_from_and_what_it_scored(
         }
     )
     assert card["metrics"]["eval/brightness"] > card["base_metrics"]["eval/brightness"]
+
+
+def test_from_the_folder_alone_the_figures_of_its_card_come_back(
+    exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(exported.folder, tmp_path / "mine")
+    monkeypatch.setattr(sys, "argv", ["rltune", "evaluate", str(folder), "--json"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main()
+    measured = json.loads(capsys.readouterr().out)
+    figures = json.loads((folder / "rltune.json").read_text())["figures"]
+    assert measured["prompts"] == EVAL_PROMPTS[:3]
+    assert [row["model"] for row in measured["models"]] == ["base", "mine"]
+    again = {figure.pop("name"): figure for figure in measured["models"][1]["figures"]}
+    assert list(again) == [figure["name"] for figure in figures]
+    for figure in figures:  # another order of float32 sums, of 8 bits for diversity and drift
+        assert again[figure.pop("name")] == pytest.approx(figure, rel=1e-3, abs=1e-5)
+    assert again["brightness"]["gain"] > 0.01
 
 
 def test_the_samples_are_the_lora_s_images_of_the_first_held_out_prompts(
@@ -273,7 +294,7 @@ def test_a_format_may_have_a_folder_which_is_replaced_as_a_whole(
 
 def test_an_unknown_format_is_said_before_anything_is_written(run: tuple[RunFolder, Experiment]) -> None:
     folder, experiment_ = run
-    with pytest.raises(UserError, match=r"^export format 'kohia' is unknown; known: comfyui, diffusers, peft$"):
+    with pytest.raises(UserError, match=r"^export format 'kohia' is unknown; known: comfyui, diffusers, fused, peft$"):
         export_trials([], folder, experiment_, on_export=pytest.fail, formats=["diffusers", "kohia"])
 
 

@@ -7,7 +7,7 @@ import pytest
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseGASampler, NSGAIISampler
 
-from rltune.search.optuna_private import contains, generation_key
+from rltune.search.optuna_private import artifact_attribute, contains, generation_key
 
 ADVICE = "find what has taken its place, and change rltune/search/optuna_private.py"
 
@@ -41,3 +41,16 @@ def test_where_a_genetic_sampler_notes_a_generation() -> None:
     study = optuna.create_study(sampler=NSGAIISampler(seed=0, population_size=2))
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=3)
     assert [trial.system_attrs[generation_key(study.sampler)] for trial in study.trials] == [0, 0, 1]
+
+
+def test_how_a_trial_that_has_ended_has_an_artifact() -> None:
+    study = optuna.create_study()
+    attributes = artifact_attribute("001", "trial-001.png", "image/png")
+    study.add_trial(optuna.create_trial(value=0.5, system_attrs=attributes))
+    found = optuna.artifacts.get_all_artifact_meta(study.trials[0], storage=study._storage)
+    if [meta.artifact_id for meta in found] != ["001"]:
+        pytest.fail(
+            f"Optuna {optuna.__version__} notes a trial's artifacts otherwise than rltune does, so that its dashboard "
+            f"shows no pictures; {ADVICE}"
+        )
+    assert (found[0].filename, found[0].mimetype) == ("trial-001.png", "image/png")

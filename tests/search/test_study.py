@@ -8,6 +8,7 @@ from wsgiref.util import setup_testing_defaults
 
 import optuna
 import pytest
+from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
 from optuna.trial import FrozenTrial, TrialState
 
 from rltune.runs.layout import BASE_TRIAL
@@ -43,6 +44,33 @@ def study_file(folder: Path) -> StudyFile:
 def trials_in(folder: Path) -> list[FrozenTrial]:
     """What another program finds."""
     return optuna.load_study(study_name="mix", storage=f"sqlite:///{folder / 'study.db'}").trials
+
+
+def test_a_trial_has_its_last_image_grid_as_an_artifact(tmp_path: Path) -> None:
+    def draw(trial: str, step: int, content: bytes) -> None:
+        file = tmp_path / "trials" / trial / "samples" / f"step-{step:06}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+
+    draw("003", 5, b"early")
+    draw("003", 10, b"last")
+    draw("002", 5, b"stopped")
+    file = study_file(tmp_path)
+    for results in (RESULTS[:2], RESULTS):  # one with the study, the others added to it
+        file.update(results)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tmp_path / 'study.db'}")
+    store = FileSystemArtifactStore(tmp_path / "study_artifacts")
+    pictures = []
+    for trial in trials_in(tmp_path):
+        for meta in get_all_artifact_meta(trial, storage=storage):
+            assert (meta.filename, meta.mimetype) == (f"trial-{meta.artifact_id}.png", "image/png")
+            with store.open_reader(meta.artifact_id) as picture:
+                pictures.append((trial.user_attrs["trial"], picture.read()))
+    assert pictures == [("003", b"last"), ("002", b"stopped")]  # 001 failed before its first evaluation
+    (tmp_path / "study.db").unlink()
+    study_file(tmp_path).update(RESULTS)  # made anew, with its pictures and no others
+    assert len(list((tmp_path / "study_artifacts").iterdir())) == 2
+    storage.engine.dispose()
 
 
 def ids(folder: Path) -> list[str]:

@@ -1,0 +1,174 @@
+"""Fronts of soups against fronts of training: how much of the swept front do mixed single-reward LoRAs cover?
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/soups.py runs/soups                 # everything, some hours on two cores
+    OMP_NUM_THREADS=1 python tests/benchmarks/soups.py runs/soups --seeds 0       # one seed; three side by side
+    python tests/benchmarks/soups.py runs/soups --table                           # the table of what is there
+
+On the built-in model, from two rewards and from three: a LoRA is trained on each reward alone, and one on every mixture
+of a lattice of weights, all with the settings of ``experiments/mix.yaml`` fixed at ``SETTINGS``. The soups of the
+former (``exact``, ``predictions``, ``draw``) are measured at the weights of a finer lattice, the latter as they are:
+on the same fresh prompts and noise. A hypervolume is over the rewards, above the base model minus its standard
+deviation over prompts, in units of that, and with the base model's own volume taken off; its interval is over seeds,
+by Student's t. Beside it stands how many LoRAs were trained for it. What was trained and measured is read from the
+folder. ``line-SEED.png`` shows two LoRAs' soups from one end to the other.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rltune.config.experiment import RunConfig
+from rltune.config.load import load_experiment
+from rltune.intervals import half_width, standard_error
+from rltune.pareto.hypervolume import hypervolume, reference_point
+from rltune.training.assessment import Bench, Subject, make_bench, of_checkpoint
+from rltune.training.evaluation import draw_images, to_uint8
+from rltune.training.loop import train_run
+from rltune.training.model_cache import ModelCache
+from rltune.training.quiet import quiet_libraries
+from rltune.training.reporter import FolderReporter
+from rltune.training.soups import Method, Weights, even_weights, of_point, trained_member
+
+MIX = Path(__file__).parents[2] / "experiments" / "mix.yaml"
+SETS = (("aesthetic", "compressibility"), ("aesthetic", "alignment", "compressibility"))
+SETTINGS = {"model.lora.rank": 8, "estimator.k": 6, "optim.lr": 7e-4}
+METHODS: tuple[Method, ...] = ("exact", "predictions", "draw")
+TRAINED_POINTS, SOUP_POINTS = {2: 5, 3: 4}, {2: 9, 3: 5}
+"""Rewards -> points along an edge."""
+PROMPTS, IMAGES = 32, 2
+Key = tuple[str, Weights]
+
+
+def configure(rewards: Sequence[str], weights: Weights, seed: int) -> RunConfig:
+    """The experiment of one LoRA."""
+    every = load_experiment(MIX).shared.rewards
+    shares = dict.fromkeys(every, 0.0) | dict(zip(rewards, weights, strict=True))
+    changes: dict[str, Any] = {**SETTINGS, "seed": seed, "evaluate.every": 1000}
+    changes |= {f"rewards.{name}.weight": share for name, share in shares.items()}
+    overrides = [f"{where}={json.dumps(value)}" for where, value in changes.items()]
+    return load_experiment(MIX, overrides=overrides).concrete({})
+
+
+def train(config: RunConfig, folder: Path) -> Path:
+    """The checkpoint of a LoRA that was trained now or before."""
+    reporter = FolderReporter(folder / "checkpoints")
+    if not list(folder.glob("samples/step-*.json")):
+        train_run(config, trial_dir=folder, base_dir=folder.parent / "base", reporter=reporter)
+    (last,) = sorted((folder / "checkpoints").glob("step-*"))[-1:]
+    return last
+
+
+def measure(rewards: Sequence[str], seed: int, folder: Path) -> None:
+    """Measure what is missing of one set of rewards and one seed; a line of ``points.jsonl`` each."""
+    num, file = len(rewards), folder / "points.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {key for key, _ in read(file)}
+    bench = bench_of(rewards, seed)
+    trained = {
+        weights: train(configure(rewards, weights, seed), folder / "-".join(f"{weight:.3g}" for weight in weights))
+        for weights in even_weights(num, TRAINED_POINTS[num])
+    }
+    ends = [tuple(float(i == j) for j in range(num)) for i in range(num)]
+    loras = [trained_member(bench.run.model, configure(rewards, end, seed), trained[end]) for end in ends]
+    wanted: list[tuple[Key, Subject]] = []
+    for weights, checkpoint in trained.items():
+        prepare = of_checkpoint(configure(rewards, weights, seed), checkpoint, 1.0)
+        wanted.append((("trained", weights), Subject("trained", prepare)))
+    for method in METHODS:
+        for weights in even_weights(num, SOUP_POINTS[num]):
+            wanted.append(((method, weights), Subject(method, of_point(loras, weights, method))))
+    left = [(key, subject) for key, subject in wanted if key not in done]
+    base, *measured = bench.assess([subject for _, subject in left])
+    spread = {name: float(values_P.std(ddof=1)) for name, values_P in base.values.items()}
+    (folder / "base.json").write_text(json.dumps({"spread": spread, "mean": {f.name: f.value for f in base.figures}}))
+    with file.open("a") as lines:
+        for ((method, weights), _), row in zip(left, measured, strict=True):
+            figures = {figure.name: figure.value for figure in row.figures}
+            lines.write(json.dumps({"method": method, "weights": weights, "figures": figures}) + "\n")
+            print(f"seed {seed} {method} {weights}: {figures}", flush=True)
+    if num == 2:
+        picture(bench, [of_point(loras, weights, "exact") for weights in even_weights(2, 5)]).save(
+            folder.parent / f"line-{seed}.png"
+        )
+
+
+def bench_of(rewards: Sequence[str], seed: int) -> Bench:
+    """Prompts that nothing was trained on, with fresh noise."""
+    config = configure(rewards, tuple(1 / len(rewards) for _ in rewards), seed)
+    evaluate = config.evaluate.model_copy(update={"prompts": PROMPTS, "images_per_prompt": IMAGES})
+    return make_bench(config.model_copy(update={"evaluate": evaluate}), "fresh", cache=ModelCache())
+
+
+def picture(bench: Bench, prepares: Sequence[Any], num_images: int = 6) -> Image.Image:
+    """A row of images for each point, the base model's first."""
+    run, images = bench.run, replace(bench.images, images_per_prompt=1)
+    rows = []
+    for prepare in (None, *prepares):
+        run.model.pipeline.unload_lora_weights()
+        sampler = run.sampler if prepare is None else prepare(run.sampler)
+        drawn_NHW3 = to_uint8(draw_images(sampler, images, range(num_images), run.workers.device))
+        rows.append(np.concatenate(list(drawn_NHW3), axis=1))
+    sheet = Image.fromarray(np.concatenate(rows))
+    return sheet.resize((2 * sheet.width, 2 * sheet.height), Image.Resampling.NEAREST)
+
+
+def read(file: Path) -> Iterator[tuple[Key, dict[str, float]]]:
+    """Every point that was measured."""
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        row = json.loads(line)
+        yield (row["method"], tuple(row["weights"])), row["figures"]
+
+
+def volume(rewards: Sequence[str], folder: Path, method: str) -> float:
+    """The hypervolume of a method's points and the base model, without the base model's own."""
+    base = json.loads((folder / "base.json").read_text())
+    mean_D, spread_D = (np.array([base[kind][name] for name in rewards]) for kind in ("mean", "spread"))
+    reference_D = reference_point(np.zeros(len(rewards)), np.ones(len(rewards)))
+    rows = [
+        [figures[name] for name in rewards] for (kind, _), figures in read(folder / "points.jsonl") if kind == method
+    ]
+    points_ND = (np.array([*rows, mean_D]) - mean_D) / spread_D
+    return hypervolume(points_ND, reference_D) - 1.0
+
+
+def table(folder: Path, seeds: Sequence[int]) -> None:
+    """Print each method's hypervolume over seeds, what was trained for it, and its share of the trained front's."""
+    print("| rewards | front of | LoRAs trained | hypervolume above the base model | of the trained |")
+    print("|---|---|---|---|---|")
+    for rewards in SETS:
+        places = [place for seed in seeds if (place := folder / f"{len(rewards)}-{seed}" / "points.jsonl").is_file()]
+        if not places:
+            continue
+        trained = np.array([volume(rewards, place.parent, "trained") for place in places])
+        for method in ("trained", *METHODS):
+            found = np.array([volume(rewards, place.parent, method) for place in places])
+            half = half_width(standard_error(found), len(found) - 1)
+            count = (
+                len(even_weights(len(rewards), TRAINED_POINTS[len(rewards)])) if method == "trained" else len(rewards)
+            )
+            told = f"{found.mean():.3f}" + ("" if half is None else f" ± {half:.3f}")
+            print(f"| {', '.join(rewards)} | {method} | {count} | {told} | {found.mean() / trained.mean():.0%} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--table", action="store_true", help="train and measure nothing")
+    options = parser.parse_args()
+    quiet_libraries()
+    if not options.table:
+        for seed in options.seeds:
+            for rewards in SETS:
+                measure(rewards, seed, options.folder / f"{len(rewards)}-{seed}")
+    table(options.folder, options.seeds)
+
+
+if __name__ == "__main__":
+    main()
