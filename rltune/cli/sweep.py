@@ -278,6 +278,22 @@ def _memory(plan: Plan) -> dict[str, str]:
     return {"memory": "; ".join([f"about {memory_in_words(plan.memory)} a {where} at the most", *how])}
 
 
+def _duration(plan: Plan) -> dict[str, str]:
+    """Say how long it may take; nothing where that is not known."""
+    if plan.duration is None:
+        return {}
+    (step_low, step_high), (low, high) = plan.duration.step_s, plan.duration.total_s
+    return {
+        "time": f"{step_low:.2g} to {step_high:.2g} s a step, {_roughly(low)} to {_roughly(high)} in all, from what "
+        "networks compute and how fast this CPU multiplies; rewards are not counted"
+    }
+
+
+def _roughly(seconds: float) -> str:
+    """Return a time of which the size alone is known: ``4 min``, ``2.5 h``."""
+    return f"{max(1, round(seconds / 60))} min" if seconds < 3600 else f"{seconds / 3600:.2g} h"
+
+
 def print_plan(plan: Plan, cluster: Cluster | None) -> None:
     """Print a plan, one fact a line."""
     experiment, work, inputs = plan.experiment, plan.workload, plan.inputs
@@ -295,6 +311,7 @@ def print_plan(plan: Plan, cluster: Cluster | None) -> None:
         f"{work.images_per_evaluation}; {_workers(work)}",
         "images": f"{work.num_images:,} in all",
         **_memory(plan),
+        **_duration(plan),
         "objectives": ", ".join(config.objective_names),
         "runs on": where if cluster is None or cluster.num_nodes == 1 else f"{where}, {_nodes(work, cluster)}",
     }

@@ -116,7 +116,7 @@ class _CallMeter:
         for tensor in inputs:
             self._outside.add(tensor)
         # without values, blocks that are alike need not run again: on the device meta every operation takes a while
-        key = _kind_of(forward, args, kwargs) if inputs and inputs[0].device.type == "meta" else None
+        key = kind_of(forward, args, kwargs) if inputs and inputs[0].device.type == "meta" else None
         known = self._alike.get(key)
         if known is None:
             known = self._run_block(forward, args, kwargs, inputs)
@@ -124,7 +124,7 @@ class _CallMeter:
             if key is not None:
                 self._alike[key] = known
         else:
-            result = _drawn_anew(known.results)
+            result = drawn_anew(known.results)
         lasting = (*inputs, *tensors(result))
         for number in known.stored:  # another block may store them again
             self._count(lasting[number])
@@ -156,7 +156,7 @@ class _CallMeter:
             self._plain += tensor.untyped_storage().nbytes()
 
 
-def _kind_of(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+def kind_of(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
     """Return what two blocks and their arguments have in common where they store the same."""
     block: nn.Module = forward.__self__  # type: ignore[attr-defined]  # a bound method
     weights = tuple((weight.shape, weight.dtype, weight.requires_grad) for weight in block.parameters())
@@ -167,7 +167,7 @@ def _kind_of(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     return type(block), weights, given
 
 
-def _drawn_anew(results: Any) -> Any:
+def drawn_anew(results: Any) -> Any:
     """Return results as another block alike would give them: of the same shapes, in memory of their own."""
     return mapped(results, lambda tensor: torch.empty_like(tensor).requires_grad_(tensor.requires_grad))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from rltune.config.load import Experiment
 from rltune.orchestration.claiming import check_claim
+from rltune.orchestration.duration import Duration, foresee
 from rltune.orchestration.inspection import Faults, Inputs, inspect_experiment
 from rltune.orchestration.memory_check import check_memory
 from rltune.orchestration.nodes import Node
@@ -27,6 +28,10 @@ class Plan:
     inputs: Inputs
     memory: Forecast | None = None
     """What a worker takes at the first value of every distribution; None where the base model is not on this machine.
+    """
+
+    duration: Duration | None = None
+    """How long it may take; None where workers have a GPU or are elsewhere, or the base model is not on this machine.
     """
 
     @property
@@ -69,13 +74,15 @@ def plan(
     if is_whole and workload is not None:
         with faults.noted():
             check_claim(folder, experiment, precision=workload.precision)
-    memory = None
+    memory = duration = None
     if not faults and workload is not None and inputs.outline is not None:
         with faults.noted():
             memory = check_memory(experiment.shared, inputs.outline, workload, nodes, is_here=not is_attached)
+            if not is_attached:
+                duration = foresee(experiment, inputs.outline, workload)
     faults.raise_any(experiment.source)
     assert workload is not None  # or there was a fault
-    return Plan(experiment, folder, workload, inputs, memory)
+    return Plan(experiment, folder, workload, inputs, memory, duration)
 
 
 def this_machine() -> Node:
