@@ -11,7 +11,7 @@ import pytest
 import rltune
 from tests.orchestration.processes import PATIENCE_S
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 EXAMPLE = Path(__file__).parents[2] / "experiments" / "python_api.py"
 
