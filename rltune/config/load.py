@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -110,6 +110,15 @@ class Experiment:
             if repr(values) not in tried:
                 tried.add(repr(values))
                 yield self.concrete(values)
+
+    def largest(self, paths: Collection[str]) -> RunConfig:
+        """Return the run at the greatest number of what is searched among ``paths``, and the first of all else."""
+        greatest = dict(self.first)
+        for path, kind in self.space.items():
+            if path in paths and not isinstance(kind, Simplex):
+                numbers = [value for _, value in kind.corners() if isinstance(value, int | float)]
+                greatest[path] = max(numbers, default=greatest[path])
+        return self.concrete(self.active(greatest))
 
     def concrete(self, values: Mapping[str, Any]) -> RunConfig:
         """Return the run with a value for every active distribution, validated like a file without any.

@@ -10,6 +10,16 @@ from rltune.orchestration.nodes import Node, smallest_gpu_gib
 from rltune.orchestration.workload import Workload
 from rltune.training.forecast import Change, Forecast, forecast, smaller
 
+TAKE_MORE = (
+    "model.lora.rank",
+    "estimator.k",
+    "optim.batch",
+    "optim.micro_batch",
+    "sampler.steps",
+    "sampler.height",
+    "sampler.width",
+)
+"""Settings of which a larger number takes more memory, or no less."""
 NUM_REMEDIES = 3
 FAR_BEYOND = 2.0
 """Times the memory of the machine: workers without a GPU are refused no earlier, for a machine can swap."""
@@ -21,7 +31,7 @@ def check_memory(
     """Return what a worker takes of memory.
 
     Args:
-        config: The experiment at the first value of every distribution.
+        config: The experiment where it takes most.
         model: Its base model without values.
         workload: What runs where.
         nodes: The cluster's.

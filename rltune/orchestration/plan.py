@@ -8,7 +8,7 @@ from rltune.config.load import Experiment
 from rltune.orchestration.claiming import check_claim
 from rltune.orchestration.duration import Duration, foresee
 from rltune.orchestration.inspection import Faults, Inputs, inspect_experiment
-from rltune.orchestration.memory_check import check_memory
+from rltune.orchestration.memory_check import TAKE_MORE, check_memory
 from rltune.orchestration.nodes import Node
 from rltune.orchestration.settling import settle, still_open
 from rltune.orchestration.workload import Workload, work_out
@@ -27,7 +27,7 @@ class Plan:
     workload: Workload
     inputs: Inputs
     memory: Forecast | None = None
-    """What a worker takes at the first value of every distribution; None where the base model is not on this machine.
+    """What a worker takes, at the largest of what is searched; None where the base model is not on this machine.
     """
 
     duration: Duration | None = None
@@ -77,7 +77,9 @@ def plan(
     memory = duration = None
     if not faults and workload is not None and inputs.outline is not None:
         with faults.noted():
-            memory = check_memory(experiment.shared, inputs.outline, workload, nodes, is_here=not is_attached)
+            memory = check_memory(
+                experiment.largest(TAKE_MORE), inputs.outline, workload, nodes, is_here=not is_attached
+            )
             if not is_attached:
                 duration = foresee(experiment, inputs.outline, workload)
     faults.raise_any(experiment.source)

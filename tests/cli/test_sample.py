@@ -111,6 +111,7 @@ def test_the_run_s_sampler_is_used_unless_another_is_asked_for(
         "steps": {"num_steps": 5},
         "guidance": {"guidance": 4.0},
         "seed": {"seed": 4},
+        "negative": {"negative": "two red birds"},
         "base steps": {"num_base_steps": 2},
     }
     pages = {}
@@ -119,7 +120,7 @@ def test_the_run_s_sampler_is_used_unless_another_is_asked_for(
         pages[name] = np.asarray(Image.open(tmp_path / f"{name}.png"))
     assert make_config().sampler.steps == 4
     assert (pages["run"] == pages["same"]).all()
-    for name in ("steps", "guidance", "seed", "base steps"):
+    for name in ("steps", "guidance", "seed", "negative", "base steps"):
         assert (pages["run"] != pages[name]).any(), name
 
 

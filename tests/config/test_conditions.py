@@ -151,6 +151,12 @@ def test_corners_try_a_setting_wherever_it_is_searched() -> None:
     assert runs == [(0, None), (1, 1), (1, 9), (2, None)]
 
 
+def test_the_largest_run_has_the_greatest_numbers_of_what_is_named_where_they_are_active() -> None:
+    text = K.replace("rewards:", "model: {lora: {rank: {choice: [8, 64, 2]}}}\nseed: {int: [3, 9]}\nrewards:")
+    run = load(text).largest(("model.lora.rank", "estimator.k", "optim.batch"))
+    assert (run.model.lora.rank, run.estimator.name, run.estimator.k, run.seed) == (64, "alignprop", 3, 3)
+
+
 def test_an_experiment_is_written_with_its_conditions() -> None:
     again = load(load(CHAIN).to_yaml())
     assert again.space == load(CHAIN).space

@@ -73,6 +73,15 @@ def test_the_memory_of_a_worker_is_foreseen_and_what_does_not_fit_is_refused(tmp
     assert "the smallest GPU has 1.0; " in str(fault)
 
 
+def test_memory_is_that_of_the_largest_settings_that_are_searched(tmp_path: Path) -> None:
+    searched = GOOD + "model: {lora: {rank: {choice: [2, 256, 4]}}}\n"
+    found = [
+        plan_of(tmp_path, text, [Node(4)]).memory
+        for text in (searched, searched.replace("{choice: [2, 256, 4]}", "256"))
+    ]
+    assert found[0] == found[1]
+
+
 def test_this_machine_has_its_cores() -> None:
     assert this_machine().num_cpus >= 1
     assert this_machine().accelerators is None  # of a type that nobody knows before Ray has looked
