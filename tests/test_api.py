@@ -70,6 +70,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(campaign, "find_address", lambda address: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 def test_a_plan_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(campaign, "connect", lambda address: pytest.fail("a cluster was wanted"))

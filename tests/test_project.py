@@ -41,6 +41,7 @@ def imported_libraries() -> set[str]:
     return names - set(sys.stdlib_module_names) - {"rltune"}
 
 
+@pytest.mark.slow
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     needed = {canonical(Requirement(text).name) for text in PROJECT["dependencies"]}
     optional = {canonical(Requirement(text).name) for name in EXTRAS for text in EXTRAS[name]}
@@ -94,6 +95,7 @@ def defined_names(tree: ast.Module) -> set[str]:
     return names
 
 
+@pytest.mark.long
 def test_private_names_of_a_library_are_used_in_one_file_of_its_own() -> None:
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "rltune").rglob("*.py")}
     own = {path.parent.name for path in trees}.union(*map(defined_names, trees.values()))
@@ -101,6 +103,7 @@ def test_private_names_of_a_library_are_used_in_one_file_of_its_own() -> None:
     assert set(used) == {"ray_private.py", "optuna_private.py"}, used
 
 
+@pytest.mark.slow
 def test_no_file_runs_code_when_it_is_read() -> None:
     """What SECURITY.md says of pickles and of code that comes with a model."""
     safe = {

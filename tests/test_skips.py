@@ -20,6 +20,7 @@ def run(folder: Path, *more: str, **modules: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_a_skip_on_the_list_and_an_expected_failure_pass(tmp_path: Path) -> None:
     skipped = "def test_a(): pytest.skip('says that it is not differentiable')"
     code, text = run(tmp_path, listed=skipped, failing="@pytest.mark.xfail(reason='known')\ndef test_a(): assert False")

@@ -220,15 +220,14 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 AGAIN = frozenset(("flux2_dev", "sana", "sdxl"))
 """Those whose code but for their texts is another's too: FLUX.2 klein's, SANA-Sprint's, Stable Diffusion's."""
 
-LARGE = ("flux", "chroma", "lumina2", "sana")
-"""How those begin that take a second for what others do in half of one."""
+LARGE = ("flux2", "chroma", "lumina2", "sana")
+"""How those begin that take a second or two for what others do in half of one."""
 
 
 def shared_out(names: Iterable[str], again: Collection[str] = AGAIN) -> list[Any]:
-    """Names to parametrise a test with: long where they run the same code once more, and slow where they are large."""
-    long, slow = pytest.mark.long, pytest.mark.slow
+    """Names to parametrise a test with; those that are large, or run the same code once more, are long."""
     return [
-        pytest.param(name, marks=long if name in again else slow if name.startswith(LARGE) else ()) for name in names
+        pytest.param(name, marks=pytest.mark.long if name in again or name.startswith(LARGE) else ()) for name in names
     ]
 
 

@@ -71,7 +71,7 @@ def test_the_loss_of_a_constant_error_is_known() -> None:
     assert reconstruction_loss(error).item() == 0.5 + 0.25 + 1.5 * (0.5 + 0.5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_refining_trains_the_decoder_and_leaves_the_encoder_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -144,6 +144,7 @@ def test_the_head_says_how_it_is_built(whole: Path) -> None:
     assert (head.in_dim, head.hidden, head.offset, head.scale) == (128, (64,), 5.5, 2.0)
 
 
+@pytest.mark.long
 def test_a_second_call_replaces_the_files(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rltune.builtin.workshop.plot_curve", lambda *_, **__: None)
     before = (whole / "prompts" / "train.txt").read_text()

@@ -50,7 +50,7 @@ def test_no_file_names_the_machine_it_was_built_on() -> None:
     assert [path for path in texts if "/tmp" in path.read_text() or "/home" in path.read_text()] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_pipeline_draws_its_prompts(pipeline: StableDiffusionPipeline, clip: tuple[Any, Any]) -> None:
     prompts = BUILTIN_PROMPTS["builtin-heldout"].read_text().splitlines()[:16]
     images = draw(pipeline, prompts)
@@ -86,6 +86,7 @@ def test_the_tokenizers_of_both_models_agree(pipeline: StableDiffusionPipeline, 
     assert torch.equal(clip[1](texts), ids)
 
 
+@pytest.mark.slow
 def test_the_image_text_model_and_the_head_read_renders(clip: tuple[Any, Any]) -> None:
     model, tokenizer = clip
     scenes, _ = make_scenes(12345, 128, is_heldout=True)

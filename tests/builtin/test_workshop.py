@@ -134,6 +134,7 @@ def test_a_short_stage_has_a_row_a_step(tmp_path: Path) -> None:
     assert rows == [{"step": str(step + 1), "loss": f"{2.0**-step:.6g}"} for step in range(7)]
 
 
+@pytest.mark.slow
 def test_a_long_stage_has_the_means_of_its_losses_in_rows(tmp_path: Path) -> None:
     rows = follow(Workshop(tmp_path), 601, lambda step: float(step))
     # Three steps a row: 0, 1, 2 have a mean of 1, then 4, ...; the last step is left over and is a row of its own.
@@ -141,6 +142,7 @@ def test_a_long_stage_has_the_means_of_its_losses_in_rows(tmp_path: Path) -> Non
     assert [float(row["loss"]) for row in rows] == [*range(1, 600, 3), 600]
 
 
+@pytest.mark.slow
 def test_held_out_figures_are_taken_twenty_times(tmp_path: Path) -> None:
     calls: list[int] = []
 
@@ -154,6 +156,7 @@ def test_held_out_figures_are_taken_twenty_times(tmp_path: Path) -> None:
     assert taken == [(30 * (i + 1), 10.0 + i) for i in range(20)]
 
 
+@pytest.mark.slow
 def test_a_curve_without_validation_has_no_column_for_it(tmp_path: Path) -> None:
     assert follow(Workshop(tmp_path), 2, lambda step: 1.0)[0].keys() == {"step", "loss"}
 

@@ -51,6 +51,7 @@ def brightness(config: RunConfig, lora: Path | None, strength: float) -> np.ndar
     return drawn.mean(dim=(1, 2, 3)).double().numpy().reshape(len(PROMPTS), -1).mean(axis=1)
 
 
+@pytest.mark.slow
 def test_values_are_those_of_the_images_at_every_strength(call: Call, lora: Path, config: RunConfig) -> None:
     code, out, err = call("evaluate", lora, "--strength", "0,0.5,-0.25", "--rewards", "brightness,drift", "--json")
     assert (code, err) == (0, "")
@@ -72,6 +73,7 @@ def test_values_are_those_of_the_images_at_every_strength(call: Call, lora: Path
         assert drift["value"] > 0.01
 
 
+@pytest.mark.slow
 def test_any_prompts_and_rewards_as_csv_and_json(call: Call, lora: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "mine.txt"
     prompts.write_text('a <b>whale</b>, "blue"\n# no prompt\na whale\n')
@@ -95,6 +97,7 @@ def test_any_prompts_and_rewards_as_csv_and_json(call: Call, lora: Path, tmp_pat
     assert f"{figure['gain']:+.4g}" in out
 
 
+@pytest.mark.slow
 def test_a_base_model_alone_and_a_lora_without_a_card(
     call: Call, lora: Path, config: RunConfig, tmp_path: Path
 ) -> None:

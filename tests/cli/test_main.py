@@ -163,6 +163,7 @@ def test_a_name_on_the_command_line_is_held_to_the_files_rule(
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.yaml"]
 
 
+@pytest.mark.slow
 def test_a_name_on_the_command_line_is_the_runs(call: Call, tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(FIXED)
@@ -357,6 +358,7 @@ def test_options_reach_the_run(call: Call, monkeypatch: pytest.MonkeyPatch) -> N
     ]
 
 
+@pytest.mark.slow
 def test_the_printed_schema_accepts_the_shipped_experiments(call: Call) -> None:
     from rltune.config.yamlfile import read_yaml
 
@@ -409,6 +411,7 @@ except SystemExit:
 """
 
 
+@pytest.mark.slow
 def test_what_is_logged_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "hush-hush")
     finished = subprocess.run([sys.executable, "-c", LOGGING], capture_output=True, text=True, check=True, timeout=60)

@@ -101,7 +101,7 @@ def test_the_noise_is_that_of_the_held_out_images(make_config: Config) -> None:
     assert (row == expected).all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_run_s_sampler_is_used_unless_another_is_asked_for(
     make_config: Config, loras: list[Path], tmp_path: Path
 ) -> None:
@@ -150,6 +150,7 @@ def test_base_steps_must_leave_something_to_the_lora(loras: list[Path], tmp_path
     assert not (tmp_path / "grid.png").exists()
 
 
+@pytest.mark.slow
 def test_held_out_prompts_are_drawn_when_none_are_given(
     loras: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +169,7 @@ def test_a_base_model_alone_needs_no_run(tiny_pipeline: Path, tmp_path: Path, ca
     assert caplog.messages == [told]
 
 
+@pytest.mark.slow
 def test_a_lora_without_a_card_is_drawn_on_the_base_that_is_named(
     loras: list[Path], tiny_pipeline: Path, tmp_path: Path
 ) -> None:
@@ -177,6 +179,7 @@ def test_a_lora_without_a_card_is_drawn_on_the_base_that_is_named(
     assert (shown[0, 0, 0] != shown[0, 1, 0]).any()
 
 
+@pytest.mark.slow
 def test_loras_of_different_base_models_are_refused(loras: list[Path], tmp_path: Path) -> None:
     card = json.loads((loras[1] / "rltune.json").read_text())
     (loras[1] / "rltune.json").write_text(json.dumps({**card, "base_model": "another/model"}))

@@ -35,6 +35,7 @@ def figures(point: Any) -> dict[str, float]:
     return {figure["name"]: figure["value"] for figure in point["figures"]}
 
 
+@pytest.mark.long
 def test_every_method_s_end_is_a_lora_and_points_are_written(call: Call, loras: list[Path], tmp_path: Path) -> None:
     methods = ("exact", "factors", "predictions", "draw")
     asked = ["--weights", "0,1", "--weights", "0.5,0.5", "--rewards", "brightness"]

@@ -67,6 +67,7 @@ def test_the_plan_says_where_a_setting_is_searched_and_what_comes_first(
     assert plan["first"] == "3 point(s) of the file"
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_be_started_from_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"search\.warm_start: not a run folder, .* got 'nowhere'"):
         dry_run(ROOT / "experiments" / "mix.yaml", tmp_path, "search.warm_start=nowhere", is_sweep=True)
@@ -93,6 +94,7 @@ def test_the_plan_says_what_will_be_done(tmp_path: Path, capsys: pytest.CaptureF
     assert plan["runs on"] == "a Ray cluster on this machine (loopback only)"
 
 
+@pytest.mark.slow
 def test_a_fixed_k_and_no_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

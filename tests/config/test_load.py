@@ -281,7 +281,7 @@ def sample(draw: st.DrawFn, distribution: Distribution) -> Any:
             return None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(deadline=None)  # the first example builds the schema
 @given(data=st.data())
 def test_any_sampled_value_of_a_valid_space_is_a_valid_run(data: st.DataObject) -> None:
@@ -321,7 +321,7 @@ PLACES += [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(deadline=None)
 @given(changes=st.dictionaries(st.sampled_from(PLACES), JUNK, min_size=1, max_size=4))
 def test_whatever_is_written_loads_or_is_answered_with_faults(changes: dict[str, Any]) -> None:

@@ -82,6 +82,7 @@ def test_the_gradient_is_the_same_and_less_is_stored(name: str, dtype: torch.dty
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(gradients, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_a_branch_without_gradient_is_run_again_without_gradient() -> None:
     """Within a step's own checkpoint, as the chain has it."""
     model = adapted("sdxl", torch.float32)
@@ -116,8 +117,8 @@ def test_a_network_that_names_none_is_left_alone() -> None:
 
 
 # tracing looks at every input's .grad, which PyTorch warns of where the input is no leaf
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.slow
 def test_blocks_are_compiled_whole_inside_their_checkpoints_and_give_the_same_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -106,6 +106,7 @@ def reference(
 
 
 # every K, with and without noise: tests/estimators/test_backprop.py
+@pytest.mark.slow
 @pytest.mark.parametrize(("k", "eta", "use_checkpoint"), [(3, 1.0, True), (T, 0.0, False)])
 def test_gradient_is_that_of_plain_autograd_through_the_unrolled_sampler(
     unet: UNet2DConditionModel, k: int, eta: float, use_checkpoint: bool
@@ -130,6 +131,7 @@ def test_gradient_is_that_of_plain_autograd_through_the_unrolled_sampler(
     torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-10 * float(expected.norm()))
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_no_bit(unet: UNet2DConditionModel) -> None:
     torch.manual_seed(3)
     x, text, negative = (torch.randn(shape, dtype=torch.float64) for shape in ((1, 4, 8, 8), (1, 6, 32), (1, 6, 32)))
@@ -247,6 +249,7 @@ def test_the_last_active_steps_are_kept_and_the_others_run_again(table: ChainTab
     assert model.grad_calls[3:] == table.timesteps_T[again].tolist()[::-1]
 
 
+@pytest.mark.slow
 def test_keeping_some_changes_no_bit_and_stores_a_step_s_activations_each(unet: UNet2DConditionModel) -> None:
     torch.manual_seed(3)
     x, text, negative = (torch.randn(shape, dtype=torch.float64) for shape in ((1, 4, 8, 8), (1, 6, 32), (1, 6, 32)))

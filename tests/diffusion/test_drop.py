@@ -20,6 +20,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_without_t5_is_the_pipeline_without_it_and_needs_none_of_its_files(whole: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(whole, tmp_path / "sd3")
     prompts = ["a cat", "two red birds"]

@@ -52,6 +52,7 @@ def mid_size() -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(vae=vae, unet=unet, scheduler=scheduler, **parts, add_watermarker=False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*shared_out(PIPELINES), "mid-size"])
 def test_a_count_is_within_5_percent_of_what_autograd_stores(name: str) -> None:
     make = PIPELINES.get(name, mid_size)
@@ -108,6 +109,7 @@ def test_a_text_without_values_is_of_the_kind_that_the_encoder_gives(name: str) 
         assert blank[part].device.type == "meta"
 
 
+@pytest.mark.slow
 def test_weights_of_half_the_size_and_half_the_branches() -> None:
     outline = outline_of(PIPELINES["flux"])
     shape = outline.latent_shape(32, 32)

@@ -89,6 +89,7 @@ def test_images_are_the_pipelines_own(name: str) -> None:
         assert float((draw(prompts) - theirs).abs().mean()) > 300 * max(off, 1e-9), what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [4, 9])
 def test_the_gradient_is_that_of_finite_differences(channels: int) -> None:
     """In float64 along a random direction of the adapters, K = T."""
@@ -225,6 +226,7 @@ def test_a_later_start_keeps_the_levels_of_its_steps() -> None:
     assert blend.starting(2).after(0, one).item() == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [sd_inpaint, sdxl_inpaint])
 def test_a_folder_of_it_loads_draws_and_carries_gradient(

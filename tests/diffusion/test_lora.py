@@ -89,6 +89,7 @@ def copy_without(network: torch.nn.Module) -> torch.nn.Module:
     return other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_rslora", [False, True])
 @pytest.mark.parametrize("targets", ["attention", "all"])
 def test_dora_and_rslora_are_what_their_papers_say(network: torch.nn.Module, targets: str, use_rslora: bool) -> None:

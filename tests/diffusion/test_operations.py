@@ -11,6 +11,7 @@ from tests.diffusion.test_forecast import outline_of
 from tests.tiny_families import PIPELINES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stable_diffusion", "flux2_klein"])
 def test_blocks_that_are_alike_count_as_often_as_they_are_there(name: str) -> None:
     model = outline_of(PIPELINES[name])

@@ -43,6 +43,7 @@ def check_same(one: Any, other: Any) -> None:
                 assert torch.equal(ours[key], value), (name, key)
 
 
+@pytest.mark.slow
 def test_stable_diffusion_is_read_with_another_folder_s_settings(tiny_pipeline: Path, tmp_path: Path) -> None:
     file = write_original(tiny_pipeline, tmp_path / "model.safetensors")
     config = settings_of(tiny_pipeline, tmp_path / "settings")

@@ -186,6 +186,7 @@ def test_predictions_are_added_up_and_the_base_model_may_be_one(model: ModelFami
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_drawn_step_is_one_adapter_s_whatever_batch_an_image_is_in(model: ModelFamily, loras: list[Layers]) -> None:
     members, mix = [loras[0], loras[2]], Mix(("a", "b"), (0.5, 0.5), is_drawn=True)
     singles = [denoised(model, [layers], Mix((name,), (1.0,))) for name, layers in zip("ab", members, strict=True)]

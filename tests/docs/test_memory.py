@@ -38,6 +38,7 @@ TINY = Architecture(
 )
 
 
+@pytest.mark.slow
 def test_the_page_has_the_lines_of_its_script() -> None:
     """Of one model, which is quickly counted."""
     page = memory_table.PAGE.read_text().splitlines()
@@ -49,6 +50,7 @@ def test_the_page_has_the_lines_of_its_script() -> None:
         assert sum(line.startswith(f"| {architecture.name}") for line in page) >= 2 * len(architecture.px)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_blocks", [False, True])
 def test_a_step_is_measured_beside_what_was_predicted(has_blocks: bool) -> None:
     setting = gpu_step.Setting("tiny", 32, 1, 2, "fp32", has_blocks)
@@ -60,6 +62,7 @@ def test_a_step_is_measured_beside_what_was_predicted(has_blocks: bool) -> None:
     assert share.endswith("%")
 
 
+@pytest.mark.slow
 def test_a_step_s_operations_are_those_of_its_matrices() -> None:
     """What carries gradient counts three times, four with blocks in checkpoints; the decoder three times."""
     config = gpu_step.Setting("tiny", 32, 1, 2, "fp32", has_blocks=False).config(TINY)

@@ -86,7 +86,7 @@ def test_the_lora_is_used_alike_in_the_readme_and_on_its_page() -> None:
     assert block_with(README, "python", "load_lora_weights") == block_with(page_named("loras"), "python", "load_lora_w")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_readmes_lora_is_drawn_in_a_process_of_its_own_from_another_folder(tmp_path: Path) -> None:
     code = block_with(README, "python", "load_lora_weights")
     model = load_model("builtin")

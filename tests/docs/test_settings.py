@@ -47,7 +47,7 @@ def has_placeholder(code: str) -> bool:
     return "..." in code or bool(re.search(r"\b(NAME|FOLDER|OPTION|VALUE)\b", code))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @every_page
 def test_every_block_of_yaml_is_an_experiment_that_could_start(page: Page, tmp_path: Path) -> None:
     """On a cluster that is large enough, but for what this machine lacks."""

@@ -37,7 +37,7 @@ def test_every_setting_and_option_has_a_text() -> None:
     assert [name for name, text in listed if not re.match(r"  \S", text)] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_site_builds_strictly_and_asks_nobody_else_for_anything(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="mkdocs is not installed")
     pytest.importorskip("material", reason="mkdocs is not installed")

@@ -31,6 +31,7 @@ def test_uniform_is_over_the_whole_chain_by_default() -> None:
     assert stats.chisquare(counts[1:]).pvalue > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("k", "mean", "std"), [(8, 8, 3.0), (None, 8, 5.0), (2, 2, 5.0)])
 def test_gaussian_is_the_rounded_normal_cut_to_1_to_t(k: int | None, mean: int, std: float) -> None:
     counts = np.bincount(draws(AlignProp(k=k, draw="gaussian", std=std)), minlength=T + 1)

@@ -221,7 +221,7 @@ def assert_same_state(round: Round, other: Round) -> None:
     torch.testing.assert_close(dict(round.state.state_dict()), dict(other.state.state_dict()), rtol=0, atol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @every_case
 def test_gradient_is_finite_over_50_steps(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:

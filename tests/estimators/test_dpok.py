@@ -118,6 +118,7 @@ def test_the_value_network_is_fitted_to_the_rewards(size: int) -> None:
         torch.testing.assert_close(state.network.state_dict()[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fitting_brings_the_value_to_the_reward() -> None:
     estimator = DPOK(value_steps=80, value_lr=1e-2, epochs=1, reward_weight=1.0)
     toy = perceptron_toy()

@@ -117,6 +117,7 @@ METHODS: dict[str, tuple[Any, Callable[[ByFormula], Callable[[], Tensor]]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(("rule", "eta"), [("posterior", 0.8), ("flow_grpo", 1.3)])
 def test_an_update_is_that_of_the_formulas_by_finite_differences(name: str, rule: Rule, eta: float) -> None:

@@ -236,6 +236,7 @@ CHANGES: Mapping[str, Change] = {
 }
 
 
+@pytest.mark.slow
 @every_adapter_file
 def test_the_faint_adapter_passes(faint: Written, name: str) -> None:
     assert check_reload(build(name), faint.folder, faint.lora.fresh(), faint.lora.trained).difference < 1e-5

@@ -35,6 +35,7 @@ def written(request: pytest.FixtureRequest, tiny_pipeline: Path, tmp_path_factor
     return Written(tiny_pipeline, tmp_path_factory.mktemp("lora") / "exports" / "001", request.param)
 
 
+@pytest.mark.slow
 def test_the_file_is_where_diffusers_looks_for_it(written: Written) -> None:
     assert written.path.name == WEIGHT_FILE
 
@@ -65,7 +66,7 @@ def without_metadata(path: Path, target: Path) -> Path:
     return target
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_plain_diffusers_in_another_process_sees_the_same_network(tiny_pipeline: Path, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor(500)

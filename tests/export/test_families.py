@@ -49,6 +49,7 @@ def images_of(model: ModelFamily, case: Case, embeddings: PromptEmbeddings) -> T
     return sampler.decode(sampler.open(PROMPTS, x, noises.__getitem__).run())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", shared_out(CALLS, ("sdxl", "flux2 dev", "sana")))
 def test_a_file_draws_the_trained_adapter_s_image_in_rltune_and_in_plain_diffusers(name: str, tmp_path: Path) -> None:
     case = CASES[name]

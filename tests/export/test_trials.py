@@ -248,6 +248,7 @@ def formats(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     return ("weaker", "unwritten", "nested", "peft")
 
 
+@pytest.mark.slow
 def test_a_file_that_fails_its_proof_does_not_stand_in_an_exports_place(
     run: tuple[RunFolder, Experiment], formats: tuple[str, ...]
 ) -> None:
@@ -258,7 +259,7 @@ def test_a_file_that_fails_its_proof_does_not_stand_in_an_exports_place(
     assert not (folder.exports_dir / "009").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_format_that_fails_does_not_keep_the_others_from_being_written(
     run: tuple[RunFolder, Experiment], formats: tuple[str, ...]
 ) -> None:
@@ -275,7 +276,7 @@ def test_a_format_that_fails_does_not_keep_the_others_from_being_written(
     assert {path.name for path in (folder.exports_dir / "010").iterdir()} == PEFT_FILES | {"pipeline"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_format_may_have_a_folder_which_is_replaced_as_a_whole(
     run: tuple[RunFolder, Experiment], formats: tuple[str, ...]
 ) -> None:

@@ -98,12 +98,14 @@ def test_the_stages_of_a_sweep_in_their_order(stage: Stage) -> None:
     assert {pick.trial for pick in found.picks} == {event.trial for event in stage.told[5:]}
 
 
+@pytest.mark.slow
 def test_what_is_not_to_be_exported_is_not(stage: Stage) -> None:
     stage.results += [result(f"00{i}", 0.5 + i / 10, 0.1 * i) for i in range(1, 5)]
     stage.run(exports=False)
     assert stage.kinds == ["Planned", "Trained", "Confirming", "Found", "Reported"]
 
 
+@pytest.mark.slow
 def test_a_front_that_cannot_be_measured_again_stands(stage: Stage) -> None:
     stage.results += [result(f"00{i}", 0.5 + i / 10, 0.1 * i) for i in range(1, 5)]
     stage.confirm_error = RunError("the prompts are gone")
@@ -112,6 +114,7 @@ def test_a_front_that_cannot_be_measured_again_stands(stage: Stage) -> None:
     assert isinstance(stage.told[4], Found)
 
 
+@pytest.mark.slow
 def test_trials_that_are_left_are_an_interruption_and_are_gone_on_with(stage: Stage) -> None:
     stage.results += [result("001", 0.6, 0.1)]
     with pytest.raises(KeyboardInterrupt):
@@ -124,6 +127,7 @@ def test_trials_that_are_left_are_an_interruption_and_are_gone_on_with(stage: St
     assert (stage.told[0].num_ended, stage.told[0].num_left, stage.told[0].is_resumed) == (1, 3, True)
 
 
+@pytest.mark.slow
 def test_without_a_trial_that_ended_well_there_is_nothing_to_find(stage: Stage) -> None:
     stage.results += [result(f"00{i}", reason="nan") for i in range(1, 5)]
     with pytest.raises(RunError, match=r"no trial of .* ended well; the reasons are in "):
@@ -131,6 +135,7 @@ def test_without_a_trial_that_ended_well_there_is_nothing_to_find(stage: Stage) 
     assert stage.kinds == ["Planned", "Trained"]
 
 
+@pytest.mark.slow
 def test_where_nothing_beats_the_base_model_nothing_is_picked(stage: Stage) -> None:
     stage.results += [result(f"00{i}", 0.4, 0.5) for i in range(1, 5)]
     found = stage.run()
@@ -139,6 +144,7 @@ def test_where_nothing_beats_the_base_model_nothing_is_picked(stage: Stage) -> N
     assert stage.kinds[-2:] == ["Found", "Reported"]
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_page_and_not_with_what_was_wrong_with_it(stage: Stage) -> None:
     """Here the base model's measurements are not on the disk: there is no page, and no error."""
     stage.results += [result(f"00{i}", 0.5 + i / 10, 0.1 * i) for i in range(1, 5)]
@@ -150,6 +156,7 @@ def test_a_run_ends_with_its_page_and_not_with_what_was_wrong_with_it(stage: Sta
     assert not told.page.exists()
 
 
+@pytest.mark.long
 def test_a_single_run_is_its_one_trial(stage: Stage) -> None:
     fixed = {
         **SEARCHED,

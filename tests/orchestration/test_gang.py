@@ -81,7 +81,7 @@ def test_trial_after_trial_is_what_each_is_alone(
     assert all(torch.equal(value, expected[name]) for name, value in load_adapter(kept[-1]).items())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_trial_waits_at_its_report_and_is_taken_up_where_it_was_left(
     worker: WarmWorker, spec_of: Callable[..., JobSpec]
 ) -> None:
@@ -97,6 +97,7 @@ def test_a_trial_waits_at_its_report_and_is_taken_up_where_it_was_left(
     assert [row["step"] for row in read_metrics(spec.folder.trial_dir("001") / "metrics.jsonl")] == list(range(1, 7))
 
 
+@pytest.mark.slow
 def test_a_faulty_trial_says_why_and_the_next_one_runs(
     worker: WarmWorker, spec_of: Callable[..., JobSpec], tmp_path: Path
 ) -> None:

@@ -159,6 +159,7 @@ def pipeline(tiny_pipeline: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_a_base_model_cannot_do_is_found_at_every_value_that_may_be_tried(
     inspect: Inspect, pipeline: Path
 ) -> None:

@@ -50,6 +50,7 @@ def test_faults_of_options_prompts_and_nodes_come_together(tmp_path: Path) -> No
     assert "resources: a trial needs 8 workers with 1 CPU each, and the cluster has room for 4" in faults[2]
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_go_on_is_refused_before_anything_starts(tmp_path: Path) -> None:
     first = plan_of(tmp_path, GOOD, [Node(4)])
     claim_run(first.folder, first.experiment, precision=first.workload.precision)
@@ -62,6 +63,7 @@ def test_a_run_that_cannot_go_on_is_refused_before_anything_starts(tmp_path: Pat
     assert {path: path.read_bytes() for path in first.folder.path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_worker_is_foreseen_and_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     found = plan_of(tmp_path, GOOD, [Node(4, 1, None, 24.0)])
     assert found.memory is not None

@@ -279,7 +279,7 @@ def test_a_fault_of_the_experiment_is_recorded_at_once(
     assert read_retry(job.folder.trial_dir("001")) is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_is_no_fault_of_the_trial(spec: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -301,6 +301,7 @@ def test_a_run_folder_that_is_gone_is_not_made_anew(spec: Callable[..., JobSpec]
     assert not job.folder.path.exists()
 
 
+@pytest.mark.long
 def test_memory_that_runs_out_is_tried_once_more_and_gives_what_the_smaller_batch_gives(
     spec: Callable[..., JobSpec], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

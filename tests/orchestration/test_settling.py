@@ -48,6 +48,7 @@ def test_measurements_of_the_built_in_model_keep_their_names(tmp_path: Path, sam
     assert base_key(config) == key
 
 
+@pytest.mark.slow
 def test_what_is_new_in_the_sampler_counts_where_it_is_written(tmp_path: Path) -> None:
     shared = planned(tmp_path).experiment.shared
     for update in ({"negative": "blurry"}, {"rule": "flow_grpo"}, {"embedded_guidance": 3.0}):
@@ -77,6 +78,7 @@ def test_files_without_weights_are_enough_to_settle(tmp_path: Path) -> None:
     assert (sampler.steps, sampler.guidance, sampler.eta, sampler.embedded_guidance) == (8, 1.0, 0.5, None)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_numbers_it_was_started_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = planned(tmp_path)
     claim = claim_run(first.folder, first.experiment, precision="fp32")

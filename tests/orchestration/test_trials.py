@@ -184,6 +184,7 @@ def test_rungs_are_rebuilt_from_the_folder(tmp_path: Path) -> None:
     assert evaluate(again, third, 5, 0.7, 0.2)  # behind both that reported before the restart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [{"stop": {"broken_constraint": 2, "diverged": None}}, {"search": PRUNED}])
 def test_rules_decide_the_same_live_and_rebuilt_where_another_step_is_selected(
     tmp_path: Path, rule: dict[str, Any]

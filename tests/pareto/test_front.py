@@ -35,6 +35,7 @@ def test_a_rank_is_the_longest_chain_of_dominators(values_ND: np.ndarray) -> Non
     assert ranks(values_ND).tolist() == [depth(a) for a in values_ND]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(points)
 def test_order_and_scale_do_not_matter(values_ND: np.ndarray) -> None:

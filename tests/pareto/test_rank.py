@@ -36,6 +36,7 @@ def test_whoever_dominates_comes_first(drawn: tuple[np.ndarray, np.ndarray]) -> 
                 assert place_N[i] < place_N[j]
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(points)
 def test_fronts_follow_one_another(drawn: tuple[np.ndarray, np.ndarray]) -> None:
@@ -48,6 +49,7 @@ def test_fronts_follow_one_another(drawn: tuple[np.ndarray, np.ndarray]) -> None
     assert (np.diff(depths[np.argsort(total_rank(values_ND))]) >= 0).all()
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(points, st.integers(0, 99))
 def test_units_and_order_of_objectives_do_not_matter(drawn: tuple[np.ndarray, np.ndarray], seed: int) -> None:

@@ -113,6 +113,7 @@ def thousand(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(folder, wanted)
 
 
+@pytest.mark.slow
 def test_a_thousand_trials_leave_room_for_their_pictures(thousand: Path) -> None:
     size = thousand.stat().st_size
     assert 1_000_000 < size < 10_000_000 - BUDGET
@@ -122,6 +123,7 @@ def test_a_thousand_trials_are_soon_there(browser: "Chrome", thousand: Path) -> 
     assert cpu_s(browser, thousand) < 2.0
 
 
+@pytest.mark.slow
 def test_four_objectives_are_soon_there(browser: "Chrome", tmp_path: Path) -> None:
     wanted = asked(60, FOUR)
     page = write_report(write_synthetic(tmp_path / "mix", wanted, with_pictures=False), wanted)

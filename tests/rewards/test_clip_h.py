@@ -46,6 +46,7 @@ def hps_reference(seed: int, images: Tensor, dtype: torch.dtype) -> Tensor:
     return (image_BD * model.encode_text(ids, normalize=True)).sum(dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "seed"), [("hpsv2", 5), ("hpsv2_1", 6)])
 def test_hps_is_open_clips_cosine(name: str, seed: int, reward_options: Any) -> None:
     images = make_images().requires_grad_()

@@ -16,7 +16,7 @@ EXPERIMENT = Path(__file__).parents[2] / "experiments" / "sd15_preferences.yaml"
 TRAINED, WATCHED = ("hpsv2_1", "imagereward"), ("pickscore", "laion_aesthetic", "hpsv2")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_experiment_on_published_rewards_trains_on_files_of_their_layouts(
     tiny_pipeline: Path,
     reward_options: Mapping[str, Mapping[str, Any]],

@@ -60,6 +60,7 @@ def test_features_that_are_none_are_refused(features: torch.Tensor) -> None:
         fit_trust(features)
 
 
+@pytest.mark.slow
 def test_features_come_from_a_file_a_folder_or_the_built_in_world(clip_folder: Path, tmp_path: Path) -> None:
     reward = REWARDS.build("alignment", {"model": str(clip_folder)})
     kept = torch.randn(5, 16, generator=torch.Generator().manual_seed(0))

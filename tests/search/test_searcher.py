@@ -189,6 +189,7 @@ def test_a_genetic_search_breeds_within_the_trials_it_has(sampler: str) -> None:
     assert bred != drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "num_trials", "num_seeds"), [("tpe", 40, 3), pytest.param("gp", 10, 1, marks=pytest.mark.long)]
 )
@@ -266,6 +267,7 @@ def test_a_stopped_trial_tells_what_it_was_by_then() -> None:
             assert trial.constraints == result.constraints
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "grid"])
 def test_a_search_that_may_learn_from_stopped_trials_alone_goes_on(sampler: str) -> None:
     search = Search(asked(sampler), BOTH)
@@ -275,6 +277,7 @@ def test_a_search_that_may_learn_from_stopped_trials_alone_goes_on(sampler: str)
     assert [trial.state for trial in search.study.trials] == [TrialState.COMPLETE] * 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("objective", "sign"), [("brightness", 1), ("drift", -1)])
 def test_a_search_moves_to_where_the_objective_is_better(objective: str, sign: int) -> None:
     misses = []

@@ -124,6 +124,7 @@ def test_what_a_replay_in_any_order_rebuilds_decides_as_the_live_rungs(
                 assert rebuilt.decide(trial, rung) == live.decide(trial, rung)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(reports)
 def test_of_many_trials_the_best_part_or_the_front_would_go_on_and_no_more(

@@ -46,6 +46,7 @@ def trials_in(folder: Path) -> list[FrozenTrial]:
     return optuna.load_study(study_name="mix", storage=f"sqlite:///{folder / 'study.db'}").trials
 
 
+@pytest.mark.slow
 def test_a_trial_has_its_last_image_grid_as_an_artifact(tmp_path: Path) -> None:
     def draw(trial: str, step: int, content: bytes) -> None:
         file = tmp_path / "trials" / trial / "samples" / f"step-{step:06}.png"
@@ -99,6 +100,7 @@ def test_every_trial_is_in_the_study_as_it_ended(tmp_path: Path) -> None:
     assert [trial.user_attrs["trial"] for trial in found.best_trials] == ["002"]  # 003 breaks a constraint
 
 
+@pytest.mark.slow
 def test_what_is_new_is_appended(tmp_path: Path) -> None:
     mirror = study_file(tmp_path)
     for count in range(len(RESULTS) + 1):
@@ -111,6 +113,7 @@ def test_what_is_new_is_appended(tmp_path: Path) -> None:
     assert (tmp_path / "study.db").stat().st_ino == before
 
 
+@pytest.mark.long
 def test_the_dashboard_shows_ids_metrics_and_constraints(tmp_path: Path) -> None:
     optuna_dashboard = pytest.importorskip("optuna_dashboard")
     study_file(tmp_path).update(RESULTS)
@@ -149,6 +152,7 @@ SPOILT: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", SPOILT)
 def test_a_study_that_disagrees_is_written_anew(tmp_path: Path, how: str) -> None:
     study_file(tmp_path).update(RESULTS)
@@ -159,6 +163,7 @@ def test_a_study_that_disagrees_is_written_anew(tmp_path: Path, how: str) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["study.db"]
 
 
+@pytest.mark.slow
 def test_a_lock_is_waited_for_but_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

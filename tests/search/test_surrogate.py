@@ -108,6 +108,7 @@ def test_a_search_that_is_rebuilt_from_results_asks_like_another_one() -> None:
     assert first.ask() == second.ask()
 
 
+@pytest.mark.slow
 def test_trials_that_run_at_the_same_time_are_apart() -> None:
     search = Search(asked(), OBJECTIVES)
     for _ in range(15):
@@ -163,6 +164,7 @@ def searched(num: int, ends: Callable[[float, float, int], bool], *, seed: int =
     return np.array(rows)
 
 
+@pytest.mark.slow
 def test_it_learns_where_trials_fail_and_finds_the_best_beside_it() -> None:
     """Worth rises to the corner (1, 1), where trials fail: those of x + y > 1.4, 18 % of the square."""
     reached, best = [], []

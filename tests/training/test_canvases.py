@@ -123,7 +123,7 @@ def test_pictures_of_another_size_are_resized_as_diffusers_does(folder: Path) ->
     assert np.array_equal(mask, where.numpy() == 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_built_in_world_has_a_picture_of_every_prompt_and_the_same_each_time() -> None:
     for name in ("builtin", "builtin-heldout"):
         canvases = load(name)

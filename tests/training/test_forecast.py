@@ -21,6 +21,7 @@ def outline_of(config: Any) -> Any:
     return load_outline(find_pipeline(config.model.base), base=config.model.base)
 
 
+@pytest.mark.slow
 def test_what_is_counted_is_what_a_run_measures(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the step, within 5 percent; the tiny pipeline has as many tokens of text as its tokenizer says."""
     config = make_config(optim={"micro_batch": 2})

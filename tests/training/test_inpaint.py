@@ -65,7 +65,7 @@ def make(make_config: Make, pictures: Path, nine_channels: Path) -> Make:
 POLICY = {"estimator": {"name": "ddpo", "k": None, "draw": None, "options": {}}, "sampler": {"eta": 1.0}}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("is_told", "sections"), [(False, {}), (True, {}), (False, POLICY)])
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     make: Make, is_told: bool, sections: dict[str, Any], tmp_path: Path
@@ -127,6 +127,7 @@ def test_the_gradient_is_of_what_is_drawn_alone(make: Make) -> None:
         assert not bool(slope.any())
 
 
+@pytest.mark.slow
 def test_grids_show_what_was_given_beside_the_result(make: Make, tmp_path: Path) -> None:
     config = make(optim={"steps": 1}, evaluate={"prompts": 3})
     train(config, tmp_path)

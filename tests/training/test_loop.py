@@ -19,6 +19,7 @@ from rltune.training.streams import Stream, generator
 from tests.training.runs import Make, adapted_run, adapters, metrics, train
 
 
+@pytest.mark.slow
 def test_a_run_reports_the_base_then_every_evaluation(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     reporter = train(make_config(optim={"steps": 5}, evaluate={"every": 2}, seed=3), tmp_path, base_dir=base_dir)
     assert [report["step"] for report in reporter.reports] == [0, 2, 4, 5]
@@ -47,6 +48,7 @@ def test_the_trained_reward_rises(make_config: Make, tmp_path: Path, base_dir: P
     assert last["eval/brightness"] - first["eval/brightness"] > 3 * last["eval/brightness_se"]
 
 
+@pytest.mark.slow
 def test_learning_rate_zero_changes_nothing(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     reporter = train(make_config(optim={"lr": 0.0, "weight_decay": 0.1}), tmp_path, base_dir=base_dir)
     first, last = reporter.reports[0], reporter.reports[-1]
@@ -75,6 +77,7 @@ def test_a_killed_run_goes_on_bitwise_like_one_that_never_was(
     assert [row["step"] for row in metrics(half)] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_result_was_taken_says_it_again(
     make_config: Make, tmp_path: Path, base_dir: Path
 ) -> None:
@@ -86,6 +89,7 @@ def test_a_run_killed_before_its_result_was_taken_says_it_again(
     assert again.reports[0]["eval/brightness"] == whole.reports[-1]["eval/brightness"]
 
 
+@pytest.mark.long
 def test_micro_batches_add_up_to_the_whole_batch(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     whole = train(make_config(), tmp_path / "whole", base_dir=base_dir)
     split = train(make_config(optim={"micro_batch": 1}), tmp_path / "split", base_dir=base_dir)
@@ -95,6 +99,7 @@ def test_micro_batches_add_up_to_the_whole_batch(make_config: Make, tmp_path: Pa
         assert split.reports[-1][name] == pytest.approx(whole.reports[-1][name], abs=1e-2 * gain + 1e-6)
 
 
+@pytest.mark.slow
 def test_what_happens_to_a_run_is_noted(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     config = make_config(optim={"steps": 4}, evaluate={"every": 2})
     train(config, tmp_path, base_dir=base_dir)
@@ -104,6 +109,7 @@ def test_what_happens_to_a_run_is_noted(make_config: Make, tmp_path: Path, base_
     assert noted == [*first, ("loaded", None), ("first_step", 2), ("reported", 4), ("trained", None)]
 
 
+@pytest.mark.slow
 def test_a_base_run_reports_the_base_model_once(make_config: Make, tmp_path: Path) -> None:
     reporter = FolderReporter(tmp_path / "checkpoints")
     base_run(make_config(), trial_dir=tmp_path / "trial", base_dir=tmp_path / "base", reporter=reporter)
@@ -147,6 +153,7 @@ def test_a_reward_that_is_not_finite_names_itself_and_the_prompt(make_config: Ma
         train(make_config(rewards={"nan_when_two": {}}), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_gradient_of_exactly_zero_is_an_error(make_config: Make, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match="step 1: the gradient of the mixed reward is exactly zero"):
         train(make_config(rewards={"blind": {}}), tmp_path)
@@ -174,6 +181,7 @@ def test_lora_targets_that_match_nothing_are_refused(make_config: Make, tmp_path
         )
 
 
+@pytest.mark.slow
 def test_one_training_prompt_is_enough_to_measure_the_unit_of_a_reward(make_config: Make, tmp_path: Path) -> None:
     config = make_config(prompts={"train": ["a cat"]}, optim={"steps": 1})
     assert len(build_run(config).calibration_images) == NUM_CALIBRATION_IMAGES
@@ -183,6 +191,7 @@ def test_one_training_prompt_is_enough_to_measure_the_unit_of_a_reward(make_conf
 # ---- how it ends
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("queries", "rounds"),
     [pytest.param(24, 2, marks=pytest.mark.long), (25, 3), pytest.param(1000, 4, marks=pytest.mark.long)],
@@ -204,6 +213,7 @@ def test_a_run_ends_with_the_round_that_uses_up_its_queries(
 # ---- what is trained on
 
 
+@pytest.mark.slow
 def test_a_cap_that_every_image_has_reached_changes_nothing_and_is_no_fault(
     make_config: Make, tmp_path: Path, base_dir: Path
 ) -> None:
@@ -217,6 +227,7 @@ def test_a_cap_that_every_image_has_reached_changes_nothing_and_is_no_fault(
     assert any(bool(values.any()) for values in first.values())  # the half that does not start at 0
 
 
+@pytest.mark.slow
 def test_a_cap_out_of_reach_is_no_cap(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     for name, reward in (("linear", {}), ("capped", {"loss": "hinge", "target": 2.0})):
         train(make_config(rewards={"brightness": reward}, optim={"steps": 2}), tmp_path / name, base_dir=base_dir)
@@ -224,6 +235,7 @@ def test_a_cap_out_of_reach_is_no_cap(make_config: Make, tmp_path: Path, base_di
     assert all(torch.equal(linear[name], capped[name]) for name in linear)
 
 
+@pytest.mark.slow
 def test_a_target_below_every_score_pulls_the_other_way(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     for name, reward in (("up", {}), ("down", {"loss": "target", "target": -1.0})):
         train(
@@ -271,6 +283,7 @@ def test_the_average_is_what_is_evaluated_and_exported_while_training_goes_on(
 # ---- steps left to the base model
 
 
+@pytest.mark.slow
 def test_steps_of_the_base_model_hold_the_images_near_it(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     sections = {"estimator": {"draw": "fixed", "k": 1}, "optim": {"steps": 1, "lr": 2e-2}}
     drifts = {}
@@ -302,7 +315,7 @@ def test_at_learning_rate_zero_steps_of_the_base_model_change_no_bit(
 # ---- speed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_steps_without_gradient_in_bfloat16_are_nearly_the_same(
     make_config: Make, tmp_path: Path, base_dir: Path
 ) -> None:
@@ -315,7 +328,7 @@ def test_steps_without_gradient_in_bfloat16_are_nearly_the_same(
     assert report["eval/drift"] == 0  # measured against a base model that is sampled in bfloat16 too
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_steps_of_the_base_model_are_sampled_in_bfloat16_like_those_of_the_reference(
     make_config: Make, tmp_path: Path
 ) -> None:
@@ -331,8 +344,8 @@ def test_steps_of_the_base_model_are_sampled_in_bfloat16_like_those_of_the_refer
 
 
 # tracing looks at every input's .grad, which PyTorch warns of where the input is no leaf
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.slow
 def test_a_compiled_network_trains_the_same_adapters(
     make_config: Make, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

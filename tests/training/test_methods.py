@@ -57,6 +57,7 @@ def test_there_is_an_entry_for_every_estimator() -> None:
     assert set(METHODS) == shipped
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", METHODS)
 def test_an_estimator_trains_and_its_cost_is_counted(
     make_config: Make, tmp_path: Path, base_dir: Path, name: str
@@ -144,6 +145,7 @@ def test_every_round_has_prompts_noise_and_draws_of_its_own(
     assert len({tuple(round.rng.integers(2**32, size=4).tolist()) for round in rounds}) == 3
 
 
+@pytest.mark.long
 def test_a_policy_needs_no_gradient_of_its_reward(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     for reward in ("opaque", "brightness"):  # the same numbers, with gradient and without
         config = METHODS["ddpo"].experiment(make_config, "ddpo", rewards={reward: {}}, optim={"steps": 2})
@@ -279,7 +281,7 @@ def check_same_numbers(one: Path, several: Path, *, tolerance: float) -> None:
                 assert second[key] == pytest.approx(value, rel=tolerance, abs=1e-5), key
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("name", [*SEVERAL, GROUPS])
 def test_several_workers_take_the_steps_of_one_with_the_whole_batch(by_several: Folders, name: str, count: int) -> None:
@@ -304,7 +306,7 @@ def test_two_workers_take_the_steps_of_one_in_bfloat16_too(make_config: Make, tm
     assert largest_difference(adapters(tmp_path / "1" / "run", 2), adapters(tmp_path / "2" / "run", 2)) < 2e-4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_workers(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     name = "ddpo"  # with state of its own; and with an average
     optim = SMOOTH | {"steps": 4, "ema": 0.5}

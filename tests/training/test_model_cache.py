@@ -64,6 +64,7 @@ def test_a_run_after_another_is_bitwise_the_same_as_alone(
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_the_base_model_is_measured_without_the_adapters_of_the_run_before(make_config: Make, tmp_path: Path) -> None:
     cache = ModelCache()
     train_on(cache, make_config(optim={"lr": 5e-2}), tmp_path / "other")
@@ -139,6 +140,7 @@ def test_a_base_is_quantised_unless_it_is_loaded_to_prove_an_export(
     assert done == ["nf4"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_one_file_is_loaded_with_the_settings_that_are_named(
     make_config: Make, tiny_pipeline: Path, tmp_path: Path
 ) -> None:

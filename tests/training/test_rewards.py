@@ -163,7 +163,7 @@ def test_a_users_reward_trains(make_config: Make, folder: Path, section: dict[st
     assert metrics(folder)[0]["train/mine"] < 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_users_reward_without_gradient_trains_a_policy_alone(make_config: Make, folder: Path) -> None:
     rewards = {"mine": {"reward": "my_rewards:lengths"}}
     policy: dict[str, Any] = {"sampler": {"eta": 1.0}, "prompts": {"images_per_prompt": 2}, "estimator": DDPO}
@@ -245,7 +245,7 @@ def test_a_reward_stands_in_an_experiment_as_often_as_it_has_names(make_config: 
 # ---- what is done to a reward
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_everything_at_once_trains(make_config: Make, folder: Path) -> None:
     words = {"positive": "Realistic photo", "negative": "Cartoon", "k": 0.5}
     rewards = {
@@ -327,7 +327,7 @@ def test_a_target_that_all_base_images_stand_on_one_side_of_is_said(
     assert odd_targets(mixture) == ([f"rewards.brightness.target: {said}"] if said else [])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_trust_of_a_constant_weight_is_no_trust(make_config: Make, folder: Path, base_dir: Path) -> None:
     trusts = {
         "none": {},
@@ -342,6 +342,7 @@ def test_trust_of_a_constant_weight_is_no_trust(make_config: Make, folder: Path,
     assert len(list((folder / "base").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_trust_in_a_reward_that_says_nothing_of_what_it_sees_is_refused(make_config: Make, folder: Path) -> None:
     for reference in ("builtin", str(folder / "kept.safetensors")):
         torch.manual_seed(0)
@@ -404,6 +405,7 @@ TWO: dict[str, Any] = {"brightness": {"weight": 0.75}, "smoothness": {"weight": 
 METHODS = ("sum", "chebyshev", "win_rate", "non_dominated", "gradient_balance")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("standardise", [True, False])
 def test_a_mixture_trains_and_its_number_is_what_it_says(
@@ -427,7 +429,7 @@ def test_a_mixture_trains_and_its_number_is_what_it_says(
         assert 0 < row["train/reward"] < 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_methods_differ(make_config: Make, folder: Path, base_dir: Path) -> None:
     for method in METHODS:
         train(short(make_config, TWO, mixture={"method": method}), folder / method, base_dir=base_dir)
@@ -450,6 +452,7 @@ def test_micro_batches_of_a_mixture_add_up_to_the_whole_batch(
     assert difference(folder / "whole", folder / "split") < 1e-4  # float32, convolutions over another number of images
 
 
+@pytest.mark.slow
 def test_a_cap_that_is_the_worst_of_every_image_is_no_fault(make_config: Make, folder: Path, base_dir: Path) -> None:
     rewards = {"brightness": {"loss": "hinge", "target": -9.0}, "smoothness": {}}
     config = short(make_config, rewards, mixture={"method": "chebyshev", "rho": 0.0})
@@ -514,6 +517,7 @@ def test_a_reward_of_groups_trains(make_config: Make, folder: Path) -> None:
     assert report["eval/variety"] == pytest.approx(report["eval/diversity"], abs=2 / 255)
 
 
+@pytest.mark.slow
 def test_a_reward_of_groups_may_be_watched_where_there_are_none(make_config: Make, folder: Path) -> None:
     rewards = {"variety": {"reward": "diversity_pixels", "weight": 0}, "brightness": {}}
     report = train(short(make_config, rewards), folder).reports[-1]  # the base model's images stand alone: no spread
@@ -644,6 +648,7 @@ def test_the_images_of_a_prompt_matter_to_rewards_of_groups_alone(
     assert (one == two) == is_shared
 
 
+@pytest.mark.slow
 def test_a_run_is_named_where_the_users_code_is_not(make_config: Make, folder: Path) -> None:
     config = short(make_config, {"mine": {"reward": "my_rewards:redness"}})
     (folder / "my_rewards.py").unlink()

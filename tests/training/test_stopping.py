@@ -138,6 +138,7 @@ def test_one_worker_that_is_asked_to_stop_is_enough(make_config: Make, tmp_path:
     assert [row["step"] for row in read_metrics(root / "run" / "trial" / "metrics.jsonl")] == [1]
 
 
+@pytest.mark.slow
 def test_a_reporter_that_raises_ends_the_run_and_leaves_nothing_open_or_behind(
     make_config: Make, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,6 +166,7 @@ def test_a_reporter_that_raises_ends_the_run_and_leaves_nothing_open_or_behind(
     assert [row["step"] for row in read_metrics(tmp_path / "trial" / "metrics.jsonl")] == [1, 2]
 
 
+@pytest.mark.long
 def test_the_selected_checkpoint_is_what_is_reported_and_handed_on(
     make_config: Make, tmp_path: Path, base_dir: Path
 ) -> None:

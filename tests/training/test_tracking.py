@@ -147,6 +147,7 @@ def test_a_package_that_is_not_there_is_named_before_the_start() -> None:
         check_trackers(["no_such_tool", "nor_such"])
 
 
+@pytest.mark.slow
 def test_the_loop_hands_its_rows_over(
     make_config: Make, tmp_path: Path, base_dir: Path, notebooks: list[Notebook]
 ) -> None:
