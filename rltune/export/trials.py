@@ -61,7 +61,7 @@ class Exported:
         """What was compared, in words."""
         formats = ", ".join(f"{name} changes them by {value:.1g}" for name, value in self.rounding.items())
         told = f"reloaded and compared in float32: images agree to {self.difference:.1g}; {formats}"
-        return told if self.size is None else f"{told}\nat strength 1 {self.size}"
+        return told if self.size is None else f"{told}; at strength 1 {self.size}"
 
 
 def export_trials(
