@@ -90,8 +90,8 @@ def kept_current(folder: RunFolder, experiment: Experiment, shrink: Shrinker) ->
 
     What cannot be written costs that page and not the run.
     """
-    stop = threading.Event()
-    thread = threading.Thread(target=_write_often, args=(folder, experiment, shrink, stop), daemon=True)
+    stop, known = threading.Event(), _size(folder.results_file)  # what is added before the thread runs is new to it
+    thread = threading.Thread(target=_write_often, args=(folder, experiment, shrink, stop, known), daemon=True)
     thread.start()
     try:
         yield
@@ -100,8 +100,10 @@ def kept_current(folder: RunFolder, experiment: Experiment, shrink: Shrinker) ->
         thread.join()
 
 
-def _write_often(folder: RunFolder, experiment: Experiment, shrink: Shrinker, stop: threading.Event) -> None:
-    known, wait_s = _size(folder.results_file), EVERY_S
+def _write_often(
+    folder: RunFolder, experiment: Experiment, shrink: Shrinker, stop: threading.Event, known: int
+) -> None:
+    wait_s = EVERY_S
     while not stop.wait(wait_s):
         found = _size(folder.results_file)
         if found == known:
