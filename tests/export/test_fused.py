@@ -80,6 +80,7 @@ CHANGES: dict[str, Change] = {
     "a layer left out": one_layer_left_out,
     "a layer that was not trained": another_layer,
     "a key renamed": key_renamed,
+    "a tensor too many": lambda state, base: {**state, "more.weight": base["conv_in.weight"].clone()},
 }
 
 
