@@ -23,6 +23,7 @@ def test_the_interval_of_a_mean_is_scipys() -> None:
     assert (mean - half, mean + half) == pytest.approx(tuple(expected), rel=1e-9)  # type: ignore[operator]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_prompts", [2, 4, 6, 16])
 def test_an_interval_over_prompts_covers_the_truth_as_often_as_it_says(num_prompts: int) -> None:
     values_NP = np.random.default_rng(num_prompts).normal(0.3, 1.0, (20_000, num_prompts))

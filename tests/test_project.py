@@ -41,7 +41,7 @@ def imported_libraries() -> set[str]:
     return names - set(sys.stdlib_module_names) - {"rltune"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
     needed = {canonical(Requirement(text).name) for text in PROJECT["dependencies"]}
     optional = {canonical(Requirement(text).name) for name in EXTRAS for text in EXTRAS[name]}
@@ -149,7 +149,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(folder / done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     inside = {name for name in wheel.namelist() if not name.startswith(f"rltune-{rltune.__version__}.dist-info/")}
     sources = {

@@ -220,6 +220,9 @@ PIPELINES: dict[str, Callable[[], Any]] = {
 AGAIN = frozenset(("flux2_dev", "sana", "sdxl"))
 """Those whose code but for their texts is another's too: FLUX.2 klein's, SANA-Sprint's, Stable Diffusion's."""
 
+FEW = ("stable_diffusion", "sd3", "flux")
+"""A UNet, a transformer and one that packs its latents: for tests whose code is the same for each family."""
+
 LARGE = ("flux2", "chroma", "lumina2", "sana")
 """How those begin that take a second or two for what others do in half of one."""
 

@@ -134,7 +134,7 @@ def test_a_missing_file_is_said(tmp_path: Path) -> None:
         load_counter(tmp_path / "no.safetensors")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_shipped_counter_counts_renders_it_never_saw() -> None:
     scenes, _ = make_scenes(424_242, 256, is_heldout=True)  # no seed of any build: pictures as well as contents are new
     with torch.no_grad():

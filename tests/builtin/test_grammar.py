@@ -11,6 +11,7 @@ from rltune.builtin.scenes import Group, make_scene
 SCENES = tuple(make_scene(17, index) for index in range(3000))
 
 
+@pytest.mark.slow
 def test_every_caption_parses_back_to_its_scene() -> None:
     rng = random.Random(0)
     num_open = 0

@@ -62,6 +62,7 @@ def test_one_word_becomes_another_of_its_class(
     assert replaced.keys() == {(one, other) for words in CLASSES for one in words for other in words if one != other}
 
 
+@pytest.mark.slow
 def test_every_word_of_a_class_is_swapped_as_often(tokenizer: CLIPTokenizer, word_classes: list[Tensor]) -> None:
     caption = "a red star and a blue ring"
     swapped = swap(encode(tokenizer, [caption] * 4000), word_classes)

@@ -149,6 +149,7 @@ def test_a_flat_picture_stays_flat_up_to_tint_and_noise() -> None:
     assert worn.std(dim=(2, 3)).max() < 0.08 * 1.06
 
 
+@pytest.mark.slow
 def test_the_blur_is_a_gaussian_of_up_to_1_3_px_for_two_pictures_in_three() -> None:
     stripes = torch.ones(600, 3, 64, 64)
     stripes[..., ::2] = -1

@@ -84,6 +84,7 @@ def test_less_saturation_is_grayer() -> None:
     assert spread[0] - spread[1] == pytest.approx((red - green) / 2, abs=1e-5)  # same jitter in both
 
 
+@pytest.mark.slow
 def test_no_picture_is_out_of_range_or_not_finite() -> None:
     images = render([make_scene(11, index) for index in range(200)])
     assert images.isfinite().all()

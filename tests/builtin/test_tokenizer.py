@@ -19,6 +19,7 @@ def test_the_alphabet_has_a_distinct_printable_character_for_every_byte() -> Non
     assert all(c.isprintable() for c in byte_alphabet())
 
 
+@pytest.mark.slow
 def test_every_caption_word_is_one_token_and_fits(tokenizer: CLIPTokenizer) -> None:
     for caption in CAPTIONS:
         num_words = len(caption.replace(",", " ,").split())

@@ -116,6 +116,7 @@ def test_the_card_quotes_the_figures_that_were_measured() -> None:
     assert figures["samples"]["num_pictures"] == figures["renders"]["num_pictures"] == 1000
 
 
+@pytest.mark.slow
 def test_the_control_falls_to_chance() -> None:
     """Held against the next prompt a picture is right by accident only: on the ground, where both prompts share it."""
     contents = [parse(prompt) for prompt in distinct_prompts(0, 500, is_heldout=True)]

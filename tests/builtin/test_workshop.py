@@ -45,6 +45,7 @@ def assert_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     whole = fit_line(Workshop(tmp_path / "whole"))
     shop = Workshop(tmp_path / "killed", checkpoint_every_s=0.0)
@@ -54,12 +55,14 @@ def test_a_killed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     assert_same(fit_line(shop).state_dict(), whole.state_dict())
 
 
+@pytest.mark.slow
 def test_a_finished_stage_takes_no_further_step(tmp_path: Path) -> None:
     shop = Workshop(tmp_path)
     whole = fit_line(shop)
     assert_same(fit_line(shop, killed_at=0).state_dict(), whole.state_dict())
 
 
+@pytest.mark.slow
 def test_the_seed_decides(tmp_path: Path) -> None:
     one, other = (fit_line(Workshop(tmp_path / str(seed), seed=seed)).weight for seed in (0, 1))
     assert not torch.equal(one, other)
@@ -183,6 +186,7 @@ def test_a_killed_run_leaves_the_same_curve(tmp_path: Path, kills: tuple[int, ..
     assert one.count(b"\n") == 226  # a row for two steps each, and the header
 
 
+@pytest.mark.slow
 def test_a_plot_of_the_curve_appears(tmp_path: Path) -> None:
     follow(Workshop(tmp_path), 20, lambda step: 2.0**-step)
     with Image.open(tmp_path / "known-curve.png") as image:

@@ -51,7 +51,7 @@ def brightness(config: RunConfig, lora: Path | None, strength: float) -> np.ndar
     return drawn.mean(dim=(1, 2, 3)).double().numpy().reshape(len(PROMPTS), -1).mean(axis=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_values_are_those_of_the_images_at_every_strength(call: Call, lora: Path, config: RunConfig) -> None:
     code, out, err = call("evaluate", lora, "--strength", "0,0.5,-0.25", "--rewards", "brightness,drift", "--json")
     assert (code, err) == (0, "")

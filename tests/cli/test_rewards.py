@@ -35,6 +35,7 @@ def test_an_image_and_a_prompt_of_ones_own(call: Call, picture: Path) -> None:
     assert "53 x 37" in out
 
 
+@pytest.mark.slow
 def test_options_are_values_as_after_set(call: Call) -> None:
     options = ("--option", "of=red stars", "--option", "target=2")
     assert call("rewards", "check", "count", *options)[0] == 0

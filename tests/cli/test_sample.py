@@ -92,6 +92,7 @@ def test_the_grid_shows_base_and_loras_on_the_same_noise(
     assert np.abs(second.astype(int) - others[0].astype(int)).max() > 10
 
 
+@pytest.mark.slow
 def test_the_noise_is_that_of_the_held_out_images(make_config: Config) -> None:
     config, device = make_config(), torch.device("cpu")
     model = load_base_model(config, device)
@@ -124,7 +125,7 @@ def test_the_run_s_sampler_is_used_unless_another_is_asked_for(
         assert (pages["run"] != pages[name]).any(), name
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_first_steps_are_left_to_the_base_model_as_the_run_or_the_caller_says(
     make_config: Config, tmp_path: Path
 ) -> None:
@@ -142,6 +143,7 @@ def test_the_first_steps_are_left_to_the_base_model_as_the_run_or_the_caller_say
     assert (pages["run"][0, 1, 0] != pages["whole"][0, 1, 0]).any()
 
 
+@pytest.mark.slow
 def test_base_steps_must_leave_something_to_the_lora(loras: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--base-steps must leave the LoRA some of the 4 steps, got 4"):
         draw(loras[:1], tmp_path / "grid.png", num_base_steps=4)
@@ -189,6 +191,7 @@ def test_loras_of_different_base_models_are_refused(loras: list[Path], tmp_path:
     assert not (tmp_path / "grid.png").exists()
 
 
+@pytest.mark.slow
 def test_what_holds_no_lora_is_refused(loras: list[Path], tiny_pipeline: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "missing", tmp_path / "missing.safetensors"):
@@ -196,6 +199,7 @@ def test_what_holds_no_lora_is_refused(loras: list[Path], tiny_pipeline: Path, t
             draw([path], tmp_path / "grid.png", base=str(tiny_pipeline))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [b"", b"no tensors at all", None], ids=["empty", "text", "other tensors"])
 def test_a_file_that_is_no_lora_is_refused(tiny_pipeline: Path, tmp_path: Path, content: bytes | None) -> None:
     from safetensors.torch import save_file

@@ -34,6 +34,7 @@ def draw(loras: list[Path], output: Path, **options: Any) -> None:
     sample_grid(loras, options.pop("prompts", ["a snail"]), output, **{**chosen, **options})
 
 
+@pytest.mark.slow
 def test_an_image_that_is_named_is_shown_with_its_hole_and_filled(
     make_config: Config, image: Path, tmp_path: Path
 ) -> None:

@@ -44,7 +44,12 @@ def plan_of(text: str) -> dict[str, str]:
     return {line[:11].strip(): line[13:] for line in text.splitlines()}
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.name)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "path",
+    # those of single models are planned on their pipelines in test_model_experiments too
+    [pytest.param(p, marks=pytest.mark.long if p.parent.name == "models" else (), id=p.name) for p in EXPERIMENTS],
+)
 def test_every_shipped_experiment_can_be_planned(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -55,6 +60,7 @@ def test_every_shipped_experiment_can_be_planned(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_the_plan_says_where_a_setting_is_searched_and_what_comes_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +117,7 @@ def test_a_fixed_k_and_no_gpu(
     assert plan["a trial"].endswith("; 1 worker with 1 CPU")
 
 
+@pytest.mark.slow
 def test_the_plan_says_which_prompts_were_read_and_what_is_cut_off(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +135,7 @@ def test_the_plan_says_which_prompts_were_read_and_what_is_cut_off(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("section", "method"),
     [
@@ -229,6 +237,7 @@ def test_a_users_reward_that_cannot_serve_is_refused_before_anything_starts(
         dry_run(path, tmp_path / "runs", is_sweep="choice" in text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("each", "calibration"), [(2, 32), (3, 33)])
 def test_the_plan_counts_the_images_that_groups_are_calibrated_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], each: int, calibration: int
@@ -268,6 +277,7 @@ evaluate: {judges: [diversity, hpsv2]}
 """
 
 
+@pytest.mark.slow
 def test_the_plan_names_published_weights_that_are_not_here(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: set[str]
 ) -> None:
@@ -320,6 +330,7 @@ def test_a_reward_with_weights_of_the_users_own_is_not_judged(
     assert ("weights" in plan) == is_told
 
 
+@pytest.mark.slow
 def test_the_plan_says_what_workers_take_and_where_they_may_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -336,6 +347,7 @@ def test_the_plan_says_what_workers_take_and_where_they_may_run(
     assert lines["runs on"] == "10.0.0.1:6379, 2 of 3 nodes"
 
 
+@pytest.mark.slow
 def test_a_plan_that_cannot_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="needs 8 workers with 1 CPU and 1 GPU each, and the cluster has room for 4"):
         dry_run(ROOT / "experiments" / "mix.yaml", tmp_path, "resources.workers=8", is_sweep=True)

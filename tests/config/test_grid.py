@@ -31,7 +31,7 @@ def spaces(draw: st.DrawFn) -> dict[Path, Distribution]:
     return {path: space[path] for path in order}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(space=spaces())
 def test_every_active_combination_comes_once_in_the_order_of_the_product(space: dict[Path, Distribution]) -> None:

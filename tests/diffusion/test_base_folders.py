@@ -25,6 +25,7 @@ def half(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_variant_that_is_alone_is_taken(half: Path, tiny_pipeline: Path) -> None:
     assert not (half / UNET).exists()
     loaded, whole = load_model(str(half)), load_model(str(tiny_pipeline))
@@ -35,6 +36,7 @@ def test_a_variant_that_is_alone_is_taken(half: Path, tiny_pipeline: Path) -> No
             assert torch.equal(value, values[key].half().float() if value.is_floating_point() else values[key]), key
 
 
+@pytest.mark.slow
 def test_so_is_sdxl_s_with_both_text_encoders(tmp_path: Path) -> None:
     torch.manual_seed(0)
     pipeline = lively(sdxl())

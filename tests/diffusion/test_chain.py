@@ -146,6 +146,7 @@ def test_checkpointing_changes_no_bit(unet: UNet2DConditionModel) -> None:
     assert torch.equal(*gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_checkpoint", [True, False])
 def test_stored_memory_grows_by_one_latent_a_step_with_checkpointing(
     unet: UNet2DConditionModel, use_checkpoint: bool
@@ -249,7 +250,7 @@ def test_the_last_active_steps_are_kept_and_the_others_run_again(table: ChainTab
     assert model.grad_calls[3:] == table.timesteps_T[again].tolist()[::-1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_keeping_some_changes_no_bit_and_stores_a_step_s_activations_each(unet: UNet2DConditionModel) -> None:
     torch.manual_seed(3)
     x, text, negative = (torch.randn(shape, dtype=torch.float64) for shape in ((1, 4, 8, 8), (1, 6, 32), (1, 6, 32)))

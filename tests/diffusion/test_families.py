@@ -32,6 +32,7 @@ def draw(sampler: Sampler, prompts: list[str], x_BCHW: Tensor, noises: list[Tens
     return sampler.decode(sampler.open(prompts, x_BCHW, lambda k: noises[k]).run())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shared_out(CASES, AGAIN))
 def test_images_are_the_pipelines_own(name: str) -> None:
     case = CASES[name]
@@ -70,6 +71,7 @@ def altered(sampler: Sampler, change: Callable[[Tensor], Tensor] = lambda f: f, 
     return Sampler(other, sampler.embeddings, sampler.table, sampler.guidance_scale, sampler.negative_prompt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["flux dev", "flux2 dev", "sana-sprint"])
 def test_a_network_is_told_the_guidance_that_is_asked_for(name: str) -> None:
     case = replace(CASES[name], call={**CASES[name].call, "guidance_scale": 2.0})

@@ -51,6 +51,7 @@ def start(sampler: Sampler, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(2, *shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", CASES)
 def test_images_are_the_pipelines_own(name: str) -> None:

@@ -72,6 +72,7 @@ def test_targets_all_reaches_convolutions_and_feed_forward(network: torch.nn.Mod
     assert "to_q" in names
 
 
+@pytest.mark.slow
 def test_folding_the_scale_equals_training_with_it(network: torch.nn.Module) -> None:
     plain = copy.deepcopy(network)
     add_lora(network, rank=4, alpha=10, targets="attention", seed=0)
@@ -111,6 +112,7 @@ def test_dora_and_rslora_are_what_their_papers_say(network: torch.nn.Module, tar
     torch.testing.assert_close(output(network), output(plain), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_decay_leaves_dora_s_magnitudes_alone(network: torch.nn.Module) -> None:
     add_lora(network, rank=2, alpha=2, targets="attention", seed=0)
     (group,) = weight_decay_groups(network, 0.1)
@@ -128,6 +130,7 @@ def test_decay_leaves_dora_s_magnitudes_alone(network: torch.nn.Module) -> None:
         torch.testing.assert_close(value, expected)
 
 
+@pytest.mark.slow
 def test_a_dora_of_a_base_model_in_half_precision_starts_as_that_base_model(network: torch.nn.Module) -> None:
     """Norms that were rounded as the weights are would change it by one part in 256."""
     network.bfloat16()
@@ -152,6 +155,7 @@ def lora_layers(network: torch.nn.Module) -> list[Any]:
     return [module for module in network.modules() if isinstance(module, LoraLayer)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_adapters_off_is_the_base_model_to_the_bit(network: torch.nn.Module, use_dora: bool) -> None:
     base = output(network)
@@ -216,6 +220,7 @@ def test_merged_weights_give_the_adapters_output(
     assert float((expected - base).abs().max()) > 1e-2
 
 
+@pytest.mark.slow
 def test_merging_leaves_the_weights_as_they_were(network: torch.nn.Module) -> None:
     """The same storage with the same bits, whether the block ends well or not; adapters train on."""
     add_lora(network, rank=3, alpha=7, targets="all", seed=0)

@@ -163,7 +163,7 @@ def test_a_file_of_another_tool_is_drawn_as_that_tool_draws_it(
     assert np.abs(expected - base).max() > 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_text_encoders_part_is_what_tells(configs: dict[str, RunConfig], files: dict[str, Path]) -> None:
     """Without it the kohya file draws other images; a file after it is drawn without it again."""
     config, kohya = configs["fp32"], files["kohya"]

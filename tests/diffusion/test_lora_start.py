@@ -84,7 +84,8 @@ def output(network: Any) -> Tensor:
     return result
 
 
-@pytest.mark.parametrize("options", [{}, {"alpha": 3, "rslora": True}])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.long), {"alpha": 3, "rslora": True}])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_first_step_is_taken_from_what_the_lora_draws(
     tiny_pipeline: Path, tmp_path: Path, layout: str, options: dict[str, Any]
@@ -105,6 +106,7 @@ def test_the_first_step_is_taken_from_what_the_lora_draws(
     assert all(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in parameters)
 
 
+@pytest.mark.slow
 def test_a_dora_starts_from_a_plain_lora_as_that_lora(tiny_pipeline: Path, tmp_path: Path) -> None:
     pipeline = plain(tiny_pipeline)
     as_diffusers(pipeline, tmp_path)
@@ -113,6 +115,7 @@ def test_a_dora_starts_from_a_plain_lora_as_that_lora(tiny_pipeline: Path, tmp_p
     torch.testing.assert_close(output(model.network), output(pipeline.unet), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_it_is_looked_at_before_any_weights_are(tiny_pipeline: Path, tmp_path: Path, layout: str) -> None:
     LAYOUTS[layout](plain(tiny_pipeline), tmp_path / "lora")
@@ -181,6 +184,7 @@ FAULTS: dict[str, tuple[Callable[[StableDiffusionPipeline, Path], object], str]]
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Adapter 'default'.*invalid shape")  # peft's, of its own biases
 @pytest.mark.parametrize("case", FAULTS)
 def test_what_cannot_be_started_from_is_one_message_with_and_without_weights(
@@ -196,6 +200,7 @@ def test_what_cannot_be_started_from_is_one_message_with_and_without_weights(
         assert not lora_parameters(model.network)
 
 
+@pytest.mark.slow
 def test_a_lora_that_fits_is_taken_without_a_word(
     tiny_pipeline: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -105,6 +105,7 @@ def test_a_folder_that_is_no_whole_pipeline_is_one_message(
     assert "fetch" not in str(raised.value)  # nothing to download: it is a path
 
 
+@pytest.mark.slow
 def test_a_class_that_diffusers_has_renamed_is_found_by_its_old_name(
     tiny_pipeline: Path, bare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

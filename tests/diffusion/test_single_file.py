@@ -66,6 +66,7 @@ def test_sdxl_is_read_with_both_its_text_encoders(xl: Path, tmp_path: Path) -> N
     check_same(load_model(str(file), config=str(config)), load_model(str(xl)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacks", ["vae", "text"])
 def test_what_a_file_lacks_is_the_folder_s(tiny_pipeline: Path, tmp_path: Path, lacks: str) -> None:
     file = write_original(tiny_pipeline, tmp_path / "model.safetensors", **{lacks: False})
@@ -89,6 +90,7 @@ def test_a_denoiser_in_diffusers_own_names_is_a_checkpoint_too(tmp_path: Path) -
     assert torch.equal(model.pipeline.vae.decoder.conv_in.weight, pipeline.vae.decoder.conv_in.weight)
 
 
+@pytest.mark.slow
 def test_the_published_model_s_settings_are_looked_for_in_the_cache(
     tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -177,6 +177,7 @@ def denoised(model: ModelFamily, loras: Sequence[Layers], mix: Mix, rows: Sequen
     return output
 
 
+@pytest.mark.slow
 def test_predictions_are_added_up_and_the_base_model_may_be_one(model: ModelFamily, loras: list[Layers]) -> None:
     singles = [denoised(model, [layers], Mix((name,), (1.0,))) for name, layers in (("a", loras[0]), ("b", loras[2]))]
     base = denoised(model, [{}], Mix((BASE,), (1.0,)))

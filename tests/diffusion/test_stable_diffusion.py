@@ -16,6 +16,7 @@ from rltune.errors import UserError
 PROMPTS = ["a cat", "two red birds on a blue ground, which is far more text than this encoder can take"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 4.0])  # who wants none writes 0
 @pytest.mark.parametrize("fixture", ["tiny_pipeline", "tiny_v_pipeline"])
 def test_images_are_those_of_diffusers_own_pipeline(

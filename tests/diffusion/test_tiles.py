@@ -58,7 +58,7 @@ def test_the_seam_is_a_straight_line_from_one_tile_to_the_next() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", shared_out(PIPELINES))
+@pytest.mark.parametrize("name", shared_out(PIPELINES, PIPELINES.keys() - {"stable_diffusion", "qwen_image"}))
 def test_the_gradient_is_that_of_the_same_image_and_less_is_stored(name: str) -> None:
     torch.manual_seed(0)
     pipeline = lively(PIPELINES[name]())

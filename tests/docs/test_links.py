@@ -45,6 +45,7 @@ def test_nothing_is_left_to_fill_in(page: Page) -> None:
     assert not re.search(r"@@|TODO|FIXME|being written", page.text)
 
 
+@pytest.mark.slow
 def test_every_experiment_is_in_the_index_with_the_command_it_is_for() -> None:
     index = (ROOT / "experiments" / "README.md").read_text()
     for path in (ROOT / "experiments").rglob("*.yaml"):

@@ -19,12 +19,14 @@ def test_fixed_is_k() -> None:
     assert set(draws(AlignProp(k=5, draw="fixed"), 20)) == {5}
 
 
+@pytest.mark.slow
 def test_uniform_is_uniform_on_1_to_k() -> None:
     counts = np.bincount(draws(AlignProp(k=6, draw="uniform")), minlength=T + 1)
     assert counts[0] == counts[7:].sum() == 0
     assert stats.chisquare(counts[1:7]).pvalue > 1e-4
 
 
+@pytest.mark.slow
 def test_uniform_is_over_the_whole_chain_by_default() -> None:
     counts = np.bincount(draws(AlignProp()), minlength=T + 1)
     assert counts[0] == 0

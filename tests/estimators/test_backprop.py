@@ -273,6 +273,7 @@ UNROLLED: list[Estimator] = [
 
 
 # without noise each is known in closed form, above
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("estimator", "eta"), [(FullBackprop(), 0.0), *((estimator, 1.0) for estimator in UNROLLED)], ids=repr
 )

@@ -160,6 +160,7 @@ class Trusting(ToyMixture):
 POLICIES: list[Estimator] = [DDPO(), DPOK(kl_weight=0.0), DAG(output_weight=0.0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", POLICIES, ids=["ddpo", "dpok", "dag"])
 def test_trust_weighs_an_image_s_part_of_the_gradient(estimator: Estimator) -> None:
     """As PrefPaint weighs its loss. What images are compared by is the reward without it, so that no sign turns."""

@@ -48,7 +48,8 @@ def merged(file: dict[str, Tensor], name: str, shape: torch.Size, strength: floa
     return strength * alpha * (up.flatten(1) @ down.flatten(1)).reshape(shape)
 
 
-@pytest.mark.parametrize("rank", [2, 3, 16])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [pytest.param(2, marks=pytest.mark.long), 3, pytest.param(16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("targets", ["attention", "all", ("linear_1", "time_emb_proj", "conv_in", "conv")], ids=str)
 def test_every_tensor_has_a_name_that_comfyui_knows_and_adds_what_was_trained(
     deep_pipeline: Path, tmp_path: Path, targets: str | tuple[str, ...], rank: int
@@ -66,6 +67,7 @@ def test_every_tensor_has_a_name_that_comfyui_knows_and_adds_what_was_trained(
             torch.testing.assert_close(added, strength * update, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_header_says_what_managers_of_loras_read(deep_pipeline: Path, tmp_path: Path) -> None:
     lora = RandomLora(deep_pipeline, rank=4, alpha=1.0)
     ComfyUI().write(lora.model, lora.adapter, tmp_path)

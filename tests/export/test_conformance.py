@@ -95,6 +95,7 @@ def test_a_format_says_what_it_is(name: str) -> None:
         form.reader = "another"
 
 
+@pytest.mark.slow
 def test_formats_share_a_folder(written: Written) -> None:
     files = [file for files in written.files.values() for file in files]
     assert len(files) == len(set(files))
@@ -123,7 +124,7 @@ def test_every_layer_gets_the_trained_update(written: Written, name: str) -> Non
         torch.testing.assert_close(update, expected[layer], rtol=1e-4, atol=1e-5)  # float32, sums of up to 16 products
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @every_format
 def test_a_base_model_in_bfloat16_gets_the_same_up_to_its_rounding(written: Written, name: str) -> None:
     if is_refused(written, name):
@@ -143,6 +144,7 @@ def test_a_base_model_in_bfloat16_gets_the_same_up_to_its_rounding(written: Writ
     assert 0 < rounding < effect / 2  # bfloat16 through four steps changes the tiny model's images by some 0.02
 
 
+@pytest.mark.slow
 @every_format
 def test_what_a_user_is_told_to_type_loads_it(written: Written, name: str) -> None:
     if is_refused(written, name):
@@ -273,6 +275,7 @@ def test_a_tool_that_would_pass_over_a_part_is_not_followed(
         build(name).load(faint.lora.fresh(), tmp_path)
 
 
+@pytest.mark.slow
 @every_adapter_file
 def test_a_file_that_is_gone_or_damaged_is_refused(faint: Written, name: str, tmp_path: Path) -> None:
     form = build(name)

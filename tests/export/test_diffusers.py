@@ -119,6 +119,7 @@ def test_the_weights_plus_b_times_a_give_the_same_images(written: Written) -> No
     assert greatest_difference(trained.draw(model), trained.images_B3HW) < ROUNDING
 
 
+@pytest.mark.slow
 def test_an_adapter_whose_scale_is_one_is_written_as_it_is(tiny_pipeline: Path, tmp_path: Path) -> None:
     lora = RandomLora(tiny_pipeline, rank=2, alpha=2.0)
     (path,) = Diffusers().write(lora.model, lora.adapter, tmp_path)
@@ -127,7 +128,7 @@ def test_an_adapter_whose_scale_is_one_is_written_as_it_is(tiny_pipeline: Path, 
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
 def test_in_half_precision_it_is_what_an_evaluation_has_drawn(
     tiny_pipeline: Path, tmp_path: Path, options: dict[str, bool]

@@ -32,6 +32,7 @@ def folder(lora: RandomLora, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_the_weights_are_the_base_model_s_and_the_updates(lora: RandomLora, folder: Path, tiny_pipeline: Path) -> None:
     base = DiffusionPipeline.from_pretrained(tiny_pipeline, safety_checker=None)
     fused: dict[str, Any] = {"pipeline": None}
@@ -108,6 +109,7 @@ def test_a_file_that_is_gone_or_damaged_is_refused(remains: bytes | None, lora: 
         file.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_an_update_that_float32_weights_cannot_take_up_is_refused(tiny_pipeline: Path, tmp_path: Path) -> None:
     faint = RandomLora(tiny_pipeline, size=1e-5)
     Fused().write(faint.model, faint.adapter, tmp_path)

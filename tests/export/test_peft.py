@@ -29,6 +29,7 @@ def folder(lora: RandomLora, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_it_is_what_peft_writes_of_the_same_adapter(lora: RandomLora, folder: Path, tmp_path: Path) -> None:
     """Of alpha 2 and rank 4, its B halved: the scale is in the weights."""
     network = lora.fresh().network

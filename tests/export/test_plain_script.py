@@ -53,7 +53,7 @@ assert "rltune" not in sys.modules
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_plain_diffusers_gives_the_images_of_the_last_evaluation(
     make_config: Callable[..., RunConfig], tmp_path: Path
 ) -> None:

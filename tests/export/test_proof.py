@@ -112,6 +112,7 @@ def test_images_are_compared_too(lora: RandomLora) -> None:
         check(-1e-3 * effect, size=1e-3)
 
 
+@pytest.mark.slow
 def test_what_another_number_format_changes_is_a_figure(lora: RandomLora, tmp_path: Path) -> None:
     """By hand: diffusers casts a loaded adapter to the format of its base."""
     Diffusers().write(lora.model, lora.adapter, tmp_path)

@@ -299,7 +299,7 @@ def test_an_unknown_format_is_said_before_anything_is_written(run: tuple[RunFold
         export_trials([], folder, experiment_, on_export=pytest.fail, formats=["diffusers", "kohia"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_formats_lie_side_by_side_and_the_card_tells_of_each(
     exported: Exported, run: tuple[RunFolder, Experiment]
 ) -> None:

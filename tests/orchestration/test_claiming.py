@@ -55,6 +55,7 @@ def test_a_claim_writes_the_experiment_with_its_origin(tmp_path: Path) -> None:
     assert load_experiment(folder.experiment_file).raw == experiment().raw
 
 
+@pytest.mark.slow
 def test_the_same_experiment_claims_its_folder_again(tmp_path: Path) -> None:
     folder = claimed(tmp_path)
     claim(folder, experiment())

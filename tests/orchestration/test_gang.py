@@ -54,7 +54,7 @@ def timeless(report: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in report.items() if name != "eval_s"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_trial_after_trial_is_what_each_is_alone(
     worker: WarmWorker,

@@ -27,6 +27,7 @@ def test_what_groups_of_a_run_leave_is_found_again_and_no_other_runs(tmp_path: P
     forget_meetings(tmp_path / "mix")  # and once more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [None, KeyboardInterrupt])
 def test_a_sweep_leaves_no_meeting_place(
     tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, ends: type[BaseException] | None

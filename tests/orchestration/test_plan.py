@@ -63,7 +63,7 @@ def test_a_run_that_cannot_go_on_is_refused_before_anything_starts(tmp_path: Pat
     assert {path: path.read_bytes() for path in first.folder.path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_memory_of_a_worker_is_foreseen_and_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     found = plan_of(tmp_path, GOOD, [Node(4, 1, None, 24.0)])
     assert found.memory is not None

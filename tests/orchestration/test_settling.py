@@ -34,6 +34,7 @@ def on(base: Path | str, **sections: Any) -> dict[str, Any]:
     return {**FIXED, "model": {"base": str(base)}, **sections}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "key"),
     [
@@ -57,6 +58,7 @@ def test_what_is_new_in_the_sampler_counts_where_it_is_written(tmp_path: Path) -
         assert base_key(other) != base_key(shared)
 
 
+@pytest.mark.slow
 def test_a_search_over_k_is_held_to_the_models_own_steps(tmp_path: Path) -> None:
     raw = {**FIXED, "estimator": {"k": {"int": [1, 21]}}}
     with pytest.raises(ExperimentError, match=r"x\.yaml:\d+ estimator\.k\.int\[1\]: K must not exceed the 20 sampling"):

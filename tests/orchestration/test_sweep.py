@@ -27,6 +27,7 @@ def sweep_of(folder: RunFolder, **sections: Any) -> Sweep:
     return Sweep(Plan(asked, folder, work_out(asked, cluster.nodes), Inputs({})), cluster)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [{"hours": 2.0}, {"gpu_hours": 5.0}], ids=["hours", "gpu_hours"])
 def test_a_budget_that_is_spent_starts_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: dict[str, float]

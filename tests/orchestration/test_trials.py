@@ -95,6 +95,7 @@ def finish(trials: Trials, brightness: float, drift: float = 0.1) -> JobSpec:
     return spec
 
 
+@pytest.mark.slow
 def test_a_trial_that_falls_behind_is_recorded_as_what_it_was_at_its_step(tmp_path: Path) -> None:
     trials = trials_of(tmp_path, search={**SEARCH, "prune": True, "reduction": 2})
     specs = [suggest(trials) for _ in range(4)]
@@ -126,6 +127,7 @@ def test_where_that_checkpoint_is_gone_the_trial_is_what_its_newest_says(tmp_pat
     assert row.reason.startswith("diverged: ")
 
 
+@pytest.mark.slow
 def test_of_a_trials_checkpoints_the_one_file_that_counts_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +232,7 @@ def test_time_that_is_over_starts_nothing_and_stops_what_runs(tmp_path: Path, mo
     assert trials.num_left == 7
 
 
+@pytest.mark.slow
 def test_a_trial_that_is_done_is_not_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trials = trials_of(tmp_path, stop={"hours": 1.0})
     spec = suggest(trials)
@@ -240,6 +243,7 @@ def test_a_trial_that_is_done_is_not_stopped(tmp_path: Path, monkeypatch: pytest
     assert trials.results[-1].state == "ok"
 
 
+@pytest.mark.slow
 def test_gpu_hours_are_those_of_ended_and_of_running_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.orchestration.test_trials.NODES", (Node(4.0, 4.0),))
     resources = {"workers": 2, "gpus_per_worker": 1, "precision": "fp32"}
@@ -256,6 +260,7 @@ def test_gpu_hours_are_those_of_ended_and_of_running_trials(tmp_path: Path, monk
     assert evaluate(trials, spec, 5, 0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stop", "reason"),
     [({"hours": 2.0}, "stop.hours: 2 "), ({"gpu_hours": 5.0}, "stop.gpu_hours: 5.0")],
@@ -289,6 +294,7 @@ def test_budgets_count_over_all_starts_and_a_spent_one_starts_nothing(
     assert again.over.startswith(reason)
 
 
+@pytest.mark.slow
 def test_a_front_that_no_longer_grows_ends_the_sweep_and_lets_trials_finish(tmp_path: Path) -> None:
     stop = {"stalled_trials": 2, "stalled_growth": 0.0}
     trials = trials_of(tmp_path, stop=stop)
@@ -308,6 +314,7 @@ def test_a_front_that_no_longer_grows_ends_the_sweep_and_lets_trials_finish(tmp_
     assert not patient.over
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "meet",
     [
@@ -328,6 +335,7 @@ def test_a_disk_that_fails_a_trial_ends_the_run_and_is_no_failure(tmp_path: Path
 NO_WEIGHT = {"rewards.brightness.weight": 0.0, "rewards.smoothness.weight": 0.0}
 
 
+@pytest.mark.slow
 def test_a_suggestion_that_is_no_valid_run_is_a_failed_trial_and_the_next_is_dealt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -351,6 +359,7 @@ def test_a_suggestion_that_is_no_valid_run_is_a_failed_trial_and_the_next_is_dea
     assert trials.num_left == 5
 
 
+@pytest.mark.slow
 def test_a_trial_of_before_that_is_no_valid_run_does_not_stop_the_sweep_again(tmp_path: Path) -> None:
     sections = {"rewards": {name: {"weight": {"float": [0, 1]}} for name in ("brightness", "smoothness")}}
     trials = trials_of(tmp_path, **sections)
@@ -361,6 +370,7 @@ def test_a_trial_of_before_that_is_no_valid_run_does_not_stop_the_sweep_again(tm
     assert [(row.trial, row.state) for row in again.results[1:]] == [("001", "failed")]
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_the_sweep_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trials = trials_of(tmp_path)
 
@@ -404,6 +414,7 @@ def test_of_a_single_run_a_selected_checkpoint_is_what_is_measured_again(
     assert [result.trial for result in trials.chosen] == chosen
 
 
+@pytest.mark.slow
 def test_of_a_search_the_trained_members_of_its_front_are_measured_again(tmp_path: Path) -> None:
     trials = trials_of(tmp_path)
     for brightness, drift in ((0.7, 0.1), (0.6, 0.2), (0.9, 0.3)):

@@ -19,6 +19,7 @@ def dominates(a: np.ndarray, b: np.ndarray) -> bool:
     return all(x >= y for x, y in zip(a, b, strict=True)) and any(x > y for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(points)
 def test_the_front_is_what_nothing_dominates(values_ND: np.ndarray) -> None:
@@ -26,6 +27,7 @@ def test_the_front_is_what_nothing_dominates(values_ND: np.ndarray) -> None:
     assert non_dominated(values_ND).tolist() == expected
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(points)
 def test_a_rank_is_the_longest_chain_of_dominators(values_ND: np.ndarray) -> None:

@@ -26,6 +26,7 @@ def by_inclusion_and_exclusion(values_ND: np.ndarray, reference_D: np.ndarray) -
     return total
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(points)
 def test_the_volume_is_that_of_the_union_of_boxes(values_ND: np.ndarray) -> None:
@@ -34,6 +35,7 @@ def test_the_volume_is_that_of_the_union_of_boxes(values_ND: np.ndarray) -> None
     assert hypervolume(values_ND, reference_D) == by_inclusion_and_exclusion(values_ND, reference_D)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(points)
 def test_dominated_points_and_copies_add_nothing(values_ND: np.ndarray) -> None:
@@ -43,6 +45,7 @@ def test_dominated_points_and_copies_add_nothing(values_ND: np.ndarray) -> None:
     assert hypervolume(np.concatenate([values_ND, values_ND]), reference_D) == whole
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(points, st.integers(0, 5))
 def test_one_more_point_never_takes_volume(values_ND: np.ndarray, seed: int) -> None:
@@ -54,6 +57,7 @@ def test_one_more_point_never_takes_volume(values_ND: np.ndarray, seed: int) -> 
     assert (after > before) == (not covered and bool((more > reference_D).all()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_objectives", [2, 3, 4])
 def test_the_volume_is_the_share_of_random_points_below_the_front(num_objectives: int) -> None:
     rng = np.random.default_rng(0)

@@ -75,6 +75,7 @@ def test_an_objective_that_does_not_vary_is_left_out() -> None:
     assert knee([[0.0, 1.0, 5.0], [0.8, 0.8, 5.0], [1.0, 0.0, 5.0]]) == 1
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(points)
 def test_the_knee_is_on_the_front_whatever_the_units(values_ND: np.ndarray) -> None:

@@ -24,6 +24,7 @@ def beats(a: np.ndarray, b: np.ndarray, violation_a: float, violation_b: float) 
     return all(x >= y for x, y in zip(a, b, strict=True)) and any(x > y for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(points)
 def test_whoever_dominates_comes_first(drawn: tuple[np.ndarray, np.ndarray]) -> None:
@@ -61,6 +62,7 @@ def test_units_and_order_of_objectives_do_not_matter(drawn: tuple[np.ndarray, np
     assert total_rank(shuffled_ND, violation_N).tolist() == total_rank(values_ND, violation_N).tolist()
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(points)
 def test_a_net_takes_the_furthest_next(drawn: tuple[np.ndarray, np.ndarray]) -> None:

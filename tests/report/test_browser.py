@@ -64,6 +64,7 @@ def css(browser: "Chrome", selector: str) -> list[Any]:
     return browser.find_elements("css selector", selector)
 
 
+@pytest.mark.slow
 def test_a_click_on_a_point_shows_its_pictures_beside_the_base_models(browser: "Chrome", tmp_path: Path) -> None:
     wanted = asked(12, FOUR[:3], prompts=["</script><b>", "two", "three", "four"])
     page = write_report(write_synthetic(tmp_path / "mix", wanted), wanted).as_uri()
@@ -123,7 +124,7 @@ def test_a_thousand_trials_are_soon_there(browser: "Chrome", thousand: Path) -> 
     assert cpu_s(browser, thousand) < 2.0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_four_objectives_are_soon_there(browser: "Chrome", tmp_path: Path) -> None:
     wanted = asked(60, FOUR)
     page = write_report(write_synthetic(tmp_path / "mix", wanted, with_pictures=False), wanted)

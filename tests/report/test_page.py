@@ -125,6 +125,7 @@ def test_no_secret_gets_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert data_of(html)["grid"]["prompts"][0] == "say ***"
 
 
+@pytest.mark.slow
 def test_pictures_stay_within_their_budget_and_the_front_comes_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,6 +205,7 @@ def test_the_size_of_published_weights_is_known(caplog: pytest.LogCaptureFixture
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_quick_gelu_is_what_the_weights_were_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
     # open_clip builds ViT-B-32 with GELU and warns, but OpenAI's weights want QuickGELU.
     create, models = open_clip.create_model, []

@@ -58,6 +58,7 @@ def test_hps_is_open_clips_cosine(name: str, seed: int, reward_options: Any) -> 
     torch.testing.assert_close(torch.autograd.grad(actual.sum(), images)[0], slope, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_hps_is_open_clips_cosine_in_float64(reward_options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = hps_reference(5, make_images(torch.float64), torch.float64)
     in_float64(monkeypatch)
@@ -73,6 +74,7 @@ def test_hps_sees_the_whole_of_an_image_that_is_not_square(reward_options: Any) 
     torch.testing.assert_close(reward(wide, PROMPTS), reward(framed, PROMPTS), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_pickscore_is_transformers_logit(pickscore_model: CLIPModel, reward_options: Any) -> None:
     images = make_images()
     tokenizer = transformers_tokenizer()
@@ -87,6 +89,7 @@ def test_pickscore_is_transformers_logit(pickscore_model: CLIPModel, reward_opti
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_pickscore_is_transformers_logit_in_float64(
     pickscore_model: CLIPModel, reward_options: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +119,7 @@ def test_pickscores_preprocessing_is_its_processors_but_for_rounding(reward_opti
     assert error.max() < 1.5  # levels: 8-bit rounding, half a level and what bicubic weights make of it
 
 
+@pytest.mark.slow
 def test_the_published_architecture_has_the_names_and_shapes_we_read() -> None:
     published = open_clip.get_model_config("ViT-H-14")
     with torch.device("meta"):
@@ -133,6 +137,7 @@ def test_the_published_architecture_has_the_names_and_shapes_we_read() -> None:
     assert sum(value.numel() for value in model.state_dict().values()) == 986_109_441
 
 
+@pytest.mark.slow
 def test_two_versions_hold_once_what_they_have_in_common(reward_options: Any) -> None:
     alone = REWARDS.build("hpsv2_1", reward_options["hpsv2_1"])(make_images(), PROMPTS)
     old, new = (REWARDS.build(name, reward_options[name]) for name in ("hpsv2", "hpsv2_1"))
@@ -306,7 +311,7 @@ def transformers_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=list(ours.bpe_ranks))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["RN50", pytest.param("ViT-B-16-SigLIP", marks=pytest.mark.long)])
 def test_towers_of_other_kinds_are_looked_through_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(frozen, "LARGE", 1)  # as if it were large

@@ -80,6 +80,7 @@ def test_boxes_that_overlap_by_less_than_half_count_apart() -> None:
         assert soft_count(torch.full((2,), 50.0), boxes).item() == pytest.approx(count, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0, 3])
 @pytest.mark.parametrize("logit", [-10.0, -30.0, -60.0])
 def test_an_image_without_any_object_pulls_towards_the_target(logit: float, target: int) -> None:

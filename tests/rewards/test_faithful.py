@@ -95,7 +95,7 @@ def test_a_missing_file_is_said() -> None:
             REWARDS.build(name, {"weights": "nowhere.safetensors"})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_shipped_judge_scores_renders_by_their_captions() -> None:
     scenes, _ = make_scenes(535_353, 64, is_heldout=True)
     images, captions = render(scenes), [scene.canonical_caption() for scene in scenes]

@@ -234,6 +234,7 @@ def test_the_counter_is_shown_pictures_of_its_own_size_and_range() -> None:
     torch.testing.assert_close(counter.seen[1], counter.seen[0], rtol=0, atol=1e-6)  # interpolation weights, rounded
 
 
+@pytest.mark.slow
 def test_the_shipped_counter_tells_a_scene_from_others() -> None:
     scenes, _ = make_scenes(535_353, 32, is_heldout=True)
     pictures, captions = render(scenes), [scene.canonical_caption() for scene in scenes]

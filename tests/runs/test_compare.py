@@ -46,6 +46,7 @@ def a_run(path: Path, gain: float, drift: float = 0.02, *, is_fresh: bool = True
     return path
 
 
+@pytest.mark.slow
 def test_runs_that_differ_in_seeds_alone_are_one_group(tmp_path: Path) -> None:
     paths = [
         a_run(tmp_path / "first", 0.3, seed=0),
@@ -78,6 +79,7 @@ def test_a_hypervolume_is_that_of_the_front_and_differences_are_paired_by_prompt
     assert half < 0.1 < found.groups[0].hypervolume[1]  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_members_that_the_other_has_a_better_one_of(tmp_path: Path) -> None:
     better, worse = a_run(tmp_path / "a", 0.3), a_run(tmp_path / "b", 0.2, 0.03, optim={"lr": 1e-3})
     assert compare_runs([better, worse]).pairs[0].dominated == (0.0, 1.0)
@@ -137,6 +139,7 @@ def altered(path: Path, **base_settings: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_what_was_measured_otherwise_is_refused_in_one_message(tmp_path: Path) -> None:
     first = a_run(tmp_path / "a", 0.3)
     changed = altered(a_run(tmp_path / "b", 0.3), model="another", sampler={"steps": 4})

@@ -147,7 +147,7 @@ def left(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield Left(folder, asked, result, log.getvalue())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("default")  # of the trackers that are installed
 def test_nothing_that_a_run_leaves_has_its_secret(left: Left) -> None:
     folder = left.folder
@@ -181,7 +181,7 @@ def test_a_trial_says_what_it_was_trained_with(left: Left) -> None:
     assert [row["rltune"] for row in again] == [record.versions["rltune"], "9.9"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_of_use_wherever_it_lies(left: Left, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = tmp_path / "elsewhere" / "renamed"
     shutil.copytree(left.folder.path, moved)

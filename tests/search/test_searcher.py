@@ -369,6 +369,7 @@ def test_every_sampler_asks_for_a_setting_exactly_where_it_is_searched(sampler: 
     asked_.concrete(new.values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "num_seeds"), [("tpe", 4), SLOW_GP])
 def test_a_setting_with_a_condition_is_learned_too(sampler: str, num_seeds: int) -> None:
     misses = []
@@ -503,6 +504,7 @@ def test_a_point_may_name_a_setting_with_a_condition() -> None:
 # ---- prior_results of another run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "num_seeds"), [("tpe", 3), SLOW_GP])
 def test_lessons_lead_the_first_draws_to_the_optimum(sampler: str, num_seeds: int) -> None:
     """The learning rate is best at 1e-3; uniform draws from two decades around it miss by half a decade on average."""

@@ -101,6 +101,7 @@ reports = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(reports, st.integers(2, 3), st.randoms(use_true_random=False))
 def test_what_a_replay_in_any_order_rebuilds_decides_as_the_live_rungs(
@@ -224,6 +225,7 @@ def test_without_pruning_nobody_is_compared() -> None:
     assert all(asked.on_report(f"{n:03d}", row(1, brightness=0.9 - n / 100)) is None for n in range(20))
 
 
+@pytest.mark.slow
 def test_a_replayed_run_goes_on_as_if_it_had_not_been_broken_off() -> None:
     sections: dict[str, Any] = {
         "search": {"prune": True, "reduction": 2},

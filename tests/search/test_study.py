@@ -78,6 +78,7 @@ def ids(folder: Path) -> list[str]:
     return [trial.user_attrs["trial"] for trial in trials_in(folder)]
 
 
+@pytest.mark.slow
 def test_every_trial_is_in_the_study_as_it_ended(tmp_path: Path) -> None:
     study_file(tmp_path).update(RESULTS)
     found = optuna.load_study(study_name="mix", storage=f"sqlite:///{tmp_path / 'study.db'}")

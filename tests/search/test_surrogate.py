@@ -45,7 +45,7 @@ def told(spec: TrialSpec, best: float = 1e-3) -> TrialResult:
     return TrialResult(spec.id, "ok", spec.values, spec.params, metrics=metrics)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("best", [3e-4, 3e-3])
 def test_it_asks_near_the_best_knobs_for_all_kinds_of_weights(best: float) -> None:
     misses, attention, drawn = [], [], []
@@ -94,6 +94,7 @@ def test_while_all_trials_are_infeasible_it_moves_to_where_one_may_be_feasible()
     assert np.median(overs[STARTUP:]) < 0.3
 
 
+@pytest.mark.slow
 def test_a_search_that_is_rebuilt_from_results_asks_like_another_one() -> None:
     search = Search(asked(), OBJECTIVES)
     results = []
@@ -220,6 +221,7 @@ def test_the_even_spread_steps_by_the_golden_ratio_and_leaves_no_gap() -> None:
     assert len({tuple(cell) for cell in (square * 4).astype(int)}) == 16
 
 
+@pytest.mark.slow
 def test_every_kind_of_setting_is_drawn_over_its_whole_range() -> None:
     distributions = {
         "choice": CategoricalDistribution(("a", None, True)),

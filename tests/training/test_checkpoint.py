@@ -102,6 +102,7 @@ def test_what_is_handed_on_is_the_selected_where_it_is_an_earlier_one(folder: Pa
     }
 
 
+@pytest.mark.slow
 def test_every_bit_flipped_in_what_it_says_of_itself_is_seen(folder: Path) -> None:
     for at in range((folder / META_FILE).stat().st_size):
         flip(folder / META_FILE, at)

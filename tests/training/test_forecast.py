@@ -21,7 +21,7 @@ def outline_of(config: Any) -> Any:
     return load_outline(find_pipeline(config.model.base), base=config.model.base)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_counted_is_what_a_run_measures(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the step, within 5 percent; the tiny pipeline has as many tokens of text as its tokenizer says."""
     config = make_config(optim={"micro_batch": 2})
@@ -84,6 +84,7 @@ def test_every_setting_that_is_proposed_makes_it_smaller(make_config: Make, monk
     assert "resources.precision: bf16" not in smaller(config, outline, best)
 
 
+@pytest.mark.slow
 def test_a_quantised_network_is_counted_packed_with_one_layer_unpacked(make_config: Make) -> None:
     config, rounded = make_config(), make_config(model={"quantise": "nf4"})
     outline = outline_of(config)

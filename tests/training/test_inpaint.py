@@ -83,7 +83,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
         assert whole.reports[-1]["gain/brightness"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_take_the_steps_of_one(make: Make, tmp_path: Path) -> None:
     configs = {"plain": make(), "policy": make(**POLICY)}
     train_in_processes(configs, tmp_path / "2", 2)
@@ -96,7 +96,7 @@ def test_two_workers_take_the_steps_of_one(make: Make, tmp_path: Path) -> None:
             assert one["train/reward"] == pytest.approx(two["train/reward"], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("is_told", [False, True])
 def test_it_trains_in_bfloat16_too(make: Make, is_told: bool, tmp_path: Path) -> None:
     config = make(is_told=is_told, resources={"precision": "bf16"}, optim={"steps": 1})

@@ -120,6 +120,7 @@ def test_a_base_run_reports_the_base_model_once(make_config: Make, tmp_path: Pat
     assert len(list((tmp_path / "base").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_base_run_tells_of_prompts_that_are_cut_off(make_config: Make, tmp_path: Path) -> None:
     prompts = {"train": ["a cat", "two lobsters in a row"]}
     places = {"trial_dir": tmp_path / "trial", "base_dir": tmp_path / "base"}
@@ -148,6 +149,7 @@ def test_a_reward_without_gradient_is_measured_but_not_trained_on(make_config: M
     assert reporter.reports[-1]["eval/opaque"] == reporter.reports[-1]["eval/brightness"]
 
 
+@pytest.mark.slow
 def test_a_reward_that_is_not_finite_names_itself_and_the_prompt(make_config: Make, tmp_path: Path) -> None:
     with pytest.raises(NonFiniteError, match=r"'nan_when_two'.*two red birds"):
         train(make_config(rewards={"nan_when_two": {}}), tmp_path)
@@ -254,7 +256,7 @@ def test_a_target_below_every_score_pulls_the_other_way(make_config: Make, tmp_p
 # ---- the average
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_average_is_what_is_evaluated_and_exported_while_training_goes_on(
     make_config: Make, tmp_path: Path, base_dir: Path
 ) -> None:

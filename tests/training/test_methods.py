@@ -99,6 +99,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> list[Round]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("checkpoint", "is_serial", "num_kept"), [("always", False, 0), ("never", False, T), ("serial", True, 0)]
 )
@@ -155,7 +156,7 @@ def test_a_policy_needs_no_gradient_of_its_reward(make_config: Make, tmp_path: P
     assert all(torch.equal(opaque[name], brightness[name]) for name in opaque)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_flat_optimum_costs_queries(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     cases: list[tuple[dict[str, float], int]] = [
         ({}, 1),
@@ -175,7 +176,7 @@ def test_a_flat_optimum_costs_queries(make_config: Make, tmp_path: Path, base_di
     assert rows[2]["train/reward"] == rows[0]["train/reward"]  # a second look at the same images is not a second image
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_penalty_holds_the_network_near_the_base_model(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     drifts = []
     for weight in (0.0, 1e3):
@@ -209,7 +210,7 @@ def largest_difference(first: Mapping[str, Tensor], second: Mapping[str, Tensor]
     return max((first[name] - second[name]).abs().max().item() for name in moved) / largest
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [pytest.param("alignprop", marks=pytest.mark.long), "drtune"])
 def test_how_activations_are_kept_changes_no_adapter(
     make_config: Make, tmp_path: Path, base_dir: Path, name: str
@@ -292,7 +293,7 @@ def test_several_workers_take_the_steps_of_one_with_the_whole_batch(by_several: 
     assert largest_difference(adapters(one, 2), adapters(several, 2)) < 2e-4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_take_the_steps_of_one_in_bfloat16_too(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     # an image at a time, for bfloat16 kernels may round a larger batch otherwise
     config = make_config(

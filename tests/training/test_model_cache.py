@@ -39,7 +39,7 @@ def alone(make_config: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return root, train(make_config(seed=3), root)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "other",
     [

@@ -62,6 +62,7 @@ def test_a_step_that_does_not_fit_says_with_how_many_images_and_what_to_lower(
     assert not caught.value.is_evaluation
 
 
+@pytest.mark.slow
 def test_one_image_that_does_not_fit_is_not_told_to_be_fewer(
     make_config: Make, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,6 +161,7 @@ def test_a_full_disk_under_the_metrics(tmp_path: Path) -> None:
             write()
 
 
+@pytest.mark.slow
 def test_a_temporary_folder_that_is_gone_is_named_and_not_the_run_folder(
     make_config: Make, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,6 +170,7 @@ def test_a_temporary_folder_that_is_gone_is_named_and_not_the_run_folder(
         train(make_config(), tmp_path, base_dir=base_dir)
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_checkpoints(
     make_config: Make, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

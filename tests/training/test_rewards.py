@@ -189,6 +189,7 @@ def test_a_users_reward_without_gradient_is_refused_before_anything_is_loaded(
         train(short(make_config, {"mine": {"reward": "my_reward:redness"}}), folder)
 
 
+@pytest.mark.slow
 def test_an_instance_without_gradient_is_refused_once_it_is_built(make_config: Make, folder: Path) -> None:
     with pytest.raises(UserError, match="mine: one with a positive weight has no gradient, which alignprop needs"):
         train(short(make_config, {"mine": {"reward": "my_rewards:Late"}}), folder)
@@ -381,7 +382,7 @@ def test_no_trust_is_measured_in_a_reward_that_is_only_watched(make_config: Make
     assert build_mixture(config, build_rewards(config, (), CPU), units, CPU).trusts == {}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", [pytest.param("sum", marks=pytest.mark.long), "gradient_balance"])
 def test_a_reward_in_parts_is_the_same_to_rounding(make_config: Make, folder: Path, method: str) -> None:
     words = {"positive": "Realistic photo", "negative": "Cartoon", "k": 0.5}
@@ -493,6 +494,7 @@ def test_a_win_rate_compares_with_the_scores_that_were_kept(make_config: Make, f
     assert mixture(images, [""] * 3).total_B.tolist() == pytest.approx(expected, abs=1e-5)  # float32
 
 
+@pytest.mark.slow
 def test_a_calibration_is_the_same_from_the_file(make_config: Make, folder: Path) -> None:
     config = short(make_config, TWO, optim={"steps": 1})
     from rltune.training.loop import _reference
@@ -687,7 +689,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
 # ---- workers
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_workers_take_the_steps_of_one(make_config: Make, folder: Path) -> None:
     rewards: dict[str, dict[str, Any]] = {
         "groups": {**GROUP, "mine": {"reward": "my_rewards:spread"}},

@@ -61,6 +61,7 @@ def test_nothing_or_everything_is_kept_as_the_tiny_model_needs(
     assert sampler.num_base_steps == 1
 
 
+@pytest.mark.slow
 def test_a_micro_batch_is_measured_with_gradient(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     stored: list[int] = []
 
@@ -185,7 +186,7 @@ def test_the_decoder_is_not_measured_whole_where_it_runs_in_tiles(
     assert (sampler.num_kept, sampler.is_decoder_kept) == (2, False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_checkpointed_blocks_train_the_same_adapters(make_config: Make, tmp_path: Path) -> None:
     for is_on in (False, True):
         config = make_config(optim={"steps": 2}, resources={"checkpoint_blocks": is_on})

@@ -74,6 +74,7 @@ def test_a_setting_that_an_estimator_does_not_bear_is_named(
 # ---- the prompts
 
 
+@pytest.mark.slow
 def test_a_run_embeds_the_groups_that_it_draws_from(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     """Four images of 10,000 prompts: at most four groups of 64, those of calibration and evaluation, and no more."""
     embedded: list[str] = []
@@ -119,6 +120,7 @@ def test_a_schedule_without_such_steps_is_refused_in_one_message(make_config: Ma
         setup.build_run(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_first_steps_are_the_base_models_whatever_the_adapters_are(make_config: Make, eta: float) -> None:
     run = adapted_run(make_config(sampler={"eta": eta}))
@@ -157,6 +159,7 @@ def shares(config: RunConfig, count: int, monkeypatch: pytest.MonkeyPatch) -> li
     return found
 
 
+@pytest.mark.slow
 def test_every_image_is_one_workers_and_their_shares_differ_by_one(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

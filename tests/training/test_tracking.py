@@ -196,7 +196,7 @@ def test_tensorboard_has_every_step_once(trial_dir: Path) -> None:
     assert hparams["estimator.draw"].string_value == "uniform"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mlflow_has_every_step_once(trial_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # mlflow sets it: what it was before is put back
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
