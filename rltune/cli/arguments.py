@@ -7,12 +7,20 @@ from typing import Annotated, Any
 import typer
 
 from rltune.errors import UserError
+from rltune.runs.addresses import as_folder
 
 
-def at_home(value: Any) -> Any:
-    """Spell out the ``~`` of paths: the shell leaves that of ``--storage=~/runs`` as it is."""
+def at_home(value: Any, parameter: typer.CallbackParam) -> Any:
+    """Spell out the ``~`` of paths: the shell leaves that of ``--storage=~/runs`` as it is.
+
+    Raises:
+        UserError: A path is an address.
+    """
     if isinstance(value, list):
-        return [at_home(item) for item in value]
+        return [at_home(item, parameter) for item in value]
+    if isinstance(value, Path):
+        name = parameter.opts[0]
+        as_folder(value, name if name.startswith("-") else name.upper())
     return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
 
 

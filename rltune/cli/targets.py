@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rltune.errors import UserError
 from rltune.records import check_schema
+from rltune.runs.addresses import as_folder
 
 if TYPE_CHECKING:
     from rltune.config.experiment import RunConfig
@@ -64,7 +65,7 @@ def find_targets(names: Sequence[str], picks: Sequence[str], command: str) -> li
     """
     found: list[Target] = []
     for name in names:
-        path = Path(name)
+        path = as_folder(name, command)
         if (path / "results.jsonl").is_file():
             found += _of_run(path, picks)
         elif (path / INDEX).is_file() or not path.exists():

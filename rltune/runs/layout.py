@@ -11,6 +11,7 @@ from typing import Any
 
 from rltune.errors import UserError
 from rltune.records import from_record, to_record
+from rltune.runs.addresses import as_folder
 from rltune.runs.events import EVENTS_FILE
 from rltune.runs.store import write_atomically
 
@@ -30,10 +31,14 @@ class TrialSpec:
 
 
 class RunFolder:
-    """The layout of ``runs/NAME``."""
+    """The layout of ``runs/NAME``.
+
+    Raises:
+        UserError: The path is an address.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.resolve()
+        self.path = as_folder(path, "a run folder").resolve()
 
     @property
     def name(self) -> str:

@@ -425,3 +425,26 @@ def test_the_handlers_of_others_are_left_alone(call: Call) -> None:
     assert before
     call("schema")
     assert {handler: handler.filters for handler in logging.getLogger().handlers} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        (("train", "x.yaml", "--storage", "s3://bucket/runs"), "--storage"),
+        (("sweep", "x.yaml", "--storage=memory://runs", "--dry-run"), "--storage"),
+        (("status", "gs://bucket/runs/mix"), "RUN"),
+        (("compare", "runs/mix", "s3://bucket/runs/mix"), "RUNS"),
+        (("evaluate", "s3://bucket/runs/mix"), "evaluate"),
+        (("sample", "s3://bucket/runs/mix/exports/001"), "LORAS"),
+    ],
+)
+def test_an_address_of_object_storage_becomes_no_folder(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], where: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("x.yaml").write_text(FIXED)
+    code, out, err = call(*arguments)
+    address = next(argument.removeprefix("--storage=") for argument in arguments if "://" in argument)
+    assert (code, out) == (2, "")
+    assert f"{where}: must be a local or a shared folder, got the address '{address}'" in flat(err)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.yaml"]

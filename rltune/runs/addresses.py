@@ -1,0 +1,34 @@
+"""Where a run lies: in a folder, or at an address of object storage, which no path can hold."""
+
+import re
+from pathlib import Path
+
+from rltune.errors import UserError
+
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/]|$)")
+"""``s3://bucket``, and ``s3:/bucket``, which is what a path makes of it; a single letter is no scheme."""
+
+
+def is_address(place: str | Path) -> bool:
+    """Return whether a place is an address such as ``s3://bucket/runs``, also where a path has swallowed a slash."""
+    return _ADDRESS.match(str(place)) is not None
+
+
+def as_folder(place: str | Path, what: str) -> Path:
+    """Return a place as a path.
+
+    Args:
+        place: As the user wrote it.
+        what: What wants a folder there, for the message.
+
+    Raises:
+        UserError: It is an address, of which a path would make a local folder with a strange name.
+    """
+    if is_address(place):
+        raise UserError(f"{what}: must be a local or a shared folder, got the address {written(place)!r}")
+    return Path(place)
+
+
+def written(place: str | Path) -> str:
+    """Return an address as its user wrote it: a path has made one slash of two."""
+    return _ADDRESS.sub(lambda found: f"{found[1]}://", str(place), count=1)
