@@ -138,11 +138,17 @@ def compare(
     ],
     objectives: Annotated[str | None, typer.Option(help="What fronts are over, as of front.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print numbers, points and surfaces for programs.")] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="HTML to write, with the fronts drawn.", show_default=False, callback=at_home
+        ),
+    ] = None,
 ) -> None:
     """Show runs side by side: hypervolumes, who dominates whom, what several seeds attain, which settings differ."""
     from rltune.cli.compare import show_comparison
 
-    show_comparison(runs, objectives or "", as_json=as_json)
+    show_comparison(runs, objectives or "", as_json=as_json, page=page)
 
 
 @app.command()

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from rltune.cli.compare import comparison_view
+from rltune.cli.compare import comparison_view, show_comparison
 from rltune.cli.front_table import PLUS_MINUS
+from rltune.errors import UserError
 from rltune.runs.compare import compare_runs
 from tests.cli.test_tables import render, words
 from tests.runs.test_compare import a_run
@@ -38,3 +39,13 @@ def test_where_there_are_no_fresh_numbers_it_says_so(tmp_path: Path) -> None:
     assert "luck has raised them" in text
     assert PLUS_MINUS not in text
     assert "Attained" not in text
+
+
+def test_a_page_is_written_beside_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [a_run(tmp_path / "a", 0.3), a_run(tmp_path / "b", 0.4, optim={"lr": 1e-3})]
+    page = tmp_path / "pages" / "a.html"
+    show_comparison(paths, "", as_json=False, page=page)
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert capsys.readouterr().out.endswith(f"\n{page}\n")
+    with pytest.raises(UserError, match=r"--output: .* cannot be written, Is a directory; name another file"):
+        show_comparison(paths, "", as_json=True, page=tmp_path / "pages")
