@@ -95,6 +95,7 @@ def load_parts(
                 raise UserError(f"it lacks a part of the {name}") from error
         elif kind.__name__ == "T5EncoderModel":
             part = create_diffusers_t5_model_from_checkpoint(kind, own, torch_dtype=dtype, **place)
+            part.tie_weights()  # its embedding may be there once, as shared
         else:
             part = create_diffusers_clip_model_from_ldm(kind, own, torch_dtype=dtype, **place)
         if any(value.is_meta for value in part.state_dict().values()):

@@ -7,15 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.outline import find_pipeline, load_outline
-from rltune.diffusion.single_file import published_config, read_header
+from rltune.diffusion.single_file import holds, published_config, read_header
 from rltune.errors import UserError
-from tests.original_layout import write_original
-from tests.tiny_families import flux, lively, sdxl
+from tests.original_layout import original_flux, write_original, write_original_sd3
+from tests.tiny_families import flux, lively, sd3, sdxl
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +28,19 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = CLIPTextConfig(**{**pipeline.text_encoder.config.to_dict(), "hidden_size": 24})
     pipeline.text_encoder = CLIPTextModel(config)  # by their widths they are told apart
     lively(pipeline).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("three") / "folder"
+    torch.manual_seed(0)
+    pipeline = lively(sd3())
+    wide = CLIPTextConfig(**{**pipeline.text_encoder.config.to_dict(), "hidden_size": 24, "projection_dim": 24})
+    pipeline.text_encoder = CLIPTextModelWithProjection(wide)  # by their widths they are told apart
+    with torch.no_grad():
+        pipeline.text_encoder.text_projection.weight.copy_(torch.eye(24))
+    pipeline.save_pretrained(folder)
     return folder
 
 
@@ -64,6 +79,30 @@ def test_sdxl_is_read_with_both_its_text_encoders(xl: Path, tmp_path: Path) -> N
     file = write_original(xl, tmp_path / "model.safetensors")
     config = settings_of(xl, tmp_path / "settings")
     check_same(load_model(str(file), config=str(config)), load_model(str(xl)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_text", [True, False])
+def test_stable_diffusion_3_is_read_with_and_without_its_text_encoders(
+    three: Path, tmp_path: Path, has_text: bool
+) -> None:
+    file = write_original_sd3(three, tmp_path / "model.safetensors", has_text=has_text)
+    config = settings_of(three, tmp_path / "settings") if has_text else three
+    check_same(load_model(str(file), config=str(config)), load_model(str(three)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_dev", [True, False])
+def test_every_tensor_of_flux_s_own_file_has_its_place(is_dev: bool) -> None:
+    with torch.device("meta"):  # diffusers takes such a file at its full width alone
+        network = FluxTransformer2DModel(num_layers=2, num_single_layers=3, guidance_embeds=is_dev)
+    state = network.state_dict()
+    file = original_flux(state, num_double=2, num_single=3)
+    assert published_config(file) == f"black-forest-labs/FLUX.1-{'dev' if is_dev else 'schnell'}"
+    assert holds(file, "transformer", FluxTransformer2DModel)
+    assert not any(holds(file, name, kind) for name, kind in (("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)))
+    read = convert_flux_transformer_checkpoint_to_diffusers(dict(file))
+    assert {name: tensor.shape for name, tensor in read.items()} == {name: row.shape for name, row in state.items()}
 
 
 @pytest.mark.slow
