@@ -9,9 +9,6 @@ ALLOWED = (
     "RLTUNE_TRL_PYTHON names no python with TRL 0.12.2",  # needs an environment of its own, of other versions
     "LAION's head is not there",  # weights that are not shipped
     "no chromium with chromedriver on this machine",  # CI has them; a contributor's laptop need not
-    # of hundreds of megabytes with their own builds of CUDA's libraries
-    "bitsandbytes, of the extra quantise, is not installed",
-    "torchao, of the extra quantise, is not installed",
     # by a reward's own contract there is nothing to test
     "says that it is not differentiable",
     "says that it compares the images of a prompt",

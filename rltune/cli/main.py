@@ -24,6 +24,7 @@ from rltune.cli.soup import soup
 from rltune.cli.terminal import errors, marked, take_any_text
 from rltune.errors import RltuneError
 from rltune.redaction import Redacting
+from rltune.training.quiet import quiet_imports
 
 INTERRUPTED = 130
 app = typer.Typer(
@@ -336,6 +337,7 @@ def builtin_scenes(
 def main() -> None:
     """Run the command line; exit codes: 2 for what the user wrote, 1 for a failed run, 130 for Ctrl-C."""
     take_any_text()
+    quiet_imports()
     try:
         app()
     except RltuneError as error:

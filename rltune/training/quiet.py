@@ -5,6 +5,12 @@ import os
 import warnings
 
 
+def quiet_imports() -> None:
+    """Keep libraries from telling of one another while they are imported, in this process and those it starts."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # of a class that this torchao no longer has
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of how torchao registers its types
+
+
 def quiet_libraries() -> None:
     """Switch off progress bars and warnings that tell a user nothing."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,11 +1,12 @@
 """A sweep of every experiment in ``experiments/models`` through Ray, on the tiny pipeline of its model's class.
 
-    python tests/benchmarks/family_sweeps.py [FILE ...]
+    python tests/benchmarks/family_sweeps.py [FILE ...] [--set model.quantise=nf4 ...]
 
 Each is two trials of two rounds at 32 px: its base model measured, its front confirmed, its best LoRAs exported and
 loaded again. Says for each how long it took and what it exported; exits with 1 where one failed.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -21,10 +22,12 @@ from tests.model_experiments import FOLDER, MODELS, quick  # noqa: E402
 from tests.tiny_families import made  # noqa: E402
 
 
-def sweep(name: str, folder: Path) -> tuple[int, str]:
-    """Run a file's sweep in ``folder`` -> exit code and all that was printed."""
+def sweep(name: str, folder: Path, overrides: list[str]) -> tuple[int, str]:
+    """Run a file's sweep in ``folder``, with settings of one's own -> exit code and all that was printed."""
     made(MODELS[name]).save_pretrained(folder / "model")
-    settings = [part for text in (f"model.base={folder / 'model'}", *quick(name)) for part in ("--set", text)]
+    settings = [
+        part for text in (f"model.base={folder / 'model'}", *quick(name), *overrides) for part in ("--set", text)
+    ]
     command = [sys.executable, "-m", "rltune", "sweep", str(FOLDER / f"{name}.yaml"), "--storage", str(folder / "runs")]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
@@ -34,11 +37,15 @@ def sweep(name: str, folder: Path) -> tuple[int, str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", metavar="FILE")
+    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE")
+    given = parser.parse_args()
     failed = []
-    for name in sys.argv[1:] or MODELS:
+    for name in given.names or MODELS:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            code, output = sweep(name, Path(folder))
+            code, output = sweep(name, Path(folder), given.set)
             seconds = time.perf_counter() - start
             run = Path(folder) / "runs" / name
             results = (run / "results.jsonl").read_text() if (run / "results.jsonl").is_file() else ""

@@ -16,6 +16,7 @@ from rltune.cli.main import main
 from rltune.config.load import Experiment, parse_experiment
 from rltune.diffusion.lora import lora_parameters
 from rltune.diffusion.lora_files import WEIGHT_FILE
+from rltune.diffusion.quantise import LIBRARIES
 from rltune.errors import RunError, UserError
 from rltune.export import trials
 from rltune.export.base import EXPORT_FORMATS, Adapter
@@ -56,11 +57,9 @@ def asked(pipeline: Path, **sections: Any) -> Experiment:
     return experiment({**raw, **sections})
 
 
-@pytest.fixture(scope="module")
-def run(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Experiment]:
+def trained(experiment_: Experiment, path: Path) -> tuple[RunFolder, Experiment]:
     """A run folder with a trained trial, its base model measured at the second attempt."""
-    experiment_ = asked(tiny_pipeline)
-    folder = RunFolder(tmp_path_factory.mktemp("runs") / "tiny")
+    folder = RunFolder(path)
     folder.path.mkdir()
     folder.experiment_file.write_text(experiment_.to_yaml())
     places = {"base_dir": folder.base_dir}
@@ -72,10 +71,14 @@ def run(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     assert checkpoint is not None
     append_result(folder.results_file, result(BASE_TRIAL, reason="out of memory"))
     append_result(folder.results_file, TrialResult(BASE_TRIAL, "ok", {}, {}, metrics=base.reports[-1]))
-    trained = TrialResult("001", "ok", VALUES, VALUES, metrics=reporter.reports[-1])
-    relative = str(checkpoint.relative_to(folder.path))
-    append_result(folder.results_file, TrialResult(**{**vars(trained), "checkpoint": relative}))
+    row = TrialResult("001", "ok", VALUES, VALUES, metrics=reporter.reports[-1])
+    append_result(folder.results_file, replace(row, checkpoint=str(checkpoint.relative_to(folder.path))))
     return folder, experiment_
+
+
+@pytest.fixture(scope="module")
+def run(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Experiment]:
+    return trained(asked(tiny_pipeline), tmp_path_factory.mktemp("runs") / "tiny")
 
 
 def export_knee(folder: RunFolder, experiment_: Experiment, *formats: str) -> list[Exported]:
@@ -383,3 +386,24 @@ def cut(grid: np.ndarray[Any, Any], count: int, height: int, width: int) -> np.n
     rows, columns = grid.shape[0] // height, grid.shape[1] // width
     cells = grid.reshape(rows, height, columns, width, 3).swapaxes(1, 2)
     return cells.reshape(-1, height, width, 3)[:count]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LIBRARIES)
+def test_a_lora_of_a_base_in_fewer_bits_is_proved_on_the_published_one(
+    kind: str, tiny_pipeline: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip(LIBRARIES[kind], reason=f"{LIBRARIES[kind]}, of the extra quantise, is not installed")
+    model = {"base": str(tiny_pipeline), "lora": {"rank": {"choice": [2, 4]}, "alpha": 6.0}, "quantise": kind}
+    folder, experiment_ = trained(asked(tiny_pipeline, model=model), tmp_path / "run")
+    exported, fused_too = export_knee(folder, experiment_, "diffusers", "fused")
+    assert 0 <= exported.difference < 2e-5
+    assert 0 <= fused_too.difference < 2e-5
+    state = load_adapter(folder.path / read_results(folder.results_file)[-1].checkpoint)
+    plain = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    plain.load_lora_weights(exported.folder, weight_name=WEIGHT_FILE)
+    found = [value for name, value in plain.unet.state_dict().items() if ".lora_B." in name]
+    assert len(found) == sum(".lora_B." in name for name in state)
+    assert all(bool(value.any()) for value in found)  # trained through the rounded weights
+    fused = StableDiffusionPipeline.from_pretrained(exported.folder / "fused")
+    assert {value.dtype for value in fused.unet.state_dict().values()} == {torch.float32}

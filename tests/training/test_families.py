@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from rltune.diffusion.quantise import LIBRARIES
 from tests.tiny_families import PIPELINES, made, shared_out
 from tests.training.runs import Make, adapters, metrics, train
 
@@ -17,9 +18,21 @@ FAST = ("stable_diffusion", "z_image", "sana_sprint")
 def test_a_run_that_is_killed_and_resumed_is_bitwise_the_uninterrupted_one(
     name: str, make_config: Make, tmp_path: Path
 ) -> None:
+    check_resumed(name, make_config, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "precision"), [("nf4", "fp32"), ("nf4", "bf16"), ("int8", "fp32"), ("int8", "bf16")])
+def test_so_is_one_whose_base_is_in_fewer_bits(kind: str, precision: str, make_config: Make, tmp_path: Path) -> None:
+    pytest.importorskip(LIBRARIES[kind], reason=f"{LIBRARIES[kind]}, of the extra quantise, is not installed")
+    check_resumed("sdxl", make_config, tmp_path, kind, precision)
+
+
+def check_resumed(name: str, make_config: Make, tmp_path: Path, kind: str = "none", precision: str = "fp32") -> None:
     made(PIPELINES[name]).save_pretrained(tmp_path / "model")
     sections: dict[str, Any] = {
-        "model": {"base": str(tmp_path / "model"), "lora": {"rank": 2}},
+        "model": {"base": str(tmp_path / "model"), "lora": {"rank": 2}, "quantise": kind},
+        "resources": {"precision": precision},
         "sampler": {"steps": 2, "eta": 1.0, "height": 16, "width": 16},
         "optim": {"steps": 3, "batch": 2},
         "evaluate": {"every": 2, "prompts": 1, "images_per_prompt": 1},
