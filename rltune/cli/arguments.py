@@ -35,7 +35,10 @@ SetOption = Annotated[
 ]
 AddressOption = Annotated[
     str | None,
-    typer.Option(help="Ray cluster to attach to, HOST:PORT. Else RAY_ADDRESS, else a local one, else start one."),
+    typer.Option(
+        help="Ray cluster to attach to: HOST:PORT, auto, or local to start one. Else RAY_ADDRESS, else one that runs "
+        "here, else start one."
+    ),
 ]
 NameOption = Annotated[str | None, typer.Option(help="Name of the run; the experiment's own if left out.")]
 StorageOption = Annotated[

@@ -3,16 +3,15 @@
 import logging
 import os
 import signal
-import socket
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rltune.errors import RunError, UserError
+from rltune.orchestration.handshake import answers, check_cluster, check_kind, token_source
 from rltune.orchestration.nodes import Node, read_nodes
 from rltune.orchestration.places import find_place, ray_s_temporary_folder, serves_python, token_folder
 from rltune.orchestration.ray_private import BEHAVIOUR, LOCAL, NEEDED, QUIET, address_file, init_options
@@ -41,9 +40,23 @@ class Cluster:
 def find_address(address: str | None) -> str | None:
     """Return where to attach, None to start a cluster.
 
-    The option, else what this process is connected to, else ``RAY_ADDRESS``, else a cluster that runs on this machine.
+    The option, else what this process is connected to, else ``RAY_ADDRESS``, else the cluster that its user has started
+    on this machine with ``ray start``; never one that another run has started for itself. ``auto`` is the same without
+    starting one, ``local`` always starts one.
+
+    Raises:
+        UserError: ``auto`` finds none.
     """
-    return address or _connected_to() or os.environ.get("RAY_ADDRESS") or _running_here()
+    named = address if address not in (None, "", "auto") else _connected_to() or os.environ.get("RAY_ADDRESS")
+    if named == "local":
+        return None
+    found = _running_here() if named in (None, "", "auto") else named
+    if found is None and "auto" in (address, named):
+        raise UserError(
+            "--address: auto finds no cluster on this machine; start one with 'ray start --head', name it as "
+            "HOST:PORT, or leave --address out: a run then starts its own"
+        )
+    return found
 
 
 def prepare(address: str | None) -> str | None:
@@ -55,9 +68,9 @@ def prepare(address: str | None) -> str | None:
     wanted = QUIET | BEHAVIOUR
     if found is None or found.startswith(("127.", "localhost:")):
         wanted |= LOCAL | LOOPBACK  # Ray rewrites a loopback address to the machine's own unless the client too is told
-    if found is not None and _has_token():
-        wanted["RAY_AUTH_MODE"] = "token"  # without it a client with a token hangs for 20 s and fails in riddles
-    if found is None and not _has_token() and token_folder() is None:
+    if found is not None and token_source():
+        wanted["RAY_AUTH_MODE"] = "token"  # Ray itself would not send it; a cluster that asks for none does not mind
+    if found is None and not token_source() and token_folder() is None:
         wanted["RAY_AUTH_TOKEN"] = uuid.uuid4().hex + uuid.uuid4().hex  # Ray would write one into HOME, or not start
     _set_unless_set(wanted)
     return found
@@ -76,7 +89,7 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
     connected, SIGTERM is taken as Ctrl-C: Ray's own handler would abort without saving anything.
 
     Args:
-        address: ``host:port``, ``auto``, or None for what ``find_address`` finds.
+        address: ``host:port``, ``auto``, ``local``, or None for what ``find_address`` finds.
         num_cpus: CPUs of a cluster that is started here; all by default.
 
     Raises:
@@ -94,7 +107,9 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
             yield _describe(connected, is_own=False)
         return
     found = prepare(address)
-    _check_address(found)
+    if found is not None:
+        check_kind(found)
+        check_cluster(found, is_named=found in (address, os.environ.get("RAY_ADDRESS")))
     context = _initialise(found, num_cpus)
     import ray
 
@@ -118,19 +133,6 @@ def _connected_to() -> str | None:
     if ray is None or not ray.is_initialized():
         return None
     return str(ray.get_runtime_context().gcs_address)
-
-
-def _check_address(found: str | None) -> None:
-    if found is not None and found.startswith(("ray://", "http://", "https://")):
-        raise UserError(
-            f"--address: {found!r} is not a cluster address, which is HOST:PORT (the GCS, usually port 6379); for "
-            "a Jobs URL run 'ray job submit --address URL -- rltune sweep ...' so that the sweep runs on the cluster"
-        )
-    if found is not None and found != "auto" and not _answers(found):  # Ray itself would try for minutes
-        raise RunError(
-            f"--address: nothing answers at {found!r}; check host and port, or start a cluster there with "
-            "'ray start --head'"
-        )
 
 
 def _initialise(found: str | None, num_cpus: int | None) -> Any:
@@ -200,18 +202,4 @@ def _running_here() -> str | None:
         address = address_file(ray_s_temporary_folder()).read_text().strip()
     except OSError:
         return None
-    return address if _answers(address, timeout_s=0.5) else None
-
-
-def _answers(address: str, *, timeout_s: float = 5.0) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=timeout_s):
-            return True
-    except (OSError, ValueError):
-        return False
-
-
-def _has_token() -> bool:
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or os.path.expanduser("~/.ray/auth_token")
-    return bool(os.environ.get("RAY_AUTH_TOKEN")) or Path(path).is_file()
+    return address if answers(address, timeout_s=0.5) else None

@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from rltune.orchestration.ray_private import HEAD_NODE
 
 ACCELERATOR_PREFIX = "accelerator_type:"
 """Ray's name for what a node's accelerators are: a resource of 1 under this and the type."""
@@ -53,6 +55,11 @@ class Node:
     """Types of its accelerators; None where they are not known, which no trial is refused for."""
     gpu_gib: float | None = None
     """Memory of its smallest GPU; None where that is not known."""
+    id: str = field(default="", compare=False)
+    """Ray's; empty of a node that is not there yet."""
+    name: str = field(default="", compare=False)
+    """Its address in the cluster's network."""
+    is_head: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         kinds = f" ({', '.join(sorted(self.accelerators))})" if self.accelerators else ""
@@ -77,6 +84,9 @@ def read_nodes(rows: Iterable[Mapping[str, Any]]) -> tuple[Node, ...]:
             num_gpus=float(row["Resources"].get("GPU", 0.0)),
             accelerators=kinds,
             gpu_gib=min((GPU_GIB[kind] for kind in kinds if kind in GPU_GIB), default=None),
+            id=str(row.get("NodeID", "")),
+            name=str(row.get("NodeManagerAddress", "")),
+            is_head=HEAD_NODE in row["Resources"],
         )
         for row in rows
         if row["Alive"]

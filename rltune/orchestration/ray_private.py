@@ -7,6 +7,8 @@ environment when it is imported must be set before.
 
 import json
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,61 @@ def init_options(temporary_folder: str | None) -> dict[str, Any]:
 def address_file(temporary_folder: Path) -> Path:
     """Return where ``ray start --head`` leaves its address; publicly, one can only connect to what it names."""
     return temporary_folder / "ray" / "ray_current_cluster"
+
+
+@dataclass(frozen=True)
+class Greeting:
+    """What a cluster says of itself before one is connected to it."""
+
+    ray_version: str
+    """Empty where it does not say."""
+    python_version: str
+    """Of its head, with the patch; empty where it does not say."""
+    is_private: bool
+    """Whether a program started it for itself, with ``ray.init``."""
+    sockets: Sequence[Path]
+    """Of its nodes that are alive, each on its own machine."""
+
+
+class NoGreeting(Exception):  # noqa: N818 - not a fault by itself
+    """A cluster does not say who it is: ``UNAUTHENTICATED``, ``DEADLINE_EXCEEDED``, or another of gRPC's codes."""
+
+    def __init__(self, code: str, details: str) -> None:
+        super().__init__(f"{code}: {details}")
+        self.code = code
+
+
+def greet(address: str, *, timeout_s: float) -> Greeting:
+    """Ask a cluster who it is, with Ray's own token and TLS settings.
+
+    Publicly one can only connect, which tries for 20 s to a minute, says nothing of a token that is refused, and on a
+    machine without a node of the cluster ends the process.
+
+    Raises:
+        NoGreeting: It refuses, or nothing that speaks Ray's protocol answers.
+    """
+    from ray._private.grpc_utils import grpc, init_grpc_channel  # grpc comes with ray[default]
+    from ray.core.generated import gcs_pb2, gcs_service_pb2
+    from ray.core.generated.gcs_service_pb2_grpc import InternalKVGcsServiceStub, NodeInfoGcsServiceStub
+    from ray.exceptions import AuthenticationError
+
+    try:
+        with init_grpc_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+            asked = gcs_service_pb2.InternalKVGetRequest(namespace=b"cluster", key=b"CLUSTER_METADATA")
+            answer = InternalKVGcsServiceStub(channel).InternalKVGet(asked, timeout=timeout_s)
+            all_nodes = gcs_service_pb2.GetAllNodeInfoRequest()
+            rows = NodeInfoGcsServiceStub(channel).GetAllNodeInfo(all_nodes, timeout=timeout_s).node_info_list
+    except grpc.RpcError as error:
+        raise NoGreeting(error.code().name, str(error.details())) from None
+    except AuthenticationError as error:  # a token is wanted by RAY_AUTH_MODE, and there is none
+        raise NoGreeting("UNAUTHENTICATED", str(error)) from None
+    about = json.loads(answer.value) if answer.value else {}
+    return Greeting(
+        ray_version=str(about.get("ray_version", "")),
+        python_version=str(about.get("python_version", "")),
+        is_private=bool(about.get("ray_init_cluster")),
+        sockets=tuple(Path(row.raylet_socket_name) for row in rows if row.state == gcs_pb2.GcsNodeInfo.ALIVE),
+    )
 
 
 def torch_backend() -> Any:

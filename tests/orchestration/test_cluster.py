@@ -26,6 +26,20 @@ def test_the_option_comes_before_the_variable_before_a_running_cluster(monkeypat
     os.environ["RAY_ADDRESS"] = "10.0.0.2:1"
     assert cluster.find_address(None) == "10.0.0.2:1"
     assert cluster.find_address("10.0.0.1:1") == "10.0.0.1:1"
+    assert cluster.find_address("auto") == "10.0.0.2:1"
+    assert cluster.find_address("local") is None
+    os.environ["RAY_ADDRESS"] = "auto"
+    assert cluster.find_address(None) == "10.0.0.3:1"
+    os.environ["RAY_ADDRESS"] = "local"
+    assert cluster.find_address(None) is None
+
+
+@pytest.mark.parametrize("way", ["option", "variable"])
+def test_auto_never_takes_what_ray_would_find_among_all_processes(way: str) -> None:
+    """Its own ``auto`` takes any cluster that runs here, that of another run too."""
+    os.environ |= {"RAY_ADDRESS": "auto"} if way == "variable" else {}
+    with pytest.raises(UserError, match="--address: auto finds no cluster on this machine; start one with"):
+        cluster.find_address("auto" if way == "option" else None)
 
 
 @pytest.mark.parametrize(("address", "is_loopback"), [(None, True), ("127.0.0.1:6379", True), ("10.0.0.1:6379", False)])
@@ -42,9 +56,9 @@ def test_what_the_user_has_set_stays_but_where_results_would_be_lost() -> None:
     assert os.environ["RAY_AIR_NEW_OUTPUT"] == "0"
 
 
-@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265"])
-def test_other_kinds_of_address_are_told_apart(address: str) -> None:
-    with pytest.raises(UserError, match=r"is not a cluster address, which is HOST:PORT"), cluster.connect(address):
+@pytest.mark.parametrize("address", ["ray://head:10001", "http://head:8265", "head"])
+def test_an_address_of_another_kind_is_not_tried(address: str) -> None:
+    with pytest.raises(UserError, match=f"^--address: .*{address}"), cluster.connect(address):
         pass
 
 

@@ -36,6 +36,21 @@ def takes(function: Any, names: Sequence[str], purpose: str) -> None:
         pytest.fail(f"Ray {ray.__version__}: {where} has no {', '.join(sorted(missing))}, {purpose}; {ADVICE}")
 
 
+def test_the_greeting_of_a_cluster() -> None:
+    """What is asked and answered is played in ``test_handshake.py``."""
+    purpose = "by which a cluster is asked for its versions and nodes before one is connected to it"
+    takes(private("_private.grpc_utils", "init_grpc_channel", purpose), ["address", "options"], purpose)
+    for name in ("InternalKVGcsServiceStub", "NodeInfoGcsServiceStub"):
+        private("core.generated.gcs_service_pb2_grpc", name, purpose)
+    fields = private("core.generated.gcs_pb2", "GcsNodeInfo", purpose).DESCRIPTOR.fields_by_name
+    assert {"raylet_socket_name", "state"} <= set(fields), ADVICE
+    key = private("_common.usage.usage_constants", "CLUSTER_METADATA_KEY", purpose)
+    space = private("_private.ray_constants", "KV_NAMESPACE_CLUSTER", purpose)
+    assert (key, space) == (b"CLUSTER_METADATA", b"cluster"), ADVICE
+    source = inspect.getsource(private("_common.usage.usage_lib", "_generate_cluster_metadata", purpose))
+    assert all(f'"{name}"' in source for name in ("ray_version", "python_version", "ray_init_cluster")), ADVICE
+
+
 def test_the_backend_of_a_process_group() -> None:
     purpose = "whose subclass meets over a file, so that no port is open"
     backend = private("train.torch.config", "_TorchBackend", purpose)
