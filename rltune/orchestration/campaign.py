@@ -16,6 +16,7 @@ from rltune.export.picks import best_picks
 from rltune.export.trials import Exported, export_trials
 from rltune.orchestration.cluster import Cluster, connect, find_address
 from rltune.orchestration.plan import Plan, plan, this_machine
+from rltune.orchestration.survey import check_nodes
 from rltune.orchestration.workload import work_out
 from rltune.report.pictures import Shrinker
 from rltune.report.write import kept_current, write_report
@@ -120,6 +121,7 @@ def plan_run(experiment: Experiment, *, storage: Path, address: str | None) -> t
         ExperimentError: Lists everything that is known to be wrong.
         RltuneError: The cluster that is named cannot be attached to.
     """
+    _check_stays(storage)
     folder = RunFolder(storage / experiment.shared.name)
     with standing_where_started(folder):
         if find_address(address) is None:
@@ -152,6 +154,7 @@ def run_campaign(
         RunError: The base model could not be measured, no trial ended well, or an export failed.
         KeyboardInterrupt: It was interrupted; the same call resumes.
     """
+    _check_stays(storage)
     folder = RunFolder(storage / experiment.shared.name)
     with standing_where_started(folder):
         is_attached = find_address(address) is not None
@@ -162,6 +165,8 @@ def run_campaign(
                 known = plan(experiment, cluster.nodes, folder, is_attached=True, may_fetch=True)
             _check_decided(known)
             planned = replace(known, workload=work_out(known.experiment, cluster.nodes))
+            if not cluster.is_own:
+                check_nodes(cluster.nodes, planned.workload.worker, folder.path)
             shrink = Shrinker()
             found = _run(planned, cluster, notify, display, shrink)
             notify(_report(folder, found.experiment, shrink))
@@ -177,6 +182,19 @@ def _report(folder: RunFolder, experiment: Experiment, shrink: Shrinker) -> Repo
     except Exception as error:  # whatever is wrong with a page, the run has ended well
         logger.debug("the report could not be written", exc_info=True)
         return Reported(folder.report_file, f"{type(error).__name__}: {error}")
+
+
+def _check_stays(storage: Path) -> None:
+    """Check that a run is not written where Ray unpacks the files of a submitted job.
+
+    Raises:
+        UserError: It would go away with the job.
+    """
+    if {"runtime_resources", "working_dir_files"} <= set(storage.resolve().parts):
+        raise UserError(
+            f"--storage: {str(storage)!r} is in the folder that Ray unpacks a submitted job into and deletes with it, "
+            "so that no run could be resumed or fetched; name one that stays, and that all nodes share"
+        )
 
 
 def _check_decided(known: Plan) -> None:

@@ -1,6 +1,5 @@
 """A sweep on a connected cluster: hand trials to Ray Tune, listen for signals, measure again what was chosen."""
 
-import logging
 import os
 import signal
 import threading
@@ -25,8 +24,6 @@ from rltune.runs.record import versions
 from rltune.runs.usage import last_sign
 from rltune.search.warm_start import keep_prior_results, read_prior_results
 
-logger = logging.getLogger(__name__)
-
 GRACE_S = 25.0
 """From SIGTERM to the end; Kubernetes kills after 30 s, clouds take spot machines back after 30 to 120 s."""
 
@@ -48,8 +45,6 @@ class Sweep:
 
     def __init__(self, plan: Plan, cluster: Cluster) -> None:
         self.workload, self._folder = plan.workload, plan.folder
-        if cluster.num_nodes > 1:
-            logger.warning("the cluster has %d nodes: %s must be shared by all", cluster.num_nodes, plan.folder.path)
         prior_results = read_prior_results(plan.experiment, plan.folder)
         claim = claim_run(plan.folder, plan.experiment, precision=plan.workload.precision)
         keep_prior_results(claim.experiment, plan.folder, prior_results)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rltune.config.load import Experiment
-from rltune.errors import RunError
+from rltune.errors import RunError, UserError
 from rltune.export.trials import Exported
 from rltune.orchestration import campaign, trials
 from rltune.orchestration.campaign import Confirming, Found, NotConfirmed, Planned, Reported, Trained, run_campaign
@@ -34,6 +34,7 @@ class Stage:
         self.shown: list[str] = []
         self.results: list[TrialResult] = [result(BASE_TRIAL, 0.5, 0.1)]
         self.confirm_error: RunError | None = None
+        self.is_own = True
 
     def run(self, asked: Experiment = ASKED, **options: Any) -> Found:
         @contextmanager
@@ -57,7 +58,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
 
     @contextmanager
     def connect(address: str | None) -> Iterator[Cluster]:
-        yield Cluster("127.0.0.1:1", is_own=True, dashboard_url="", nodes=(Node(2.0),))
+        yield Cluster("127.0.0.1:1", is_own=found.is_own, dashboard_url="", nodes=(Node(2.0),))
 
     def run(sweep: Sweep) -> None:
         for row in found.results:
@@ -171,3 +172,22 @@ def test_a_single_run_is_its_one_trial(stage: Stage) -> None:
     assert not any(isinstance(event, Confirming) for event in stage.told)
     assert isinstance(stage.told[0], Planned)
     assert isinstance(stage.told[1], Trained)
+
+
+def test_nothing_is_started_on_nodes_that_cannot_run_it(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_nodes(nodes: Any, need: Any, folder: Path) -> None:
+        assert (len(nodes), need.num_cpus, folder) == (1, 1, stage.storage / "mix")
+        raise UserError("no rltune")
+
+    monkeypatch.setattr(campaign, "check_nodes", check_nodes)
+    stage.is_own = False
+    with pytest.raises(UserError, match="no rltune"):
+        stage.run()
+    assert not stage.told
+
+
+def test_a_run_does_not_go_where_a_submitted_job_is_unpacked(stage: Stage) -> None:
+    stage.storage = stage.storage / "runtime_resources" / "working_dir_files" / "_ray_pkg_1" / "runs"
+    with pytest.raises(UserError, match="is in the folder that Ray unpacks a submitted job into and deletes with it"):
+        stage.run()
+    assert not stage.storage.exists()
