@@ -25,6 +25,7 @@ NAMED = {"rewards": "NAME", "constraints": "NAME"}
 """Sections whose keys are the user's own names."""
 KINDS = {
     "path": "PATH",
+    "Path": "PATH",
     "str": "TEXT",
     "int range": "N",
     "float range": "X",

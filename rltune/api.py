@@ -51,7 +51,7 @@ def plan(source: Source, *, storage: str | Path = "runs", address: str | None = 
 
     Args:
         source: The experiment, or what ``load`` takes.
-        storage: Folder that holds run folders.
+        storage: Folder that holds run folders, or ``s3://BUCKET/FOLDER``.
         address: Ray cluster, ``HOST:PORT``; else ``RAY_ADDRESS``, else one that runs here, else this machine.
 
     Raises:
@@ -60,7 +60,7 @@ def plan(source: Source, *, storage: str | Path = "runs", address: str | None = 
     """
     from rltune.orchestration.campaign import plan_run
 
-    return plan_run(_loaded(source), storage=Path(storage), address=address)[0]
+    return plan_run(_loaded(source), storage=storage, address=address)[0]
 
 
 def sweep(
@@ -70,7 +70,7 @@ def sweep(
 
     Args:
         source: The experiment, or what ``load`` takes.
-        storage: Folder that holds run folders; shared, if the cluster has several nodes.
+        storage: Folder that holds run folders, shared if the cluster has several nodes; or ``s3://BUCKET/FOLDER``.
         address: As in ``plan``.
         watch: Called about once a second while trials run, and once at their end, with where the run stands; from
             another thread. What it raises is logged, and it is not called again.
@@ -125,8 +125,8 @@ def _run(source: Source, storage: str | Path, address: str | None, watch: Watch 
             stop.set()
             thread.join()
 
-    found = run_campaign(experiment, storage=Path(storage), address=address, display=display)
-    return Run(found.folder.path)
+    found = run_campaign(experiment, storage=storage, address=address, display=display)
+    return Run(found.folder.where)
 
 
 def _call_often(watch: Watch, reader: StatusReader, stop: threading.Event) -> None:

@@ -4,7 +4,7 @@ Imports nothing heavy: the process that shares the tests out reads this file too
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,3 +117,22 @@ def make_config(tiny_pipeline: Path) -> "Callable[..., RunConfig]":
         return RunConfig.model_validate(raw)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def s3_address() -> Iterator[str]:
+    """Address of an S3 server on loopback."""
+    from tests.storage import s3_server
+
+    with s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def s3(s3_address: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same, and this process and its children find it."""
+    from tests.storage import environment
+
+    for name, value in environment(s3_address).items():
+        monkeypatch.setenv(name, value)
+    return s3_address

@@ -7,7 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from rltune.errors import UserError
-from rltune.runs.addresses import as_folder
+from rltune.runs.addresses import as_folder, is_address
+
+
+def place(text: str) -> Any:
+    """Return where a run lies or is to lie: a path, or an address as it was written."""
+    return text if is_address(text) else Path(os.path.expanduser(text))
 
 
 def at_home(value: Any, parameter: typer.CallbackParam) -> Any:
@@ -28,8 +33,12 @@ ExperimentArgument = Annotated[
     Path, typer.Argument(help="Experiment file (YAML).", show_default=False, callback=at_home)
 ]
 RunArgument = Annotated[
-    Path, typer.Argument(help="Run folder, such as runs/mix.", show_default=False, callback=at_home)
+    Path,
+    typer.Argument(
+        help="Run folder, such as runs/mix or s3://bucket/runs/mix.", metavar="RUN", show_default=False, parser=place
+    ),
 ]
+"""A path, or the text of an address."""
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting: --set optim.lr=1e-3. Repeatable.")
 ]
@@ -42,8 +51,13 @@ AddressOption = Annotated[
 ]
 NameOption = Annotated[str | None, typer.Option(help="Name of the run; the experiment's own if left out.")]
 StorageOption = Annotated[
-    Path, typer.Option(help="Folder that holds run folders; shared, if the cluster has nodes.", callback=at_home)
+    Path,
+    typer.Option(
+        help="Holds run folders: a folder, shared if the cluster has nodes, or s3://BUCKET/FOLDER, gs://..",
+        parser=place,
+    ),
 ]
+"""A path, or the text of an address."""
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")]
 
 

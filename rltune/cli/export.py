@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rltune.cli.arguments import at_home
+from rltune.cli.arguments import RunArgument
 from rltune.cli.terminal import console
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder, such as runs/mix.", show_default=False, callback=at_home)],
+    run: RunArgument,
     pick: Annotated[str, typer.Option(help="knee, best:OBJECTIVE, or a trial.")] = "knee",
     formats: Annotated[
         list[str] | None,
@@ -83,6 +83,8 @@ def _export(result: "TrialResult", folder: "RunFolder", experiment: "Experiment"
 
     quiet_libraries()
     export_trials([result], folder, experiment, on_export=_show, formats=formats or DEFAULT_FORMATS)
+    if folder.copy is not None:
+        console.print(f"\nkept at {folder.copy.store.at(f'exports/{result.trial}')}", soft_wrap=True)
 
 
 def _show(exported: "Exported") -> None:

@@ -23,4 +23,4 @@ def make_report(run: Path, figures: Path | None) -> None:
         return
     with writing(folder.report_file):
         write_report(folder, experiment)
-    console.print(f"{run / folder.report_file.name}", soft_wrap=True)
+    console.print(str(folder.report_file if folder.copy else run / folder.report_file.name), soft_wrap=True)

@@ -16,6 +16,7 @@ from rltune.cli.evaluate import about_bench, told
 from rltune.cli.targets import Asked, Origin, Target, find_targets, shared_origin
 from rltune.cli.terminal import console
 from rltune.errors import UserError
+from rltune.runs.addresses import as_folder
 
 if TYPE_CHECKING:
     from rltune.diffusion.soup import Layers
@@ -82,6 +83,8 @@ def soup(
     from rltune.training.soups import check_method, even_weights
 
     targets = [str(target) for target in targets]
+    for target in targets:
+        as_folder(target, COMMAND)
     run = Path(targets[0]) if len(targets) == 1 and (Path(targets[0]) / "results.jsonl").is_file() else None
     names = [target for target in targets if target != BASE]
     found = find_targets(names, pick or (_bests(run) if run else []), COMMAND)

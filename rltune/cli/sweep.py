@@ -46,7 +46,7 @@ def run_experiment(
     *,
     address: str | None,
     name: str | None,
-    storage: Path,
+    storage: str | Path,
     dry_run: bool,
     is_sweep: bool,
 ) -> None:
@@ -93,7 +93,7 @@ def _printing(here: Path, written: list[Path], reported: list[Path]) -> Callable
                 print_plan(event.plan, event.cluster)
                 if event.is_resumed:
                     counts = f"{event.num_ended} trials have ended, {event.num_left} are left"
-                    errors.print(f"resuming {event.plan.folder.path}: {counts}", soft_wrap=True)
+                    errors.print(f"resuming {event.plan.folder.where}: {counts}", soft_wrap=True)
             case Trained():
                 _show_trained(event)
             case Confirming():
@@ -122,7 +122,7 @@ def _show_trained(event: Trained) -> None:
     table = status_view(read_status(folder, experiment), experiment.shared.objective_names)
     if event.num_left and not event.over:
         errors.print(table)
-        errors.print(f"{event.num_left} trials are left; the same command resumes {folder.path}", soft_wrap=True)
+        errors.print(f"{event.num_left} trials are left; the same command resumes {folder.where}", soft_wrap=True)
         return
     console.print(table)
     if event.over:
@@ -315,6 +315,8 @@ def print_plan(plan: Plan, cluster: Cluster | None) -> None:
         "objectives": ", ".join(config.objective_names),
         "runs on": where if cluster is None or cluster.num_nodes == 1 else f"{where}, {_nodes(work, cluster)}",
     }
+    if plan.folder.copy is not None:
+        lines["lies at"] = plan.folder.where
     if confirmed := _confirmed(experiment):
         lines["at the end"] = confirmed
     if first := _first_trials(config):

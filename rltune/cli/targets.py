@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rltune.errors import UserError
 from rltune.records import check_schema
-from rltune.runs.addresses import as_folder
+from rltune.runs.addresses import is_address
 
 if TYPE_CHECKING:
     from rltune.config.experiment import RunConfig
@@ -65,7 +65,10 @@ def find_targets(names: Sequence[str], picks: Sequence[str], command: str) -> li
     """
     found: list[Target] = []
     for name in names:
-        path = as_folder(name, command)
+        if is_address(name):
+            found += _of_run(name, picks)
+            continue
+        path = Path(name)
         if (path / "results.jsonl").is_file():
             found += _of_run(path, picks)
         elif (path / INDEX).is_file() or not path.exists():
@@ -77,7 +80,7 @@ def find_targets(names: Sequence[str], picks: Sequence[str], command: str) -> li
     return found
 
 
-def _of_run(path: Path, picks: Sequence[str]) -> list[Target]:
+def _of_run(path: str | Path, picks: Sequence[str]) -> list[Target]:
     from rltune.export.card import measured_again
     from rltune.export.picks import pick_trial
     from rltune.runs.record import read_record, read_run, settled, standing_where_started, with_own_prompts
@@ -92,6 +95,7 @@ def _of_run(path: Path, picks: Sequence[str]) -> list[Target]:
             told = measured_again(result, folder, config)
             origin = Origin(config, told["prompts"], told["noise"], stands_in=str(Path.cwd()))
             checkpoint = folder.path / result.checkpoint
+            folder.bring(checkpoint)
             targets.append(Target(f"{folder.name}/{result.trial}", checkpoint, origin, is_checkpoint=True))
     return targets
 

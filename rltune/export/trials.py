@@ -87,6 +87,7 @@ def export_trials(
             faults.append(f"trial {result.trial}: {reasons.pop()}")
         else:
             faults += [f"trial {result.trial} for {name}: {reason}" for name, reason in failed.items()]
+    folder.publish(folder.exports_dir)
     num = len(picks) * len(forms)
     if num_failed == num == 1:
         raise RunError(faults[0])
@@ -162,6 +163,7 @@ def _draw(result: TrialResult, folder: RunFolder, experiment: Experiment) -> tup
     asked = experiment.concrete(result.values)
     config = with_own_prompts(settled(asked, record), folder, record)
     checkpoint = folder.path / result.checkpoint
+    folder.bring(checkpoint)
     if not checkpoint.is_dir():
         raise RunError(f"its checkpoint {checkpoint} is gone; train it again")
     lora = config.model.lora

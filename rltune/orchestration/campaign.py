@@ -4,6 +4,7 @@ It says what it does to a ``notify`` of the caller's and prints nothing.
 """
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,10 +21,12 @@ from rltune.orchestration.survey import check_nodes
 from rltune.orchestration.workload import work_out
 from rltune.report.pictures import Shrinker
 from rltune.report.write import kept_current, write_report
+from rltune.runs.addresses import is_address
 from rltune.runs.confirmations import Measured
 from rltune.runs.layout import BASE_TRIAL, RunFolder
 from rltune.runs.objectives import Front
 from rltune.runs.record import standing_where_started
+from rltune.runs.remote import planned_folder, run_folder
 from rltune.runs.results import TrialResult
 from rltune.training.quiet import quiet_libraries
 
@@ -114,15 +117,16 @@ def check_kind(experiment: Experiment, *, is_sweep: bool) -> None:
         )
 
 
-def plan_run(experiment: Experiment, *, storage: Path, address: str | None) -> tuple[Plan, Cluster | None]:
+def plan_run(experiment: Experiment, *, storage: str | Path, address: str | None) -> tuple[Plan, Cluster | None]:
     """Return what a run would do, and the cluster that is there; starts none, and stays attached to none.
 
     Raises:
         ExperimentError: Lists everything that is known to be wrong.
-        RltuneError: The cluster that is named cannot be attached to.
+        RltuneError: The cluster that is named cannot be attached to, or the storage does not answer.
     """
     _check_stays(storage)
-    folder = RunFolder(storage / experiment.shared.name)
+    folder = planned_folder(storage, experiment.shared.name)
+    check_storage(experiment, folder)
     with standing_where_started(folder):
         if find_address(address) is None:
             return plan(experiment, [this_machine()], folder), None
@@ -133,7 +137,7 @@ def plan_run(experiment: Experiment, *, storage: Path, address: str | None) -> t
 def run_campaign(
     experiment: Experiment,
     *,
-    storage: Path,
+    storage: str | Path,
     address: str | None,
     notify: Notify = lambda event: None,
     display: Display = lambda folder, experiment: nullcontext(),
@@ -143,7 +147,7 @@ def run_campaign(
 
     Args:
         experiment: What to do.
-        storage: Folder that holds run folders.
+        storage: Folder that holds run folders, or the address of one on object storage.
         address: Of the cluster, as in ``connect``.
         notify: Is told of each stage in this process and thread.
         display: Surrounds the training.
@@ -155,8 +159,8 @@ def run_campaign(
         KeyboardInterrupt: It was interrupted; the same call resumes.
     """
     _check_stays(storage)
-    folder = RunFolder(storage / experiment.shared.name)
-    with standing_where_started(folder):
+    with run_folder(storage, experiment.shared.name) as folder, standing_where_started(folder):
+        check_storage(experiment, folder)
         is_attached = find_address(address) is not None
         # before Ray takes its seconds
         known = None if is_attached else plan(experiment, [this_machine()], folder, may_fetch=True)
@@ -166,7 +170,8 @@ def run_campaign(
             _check_decided(known)
             planned = replace(known, workload=work_out(known.experiment, cluster.nodes))
             if not cluster.is_own:
-                check_nodes(cluster.nodes, planned.workload.worker, folder.path)
+                where = folder.path if folder.copy is None else folder.copy.store
+                check_nodes(cluster.nodes, planned.workload.worker, where)
             shrink = Shrinker()
             found = _run(planned, cluster, notify, display, shrink)
             notify(_report(folder, found.experiment, shrink))
@@ -174,6 +179,19 @@ def run_campaign(
                 quiet_libraries()
                 export_trials(found.picks, folder, found.experiment, on_export=notify)
             return found
+
+
+def check_storage(experiment: Experiment, folder: RunFolder) -> None:
+    """Check that what a run keeps can lie where it does.
+
+    Raises:
+        UserError: A tracker wants a data base in the run folder, and that is no folder.
+    """
+    if folder.copy is not None and "mlflow" in experiment.shared.track and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise UserError(
+            f"track: mlflow keeps a data base in the run folder, which {folder.where} cannot hold; set "
+            "MLFLOW_TRACKING_URI to a server, or leave it out"
+        )
 
 
 def _report(folder: RunFolder, experiment: Experiment, shrink: Shrinker) -> Reported:
@@ -184,13 +202,13 @@ def _report(folder: RunFolder, experiment: Experiment, shrink: Shrinker) -> Repo
         return Reported(folder.report_file, f"{type(error).__name__}: {error}")
 
 
-def _check_stays(storage: Path) -> None:
+def _check_stays(storage: str | Path) -> None:
     """Check that a run is not written where Ray unpacks the files of a submitted job.
 
     Raises:
         UserError: It would go away with the job.
     """
-    if {"runtime_resources", "working_dir_files"} <= set(storage.resolve().parts):
+    if not is_address(storage) and {"runtime_resources", "working_dir_files"} <= set(Path(storage).resolve().parts):
         raise UserError(
             f"--storage: {str(storage)!r} is in the folder that Ray unpacks a submitted job into and deletes with it, "
             "so that no run could be resumed or fetched; name one that stays, and that all nodes share"
@@ -234,7 +252,7 @@ def _run(planned: Plan, cluster: Cluster, notify: Notify, display: Display, shri
     front = trials.front()
     trained = [result for result in trials.results if result.is_ok and result.trial != BASE_TRIAL]
     if front is None or not trained:
-        raise RunError(f"no trial of {folder.path} ended well; the reasons are in {folder.results_file}")
+        raise RunError(f"no trial of {folder.where} ended well; the reasons are in {folder.results_file}")
     single = None if experiment.is_searched else trials.measured(trained[0])
     picks = best_picks(front) if single is None else [single.result]
     found = Found(folder, experiment, front, single, tuple(picks), trials.nearest)

@@ -18,6 +18,7 @@ from rltune.records import to_record
 from rltune.runs.confirmations import Confirmation, comparable, missing, read_confirmations
 from rltune.runs.layout import BASE_TRIAL, RunFolder
 from rltune.runs.record import read_record, settled, with_own_prompts
+from rltune.runs.remote import bring_run
 from rltune.runs.results import TrialResult
 from rltune.runs.store import append_line, write_atomically
 from rltune.training.heldout import fresh_prompts
@@ -51,7 +52,7 @@ def run_confirmation(
         return
     if found is None:
         wanted.insert(0, (BASE_TRIAL, "", {}))
-    folder.confirmation_failure_file.unlink(missing_ok=True)
+    folder.remove(folder.confirmation_failure_file)
     asked = [experiment.concrete(values) if trial != BASE_TRIAL else experiment.shared for trial, _, values in wanted]
     configs = [settled(config, record).model_dump(mode="json") for config in asked]
     jobs = [
@@ -70,6 +71,7 @@ def run_confirmation(
 
 def _why(folder: RunFolder) -> str:
     file = folder.confirmation_failure_file
+    folder.bring(file)
     return file.read_text().strip() if file.is_file() else ""
 
 
@@ -78,12 +80,18 @@ def _worker(config: dict[str, Any]) -> None:
     from rltune.config.experiment import RunConfig
     from rltune.training.confirm import Candidate, confirm
 
-    spec: JobSpec = config["spec"]
-    folder, record = spec.folder, read_record(spec.folder)
+    rank = ray.train.get_context().get_world_rank()
+    spec: JobSpec = config["spec"].of_worker(rank)
+    folder = spec.folder
+    bring_run(folder)
+    folder.bring(
+        folder.confirmed_file, *(folder.path / job["checkpoint"] for job in config["jobs"] if job["checkpoint"])
+    )
+    record = read_record(folder)
     if Path(spec.work_dir).is_dir():
         os.chdir(spec.work_dir)
     quiet_libraries()
-    is_main = ray.train.get_context().get_world_rank() == 0
+    is_main = rank == 0
     jobs = {job["trial"]: job for job in config["jobs"]}
     candidates = [
         Candidate(
@@ -107,10 +115,12 @@ def _worker(config: dict[str, Any]) -> None:
                 num_reused=fresh.num_reused,
             )
             append_line(folder.confirmed_file, json.dumps(to_record(asdict(row)), allow_nan=False))
+            folder.publish(folder.confirmed_file)
 
     try:
         confirm(candidates, take)
     except RltuneError as error:
         write_atomically(folder.confirmation_failure_file, f"{error}\n")
+        folder.publish(folder.confirmation_failure_file)
         if ray.train.get_context().get_world_size() > 1:
             raise

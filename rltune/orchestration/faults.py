@@ -17,6 +17,8 @@ from rltune.orchestration.ray_private import cause_of
 from rltune.orchestration.recovery import memory_kills
 from rltune.runs.store import write_atomically
 
+KEPT = "is_kept"
+"""Key of a report: 1 where a checkpoint that Ray Train does not know of was published before it."""
 MAX_STARTS = 3
 """Starts in a row, none of which came to a checkpoint, after which a trial that ends in an exception has failed."""
 MAX_DEATHS = 6
@@ -44,7 +46,7 @@ class FaultWatch(UserCallback):  # type: ignore[misc]  # ray has no types
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Note that the trial has come to another checkpoint."""
-        if checkpoint is not None:
+        if checkpoint is not None or any(row.get(KEPT) for row in metrics):
             self._num_in_a_row = 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:

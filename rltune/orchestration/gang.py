@@ -9,7 +9,6 @@ import os
 import queue
 import threading
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,13 @@ from ray import tune
 from ray.tune import PlacementGroupFactory
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rltune.orchestration.job import CHECKPOINTS_KEPT, backend_of, run_trial, worker_resources
+from rltune.orchestration.job import backend_of, publish_report, run_trial, worker_resources
 from rltune.orchestration.job_spec import STORAGE_ERROR, JobSpec
 from rltune.orchestration.loopback import meeting_file
 from rltune.orchestration.nodes import ACCELERATOR_PREFIX, WorkerNeed
 from rltune.orchestration.ray_private import join_process_group
 from rltune.orchestration.tuning import SPEC
 from rltune.orchestration.workload import Workload
-from rltune.training.checkpoint import keep_newest
 
 GROUP_TIMEOUT_S = 1800
 
@@ -72,16 +70,14 @@ class _Gate:
 class _WarmReporter:
     """A loop's reporter: checkpoints go into the trial's folder, under names as Ray Train gives them."""
 
-    def __init__(self, spec: JobSpec, gate: _Gate) -> None:
-        self._folder = spec.folder.checkpoints_dir(spec.trial) / spec.train_name
+    def __init__(self, spec: JobSpec, gate: _Gate, *, is_main: bool) -> None:
+        self._spec, self._gate, self._is_main = spec, gate, is_main
         self._stop_file = spec.folder.stop_file
-        self._gate = gate
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
         """Keep the checkpoint, then wait for what Tune says to the metrics."""
-        if checkpoint is not None:
-            name = datetime.now(UTC).strftime("checkpoint_%Y-%m-%d_%H-%M-%S.%f")
-            keep_newest(checkpoint, self._folder / name, count=CHECKPOINTS_KEPT)
+        if self._is_main:
+            publish_report(self._spec, checkpoint)
         self._gate.report(metrics)
 
     def is_stopping(self) -> bool:
@@ -154,7 +150,9 @@ class WarmWorker:
 
     def _run(self, spec: JobSpec, gate: _Gate) -> None:
         try:
-            run_trial(spec, _WarmReporter(spec, gate), rank=self._rank, count=self._size, cache=self._cache)
+            spec = spec.of_worker(self._rank)
+            reporter = _WarmReporter(spec, gate, is_main=self._rank == 0)
+            run_trial(spec, reporter, rank=self._rank, count=self._size, cache=self._cache)
         except Abandoned:
             gate.end(None)
         except BaseException as error:  # noqa: BLE001  # it is raised again where the trainable asks
@@ -230,7 +228,7 @@ def _gang(spec: JobSpec) -> list[Any]:
         for rank in range(resources.workers)
     ]
     if spec.is_loopback:
-        meeting = f"file://{meeting_file(spec.folder.path)}"
+        meeting = f"file://{meeting_file(Path(spec.run_dir))}"
     else:
         meeting = ray.get(workers[0].address.remote())
     ray.get([worker.meet.remote(backend_of(spec.num_gpus_per_worker), meeting) for worker in workers])

@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,15 +14,18 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rltune.config.experiment import RunConfig
 from rltune.config.rules import Known
 from rltune.errors import OutOfMemory, RltuneError, RunError, StorageError, writing
-from rltune.orchestration.faults import MAX_LOSSES, MAX_STARTUPS, FaultWatch
+from rltune.orchestration.faults import KEPT, MAX_LOSSES, MAX_STARTUPS, FaultWatch
 from rltune.orchestration.job_spec import STORAGE_ERROR, JobSpec
 from rltune.orchestration.loopback import FileTorchConfig
 from rltune.orchestration.ray_private import is_node_going
-from rltune.orchestration.recovery import plan_retry, read_retry, resume_point, tidy_storage
+from rltune.orchestration.recovery import RETRY_FILE, plan_retry, read_retry, resume_point, tidy_storage
+from rltune.runs.copies import is_light
 from rltune.runs.events import append_event
 from rltune.runs.layout import BASE_TRIAL
 from rltune.runs.record import record_trial
+from rltune.runs.remote import at_work, bring_run
 from rltune.runs.store import write_atomically
+from rltune.training.checkpoint import keep_newest
 from rltune.training.quiet import quiet_libraries
 from rltune.training.reporter import Reporter
 
@@ -40,15 +44,22 @@ class RayReporter:
     """Hands metrics and checkpoints to Ray Train.
 
     Args:
-        stop_file: Asks every trial of the run to stop once it is there.
+        spec: The trial, of this worker.
+        is_main: Whether this is the trial's main worker.
     """
 
-    def __init__(self, stop_file: Path) -> None:
-        self._stop_file = stop_file
+    def __init__(self, spec: JobSpec, *, is_main: bool) -> None:
+        self._spec, self._is_main = spec, is_main
+        self._stop_file = spec.folder.stop_file
         self.has_trouble = False
 
     def report(self, metrics: Mapping[str, float], checkpoint: Path | None) -> None:
-        """Report from every worker; Ray copies the folder to the run's storage."""
+        """Report from every worker; Ray copies the folder to the run's storage, unless that is object storage."""
+        if self._spec.uri:
+            if self._is_main:
+                publish_report(self._spec, checkpoint)
+            ray.train.report({**metrics, KEPT: float(checkpoint is not None)})
+            return
         taken = ray.train.Checkpoint.from_directory(str(checkpoint)) if checkpoint else None
         ray.train.report(dict(metrics), checkpoint=taken, delete_local_checkpoint_after_upload=True)
 
@@ -62,10 +73,34 @@ class RayReporter:
         return self._stop_file.exists() or is_node_going()
 
 
+def publish_report(spec: JobSpec, checkpoint: Path | None) -> None:
+    """Bring what a trial has written since its last report to where the run lies, its checkpoint after all else.
+
+    Args:
+        spec: The trial, of its main worker.
+        checkpoint: What ``save_checkpoint`` wrote, which is moved among the trial's checkpoints; None without one.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    folder = spec.folder
+    place = folder.checkpoints_dir(spec.trial) / spec.train_name
+    folder.publish(folder.base_dir, folder.trial_dir(spec.trial), folder.path / "tensorboard" / spec.trial)
+    if checkpoint is not None:
+        name = datetime.now(UTC).strftime("checkpoint_%Y-%m-%d_%H-%M-%S.%f")  # as Ray Train names them
+        keep_newest(checkpoint, place / name, count=CHECKPOINTS_KEPT)
+        folder.publish(place)
+        if folder.copy is not None:
+            folder.copy.prune(f"{place.relative_to(folder.path).as_posix()}/")
+
+
 def plan_after_kill(spec: JobSpec, reason: str) -> None:
     """Let a trial whose worker was killed to free memory start once more with smaller batches."""
+    bring_run(spec.folder)
+    spec.folder.bring(spec.folder.trial_dir(spec.trial), wanted=is_light)
     if read_retry(spec.folder.trial_dir(spec.trial)) is None:
         _plan_retry(spec, spec.run_config, reason, is_evaluation=False)
+        spec.folder.publish(spec.folder.trial_dir(spec.trial))
 
 
 class TrialReporter(Reporter, Protocol):
@@ -78,10 +113,11 @@ class TrialReporter(Reporter, Protocol):
 
 def worker(config: dict[str, JobSpec]) -> None:
     """Run one Ray Train worker of the trial under ``spec``."""
-    spec = config["spec"]
     context = ray.train.get_context()
-    reporter = RayReporter(spec.folder.stop_file)
-    is_trained = run_trial(spec, reporter, rank=context.get_world_rank(), count=context.get_world_size())
+    rank = context.get_world_rank()
+    spec = config["spec"].of_worker(rank)
+    reporter = RayReporter(spec, is_main=rank == 0)
+    is_trained = run_trial(spec, reporter, rank=rank, count=context.get_world_size())
     folder = spec.folder
     if is_trained or reporter.has_trouble or folder.stop_file.exists() or folder.failure_file(spec.trial).exists():
         return
@@ -106,13 +142,14 @@ def run_trial(
     """
     if Path(spec.work_dir).is_dir():  # Ray puts workers into a folder of its own
         os.chdir(spec.work_dir)
-    if rank == 0:
-        append_event(spec.folder.trial_events_file(spec.trial), "worker_started")
-    quiet_libraries()
-    if spec.folder.failure_file(spec.trial).exists():
-        return False  # another worker met it before the restart; trying again would meet it again
     try:
-        return attempt(spec, reporter, rank=rank, count=count, cache=cache)
+        with at_work(spec.folder, spec.trial, base_key=spec.base_key, is_main=rank == 0):
+            if rank == 0:
+                append_event(spec.folder.trial_events_file(spec.trial), "worker_started")
+            quiet_libraries()
+            if spec.folder.failure_file(spec.trial).exists():
+                return False  # another worker met it before the restart; trying again would meet it again
+            return attempt(spec, reporter, rank=rank, count=count, cache=cache)
     except StorageError as error:
         if count > 1:
             raise  # the others wait in a collective: only a restart of the group frees them
@@ -148,12 +185,14 @@ def attempt(spec: JobSpec, reporter: Reporter, *, rank: int, count: int, cache: 
         if isinstance(error, OutOfMemory) and retry is None:
             with writing(trial_dir):
                 is_planned = _plan_retry(spec, config, str(error), is_evaluation=error.is_evaluation)
+            folder.publish(trial_dir / RETRY_FILE)
             if is_planned:
                 raise
         failure = folder.failure_file(spec.trial)
         with writing(failure):
             failure.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(failure, f"{error}\n")
+        folder.publish(failure)
         if count > 1:
             raise  # the others wait in a collective: only a restart of the group frees them
     return False
@@ -200,7 +239,7 @@ def _train(
 def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrainer:
     """Return the Ray Train job of a trial; it goes on from the trial's last checkpoint if there is one."""
     wanted = spec.run_config.resources
-    storage = spec.folder.checkpoints_dir(spec.trial)
+    storage = spec.folder.scratch_dir if spec.uri else spec.folder.checkpoints_dir(spec.trial)
     storage.mkdir(parents=True, exist_ok=True)
     tidy_storage(storage / spec.train_name, num_to_keep=CHECKPOINTS_KEPT)
     return make_ray_job(
@@ -208,7 +247,7 @@ def make_trainer(spec: JobSpec, callbacks: list[Any] | None = None) -> TorchTrai
         {"spec": spec},
         spec,
         name=spec.train_name,
-        storage=spec.folder.checkpoints_dir(spec.trial),
+        storage=storage,
         workers=(wanted.min_workers, wanted.workers) if wanted.min_workers else wanted.workers,
         callbacks=[*(callbacks or []), FaultWatch(functools.partial(plan_after_kill, spec))],
         max_failures=MAX_LOSSES,

@@ -1,13 +1,14 @@
 """A trial, as it travels from the sweep to its workers. Imports neither ray nor torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rltune.config.experiment import RunConfig
 from rltune.runs.layout import RunFolder
 from rltune.runs.record import read_record, with_own_prompts
+from rltune.runs.remote import worker_folder
 
 STORAGE_ERROR = "storage_error"
 """Key of a report that says why nothing can go on."""
@@ -30,11 +31,21 @@ class JobSpec:
     """Whether the base model's trial, which was suggested before, measures what this one is compared with."""
     base_key: str = ""
     """Name of the base model's measurements, as the run has recorded it; empty where it has not."""
+    uri: str = ""
+    """Address of the run, where it lies on object storage: ``run_dir`` is then the driver's copy of it."""
+    begun: str = ""
+    """When that run was begun: another that lay at the address before has other copies."""
+    role: str = "control"
+    """Whose copy ``folder`` is there: that of what drives the trial, or of one of its workers."""
 
     @property
     def folder(self) -> RunFolder:
         """The run folder."""
-        return RunFolder(Path(self.run_dir))
+        return worker_folder(self.uri, self.begun, self.role) if self.uri else RunFolder(Path(self.run_dir))
+
+    def of_worker(self, rank: int) -> "JobSpec":
+        """Return the trial as one of its workers has it."""
+        return replace(self, role=f"worker-{rank}")
 
     @property
     def run_config(self) -> RunConfig:

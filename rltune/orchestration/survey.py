@@ -16,6 +16,7 @@ from typing import Any
 from rltune import __version__
 from rltune.errors import RunError, UserError, writing
 from rltune.orchestration.nodes import Node, WorkerNeed
+from rltune.runs.objects import ObjectStore
 
 ANSWER_S = 90.0
 """In which a node answers whose processes are slow to start."""
@@ -84,6 +85,35 @@ def folder_probe(folder: Path) -> Iterator[Look]:
         yield look
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def store_probe(store: ObjectStore) -> Iterator[Look]:
+    """Do the same at an address: whether a node may read, write and delete there.
+
+    Raises:
+        StorageError: It cannot be written from here.
+    """
+    uri, key, text = store.uri, f".probe/{uuid.uuid4().hex}", uuid.uuid4().hex
+    store.write(key, text.encode())
+
+    def look(node: str) -> str:
+        try:
+            from rltune.runs.objects import open_store
+
+            there = open_store(uri)
+            if (there.read(key) or b"").decode() != text:
+                return "what was written there cannot be read"
+            there.write(f"{key}-{node}", b"")
+            there.delete(f"{key}-{node}")
+        except Exception as error:  # noqa: BLE001  # a node without rltune or credentials says so
+            return str(error)
+        return ""
+
+    try:
+        yield look
+    finally:
+        store.delete(key)
 
 
 def _question() -> Callable[[str, Look | None], dict[str, Any]]:
@@ -155,7 +185,7 @@ def _view(node: Node, found: Mapping[str, Any], asked_at: float) -> View:
     )
 
 
-def faults_of(views: Sequence[View], storage: Path | None = None) -> list[str]:
+def faults_of(views: Sequence[View], storage: Path | str | None = None) -> list[str]:
     """Return what keeps trials from running on nodes, with what to do, nodes with the same fault together."""
     faults: dict[str, list[str]] = {}
     for view in views:
@@ -164,7 +194,7 @@ def faults_of(views: Sequence[View], storage: Path | None = None) -> list[str]:
     return [f"{_named(names)}: {text}" for text, names in faults.items()]
 
 
-def _faults(view: View, storage: Path | None) -> Iterator[str]:
+def _faults(view: View, storage: Path | str | None) -> Iterator[str]:
     if view.no_answer:
         yield f"no answer ({view.no_answer}); it hangs, is overloaded or was lost: see 'ray status'"
         return
@@ -175,7 +205,9 @@ def _faults(view: View, storage: Path | None) -> Iterator[str]:
         )
     elif view.version != __version__:
         yield f"rltune {view.version} is installed, here it is {__version__}; install the same on all nodes"
-    if view.no_storage:
+    if view.no_storage and isinstance(storage, str):
+        yield f"--storage: cannot be used there: {view.no_storage}"
+    elif view.no_storage:
         yield (
             f"--storage: {storage} is not the same folder as here: {view.no_storage}; name one that all nodes mount at "
             "the same path"
@@ -187,26 +219,27 @@ def _named(names: Sequence[str]) -> str:
     return f"node{'s' if len(names) > 1 else ''} {', '.join(names[:NAMED])}{more}"
 
 
-def check_nodes(nodes: Sequence[Node], need: WorkerNeed, folder: Path) -> None:
+def check_nodes(nodes: Sequence[Node], need: WorkerNeed, folder: Path | ObjectStore) -> None:
     """Check that a run can be worked on wherever its processes may come to: workers, and their drivers on the head.
 
     Args:
         nodes: Of the cluster that we are connected to.
         need: What a worker takes; nodes that hold none are not asked, unless one is the head.
-        folder: Of the run.
+        folder: Of the run, or what it lies on.
 
     Raises:
         UserError: rltune or the storage is not there on some node; nothing was started.
         RunError: Nodes do not answer.
     """
     asked = [node for node in nodes if node.is_head or node.num_fitting(need)]
-    if len(nodes) == 1:
+    storage: Path | str = folder.parent if isinstance(folder, Path) else folder.uri
+    if len(nodes) == 1 and isinstance(folder, Path):
         views = survey(asked)
     else:
-        with folder_probe(folder) as look:
+        with folder_probe(folder) if isinstance(folder, Path) else store_probe(folder) as look:
             views = survey(asked, look)
-    if not (faults := faults_of(views, folder.parent)):
+    if not (faults := faults_of(views, storage)):
         return
-    is_silence = all(view.no_answer for view in views if any(_faults(view, folder.parent)))
+    is_silence = all(view.no_answer for view in views if any(_faults(view, storage)))
     kind = RunError if is_silence else UserError
     raise kind("the cluster cannot run this yet\n" + "\n".join(f"  {fault}" for fault in faults))

@@ -48,6 +48,7 @@ class Sweep:
         prior_results = read_prior_results(plan.experiment, plan.folder)
         claim = claim_run(plan.folder, plan.experiment, precision=plan.workload.precision)
         keep_prior_results(claim.experiment, plan.folder, prior_results)
+        plan.folder.publish()
         self.experiment = claim.experiment
         """With the defaults that held when the run was started."""
         self.trials = Trials(claim, plan.workload, prior_results=prior_results, is_loopback=cluster.is_own)
@@ -83,7 +84,7 @@ class Sweep:
         trials.take_stock(trials.results)
         needs_base = trials.base_result is None
         if (trials.num_left and not trials.over) or needs_base:
-            self._folder.stop_file.unlink(missing_ok=True)
+            self._folder.remove(self._folder.stop_file)
             # trials end with the connection, and go on from their checkpoints
             with self._leaving_on_sigterm(), suppress(KeyboardInterrupt, Abort):
                 self._run_tune(needs_base=needs_base)
@@ -105,6 +106,7 @@ class Sweep:
         try:
             run_confirmation(self.trials.chosen, self._folder, self.experiment, spec, num_workers=workers)
         finally:
+            self._folder.bring(self._folder.confirmed_file)
             forget_meetings(self._folder.path)
         self.trials.write_front()
 
@@ -118,6 +120,7 @@ class Sweep:
                 raise KeyboardInterrupt
             trials.is_leaving = True
             self._folder.stop_file.touch()
+            threading.Thread(target=self._folder.publish, args=(self._folder.stop_file,)).start()
             timers.append(threading.Timer(GRACE_S, os.kill, (os.getpid(), signal.SIGINT)))
             timers[-1].start()
 
@@ -133,7 +136,7 @@ class Sweep:
             for timer in timers:
                 timer.cancel()
             if trials.is_leaving:
-                self._folder.stop_file.unlink(missing_ok=True)
+                self._folder.remove(self._folder.stop_file)
 
     def _run_tune(self, *, needs_base: bool) -> None:
         trials, executor = self.trials, EXECUTORS.build(self.experiment.shared.resources.executor, {})

@@ -131,6 +131,7 @@ class Trials:
             folder = self.folder
             write_atomically(folder.path / "front.json", json.dumps(to_record(front_as_dict(front)), indent=2))
             write_atomically(folder.path / "front.csv", front_as_csv(front))
+            folder.publish(folder.path / "front.json", folder.path / "front.csv")
 
     # ---- what comes next
 
@@ -167,6 +168,8 @@ class Trials:
         return JobSpec(
             trial=spec.id,
             run_dir=str(self.folder.path),
+            uri="" if self.folder.copy is None else self.folder.where,
+            begun=self._claim.record.started,
             config=config.model_dump(mode="json"),
             num_gpus_per_worker=self._num_gpus_per_worker,
             work_dir=str(Path.cwd()),
@@ -223,10 +226,12 @@ class Trials:
         with self._or_abort():
             if is_storage:
                 raise StorageError(what)
+            self.folder.bring(self.folder.base_dir, self.folder.trial_dir(job.trial))
             result = self._judge(job, last, error, duration_s)
             if result is None:  # interrupted: the same command takes it up again
                 return
             append_event(self.folder.trial_events_file(job.trial), "ended")
+            self.folder.publish(self.folder.trial_events_file(job.trial))
             self.take(result)
 
     def _judge(self, job: JobSpec, last: Mapping[str, Any], error: str, duration_s: float) -> TrialResult | None:
@@ -252,6 +257,7 @@ class Trials:
         """Take in how a trial ended: on disk first, then for the search and the front."""
         with self._lock:
             append_result(self.folder.results_file, result)
+            self.folder.publish(self.folder.results_file)
             self._results.append(result)
             self.spending.end(result.trial, result.duration_s)
             if result.trial != BASE_TRIAL:
@@ -266,7 +272,7 @@ class Trials:
         """Measure a base model again that could not be measured: what stopped it may have been put right since."""
         base = self.base_result
         if base is not None and not base.is_ok:
-            self.folder.failure_file(BASE_TRIAL).unlink(missing_ok=True)
+            self.folder.remove(self.folder.failure_file(BASE_TRIAL))
             self._results.remove(base)
 
     # ---- when to end

@@ -40,7 +40,10 @@ def drive(config: dict[str, Any]) -> None:
             try:
                 make_trainer(spec, callbacks=[TuneReportCallback()]).fit()
             except TrainingFailedError as error:
-                record_fault(spec.folder.failure_file(spec.trial), error)
+                failure = spec.folder.failure_file(spec.trial)
+                spec.folder.bring(failure)
+                record_fault(failure, error)
+                spec.folder.publish(failure)
     except StorageError as error:
         tune.report({STORAGE_ERROR: str(error)})
 

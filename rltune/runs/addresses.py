@@ -30,5 +30,8 @@ def as_folder(place: str | Path, what: str) -> Path:
 
 
 def written(place: str | Path) -> str:
-    """Return an address as its user wrote it: a path has made one slash of two."""
-    return _ADDRESS.sub(lambda found: f"{found[1]}://", str(place), count=1)
+    """Return an address as its user wrote it: a path has made one slash of two, or of three, which ``file:`` has."""
+    text = str(place)
+    return (
+        text if "://" in text else _ADDRESS.sub(lambda found: f"{found[1]}:/{'/' * (1 + (found[1] == 'file'))}", text)
+    )

@@ -12,7 +12,9 @@ from typing import Any
 from rltune.errors import UserError
 from rltune.records import from_record, to_record
 from rltune.runs.addresses import as_folder
+from rltune.runs.copies import Copy, Wanted, is_light_or_handed_on
 from rltune.runs.events import EVENTS_FILE
+from rltune.runs.lease import owner_of
 from rltune.runs.store import write_atomically
 
 BASE_TRIAL = "000"
@@ -33,12 +35,22 @@ class TrialSpec:
 class RunFolder:
     """The layout of ``runs/NAME``.
 
+    Args:
+        path: Where it lies on this machine.
+        copy: Of what it is a copy, where the run lies on object storage.
+
     Raises:
         UserError: The path is an address.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, copy: Copy | None = None) -> None:
         self.path = as_folder(path, "a run folder").resolve()
+        self.copy = copy
+
+    @property
+    def where(self) -> str:
+        """Where the run lies, for a user to read."""
+        return str(self.path) if self.copy is None else self.copy.store.uri
 
     @property
     def name(self) -> str:
@@ -141,6 +153,7 @@ class RunFolder:
         folder.mkdir(parents=True, exist_ok=True)
         content = {"id": spec.id, "values": dict(spec.values), "params": dict(spec.params)}
         write_atomically(folder / "trial.json", json.dumps(to_record(content), indent=2))
+        self.publish(folder / "trial.json")
 
     def read_trial(self, trial: str) -> TrialSpec | None:
         """Return a trial that was started; None where there is none of that id."""
@@ -154,6 +167,41 @@ class RunFolder:
     def trial_files(self) -> list[Path]:
         """Return the record of every trial that was ever started, by id."""
         return sorted((self.path / "trials").glob("*/trial.json"), key=lambda file: by_number(file.parent.name))
+
+    def publish(self, *paths: Path) -> None:
+        """Bring what was written to where the run lies, if that is not this folder; all of it, if nothing is named.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        if self.copy is not None:
+            self.copy.publish(*map(self._key, paths))
+
+    def bring(self, *paths: Path, wanted: Wanted = is_light_or_handed_on) -> None:
+        """Take in what other processes have written below some paths; in a folder it is there already.
+
+        Raises:
+            StorageError: It cannot be read.
+        """
+        if self.copy is not None:
+            self.copy.bring(*map(self._key, paths), wanted=wanted, is_exact=False)
+
+    def remove(self, path: Path) -> None:
+        """Delete a file of the run, if it is there.
+
+        Raises:
+            StorageError: It cannot be deleted.
+        """
+        if self.copy is None:
+            path.unlink(missing_ok=True)
+        else:
+            self.copy.remove(self._key(path))
+
+    def _key(self, path: Path) -> str:
+        """Return a path as the store has it: a folder's ends in a slash."""
+        key = path.relative_to(self.path).as_posix()
+        is_file = path.is_file() or (not path.is_dir() and (path.suffix[1:].isalpha() or path.name.startswith(".")))
+        return key if is_file else f"{key}/"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -179,6 +227,8 @@ class RunFolder:
     @property
     def is_locked(self) -> bool:
         """Whether a process works on the run now."""
+        if self.copy is not None:
+            return owner_of(self.copy.store) is not None
         lock_file = self.path / ".lock"
         if not lock_file.is_file():
             return False

@@ -21,6 +21,7 @@ from rltune.config.yamlfile import write_yaml
 from rltune.errors import RunError, UserError
 from rltune.records import from_record, to_record
 from rltune.runs.layout import RunFolder
+from rltune.runs.remote import opened
 from rltune.runs.store import write_atomically
 
 LIBRARIES = ("ray", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "optuna")
@@ -225,14 +226,14 @@ def base_folder(folder: RunFolder, record: Record | None) -> Path:
     return found[0] if found else folder.base_dir / "none"
 
 
-def read_run(path: Path) -> tuple[RunFolder, Experiment]:
+def read_run(path: str | Path) -> tuple[RunFolder, Experiment]:
     """Return a run folder and its experiment, with the defaults that held when it was started.
 
     Raises:
         UserError: There is no run at ``path``, or a newer version started it.
-        RunError: Its record cannot be read.
+        RunError: Its record cannot be read, or what it lies on does not answer.
     """
-    folder = RunFolder(path)
+    folder = opened(path)
     if not folder.experiment_file.is_file():
         raise UserError(f"{path}: not a run folder, it has no experiment.yaml; name one such as runs/mix")
     record = read_record(folder)

@@ -29,7 +29,7 @@ class Run:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._folder, self._experiment = read_run(Path(path))
+        self._folder, self._experiment = read_run(path)
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r})"

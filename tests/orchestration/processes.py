@@ -60,7 +60,7 @@ def started(command: list[str], **options: Any) -> Iterator[subprocess.Popen[str
 
 
 @contextmanager
-def rltune(*arguments: str, storage: Path, pause_s: float = 0.0) -> Iterator[subprocess.Popen[str]]:
+def rltune(*arguments: str, storage: Path | str, pause_s: float = 0.0) -> Iterator[subprocess.Popen[str]]:
     """Start rltune in a process of its own."""
     command = [sys.executable, "-c", MAIN, *arguments, "--storage", str(storage)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

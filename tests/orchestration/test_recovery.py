@@ -370,7 +370,7 @@ def test_the_base_model_is_measured_in_smaller_batches_after_memory_ran_out(
 
 def test_the_stop_file_asks_every_trial_to_stop(spec: Callable[..., JobSpec]) -> None:
     job = spec()
-    reporter = RayReporter(job.folder.stop_file)  # outside Ray no node is ever going
+    reporter = RayReporter(job, is_main=True)  # outside Ray no node is ever going
     assert not reporter.is_stopping()
     job.folder.stop_file.touch()
     assert reporter.is_stopping()

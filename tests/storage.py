@@ -1,0 +1,63 @@
+"""An S3 server on loopback, and faults in front of a store."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.request import Request, urlopen
+
+BUCKET = "bucket"
+
+
+@contextmanager
+def s3_server() -> Iterator[str]:
+    """Run moto's server -> its address; the bucket ``BUCKET`` is there."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        urlopen(Request(f"http://{host}:{port}/{BUCKET}", method="PUT")).close()
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+def environment(endpoint: str) -> dict[str, str]:
+    """Return what lets a process find the server, and no other."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+
+
+class Faulty:
+    """A file system whose calls can be made to fail.
+
+    Args:
+        system: The real one.
+    """
+
+    def __init__(self, system: Any) -> None:
+        self._system = system
+        self.fault: Callable[[str, str], None] = lambda call, path: None
+        """Called before each call with its name and path; what it raises, the call raises."""
+        self.calls: list[tuple[str, str]] = []
+        self._lock = threading.Lock()
+
+    def __getattr__(self, name: str) -> Any:
+        action = getattr(self._system, name)
+
+        def call(where: Any, *arguments: Any, **options: Any) -> Any:
+            with self._lock:
+                self.calls.append((name, str(getattr(where, "base_dir", where))))
+            self.fault(name, str(getattr(where, "base_dir", where)))
+            return action(where, *arguments, **options)
+
+        return call
