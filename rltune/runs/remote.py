@@ -5,7 +5,6 @@ import hashlib
 import logging
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -81,7 +80,7 @@ def _driver_folder(uri: str) -> Iterator[RunFolder]:
         copy = Copy(store, copy_path(uri, "driver"), check=lease.check)
         copy.bring()
         folder = HeldFolder(copy.path, copy)
-        with _often(functools.partial(_keep, copy, lease), RENEWED_S):
+        with _often(lease.renew, RENEWED_S), _often(functools.partial(_look, copy), LOOK_S):
             try:
                 yield folder
             except BaseException:  # Ctrl-C too: what is known by now is worth as much as in a folder
@@ -94,8 +93,8 @@ def _driver_folder(uri: str) -> Iterator[RunFolder]:
             lease.release()
 
 
-def _keep(copy: Copy, lease: Lease) -> None:
-    lease.renew()
+def _look(copy: Copy) -> None:
+    """Take in what workers have published, for who watches the run."""
     copy.bring("trials/", "base/", wanted=_is_of_workers, is_exact=False)
 
 
@@ -210,12 +209,10 @@ def _often(action: Callable[[], None], every_s: float) -> Iterator[None]:
 
     def loop() -> None:
         while not stop.wait(every_s):
-            start = time.monotonic()
             try:
                 action()
             except Exception:  # who needs it in time meets the fault himself, and says so
                 logger.debug("the run's storage could not be looked at", exc_info=True)
-            logger.debug("looked at the run's storage in %.2f s", time.monotonic() - start)
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
