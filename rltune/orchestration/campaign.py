@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
+from typing import TYPE_CHECKING
 
 from rltune.config.load import Experiment
 from rltune.errors import RunError, UserError, writing
@@ -29,6 +30,9 @@ from rltune.runs.record import standing_where_started
 from rltune.runs.remote import planned_folder, run_folder
 from rltune.runs.results import TrialResult
 from rltune.training.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from rltune.orchestration.sweep import Sweep
 
 logger = logging.getLogger(__name__)
 
@@ -173,11 +177,14 @@ def run_campaign(
                 where = folder.path if folder.copy is None else folder.copy.store
                 check_nodes(cluster.nodes, planned.workload.worker, where)
             shrink = Shrinker()
-            found = _run(planned, cluster, notify, display, shrink)
+            found, sweep = _run(planned, cluster, notify, display, shrink)
             notify(_report(folder, found.experiment, shrink))
             if exports and found.picks:
-                quiet_libraries()
-                export_trials(found.picks, folder, found.experiment, on_export=notify)
+                if cluster.is_own:  # its processes are this machine's
+                    quiet_libraries()
+                    export_trials(found.picks, folder, found.experiment, on_export=notify)
+                else:
+                    sweep.export(found.picks, on_export=notify)
             return found
 
 
@@ -229,7 +236,7 @@ def _check_decided(known: Plan) -> None:
         )
 
 
-def _run(planned: Plan, cluster: Cluster, notify: Notify, display: Display, shrink: Shrinker) -> Found:
+def _run(planned: Plan, cluster: Cluster, notify: Notify, display: Display, shrink: Shrinker) -> tuple[Found, "Sweep"]:
     from rltune.orchestration.sweep import Sweep  # ray, which a plan does without
 
     folder = planned.folder
@@ -257,4 +264,4 @@ def _run(planned: Plan, cluster: Cluster, notify: Notify, display: Display, shri
     picks = best_picks(front) if single is None else [single.result]
     found = Found(folder, experiment, front, single, tuple(picks), trials.nearest)
     notify(found)
-    return found
+    return found, sweep

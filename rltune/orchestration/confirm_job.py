@@ -26,9 +26,17 @@ from rltune.training.quiet import quiet_libraries
 
 logger = logging.getLogger(__name__)
 
+NEVER_S = 1e6
+"""Between looks for more nodes: to grow would be to begin anew."""
+
 
 def run_confirmation(
-    chosen: Sequence[TrialResult], folder: RunFolder, experiment: Experiment, spec: JobSpec, *, num_workers: int
+    chosen: Sequence[TrialResult],
+    folder: RunFolder,
+    experiment: Experiment,
+    spec: JobSpec,
+    *,
+    num_workers: int | tuple[int, int],
 ) -> None:
     """Measure what was not measured yet; rows are added to ``confirmed.jsonl`` one by one.
 
@@ -37,7 +45,7 @@ def run_confirmation(
         folder: The run.
         experiment: Its experiment.
         spec: Of the base model's trial: where the run is and what a worker takes.
-        num_workers: Of the job; they share the prompts.
+        num_workers: Of the job, which share the prompts; or how few and how many.
 
     Raises:
         UserError: The held-out prompts cannot be read.
@@ -61,7 +69,13 @@ def run_confirmation(
     ]
     try:
         make_ray_job(
-            _worker, {"spec": spec, "jobs": jobs}, spec, name="confirm", storage=folder.scratch_dir, workers=num_workers
+            _worker,
+            {"spec": spec, "jobs": jobs},
+            spec,
+            name="confirm",
+            storage=folder.scratch_dir,
+            workers=num_workers,
+            grow_after_s=NEVER_S,
         ).fit()
     except Exception as error:  # ray raises whatever its layers raise
         raise RunError(f"what was chosen could not be measured on fresh prompts: {_why(folder) or error}") from error

@@ -264,6 +264,7 @@ def make_ray_job(
     workers: int | tuple[int, int],
     callbacks: list[Any] | None = None,
     max_failures: int = MAX_FAILURES,
+    grow_after_s: float = GROW_AFTER_S,
 ) -> TorchTrainer:
     """Return a Ray Train job.
 
@@ -276,6 +277,7 @@ def make_ray_job(
         workers: How many, or how few and how many.
         callbacks: Of Ray Train.
         max_failures: How often its workers are started again.
+        grow_after_s: Between looks for more nodes, where it says how few and how many.
     """
     storage.mkdir(parents=True, exist_ok=True)
     resources = spec.run_config.resources
@@ -287,7 +289,7 @@ def make_ray_job(
             use_gpu=spec.num_gpus_per_worker > 0,
             resources_per_worker=worker_resources(spec.num_gpus_per_worker, num_cpus=resources.cpus_per_worker),
             accelerator_type=resources.accelerator,
-            elastic_resize_monitor_interval_s=GROW_AFTER_S,
+            elastic_resize_monitor_interval_s=grow_after_s,
         ),
         torch_config=(
             FileTorchConfig(backend=backend_of(spec.num_gpus_per_worker), run_dir=spec.run_dir)

@@ -3,24 +3,31 @@
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import ray
 from ray import tune
 
 from rltune.errors import RunError
+from rltune.export.trials import Exported
 from rltune.orchestration.claiming import claim_run
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.confirm_job import run_confirmation
 from rltune.orchestration.executors.base import EXECUTORS
+from rltune.orchestration.export_job import export_on_workers
+from rltune.orchestration.job_spec import JobSpec
 from rltune.orchestration.loopback import forget_meetings
+from rltune.orchestration.nodes import count_slots, read_nodes
 from rltune.orchestration.plan import Plan
 from rltune.orchestration.trials import Abort, Trials
 from rltune.orchestration.tuning import Recorder, StoppingScheduler, Suggester
+from rltune.orchestration.waiting import start_watch
 from rltune.runs.events import append_event
 from rltune.runs.layout import BASE_TRIAL, TrialSpec
 from rltune.runs.record import versions
+from rltune.runs.results import TrialResult
 from rltune.runs.usage import last_sign
 from rltune.search.warm_start import keep_prior_results, read_prior_results
 
@@ -44,7 +51,7 @@ class Sweep:
     """
 
     def __init__(self, plan: Plan, cluster: Cluster) -> None:
-        self.workload, self._folder = plan.workload, plan.folder
+        self.workload, self._folder, self._is_own = plan.workload, plan.folder, cluster.is_own
         prior_results = read_prior_results(plan.experiment, plan.folder)
         claim = claim_run(plan.folder, plan.experiment, precision=plan.workload.precision)
         keep_prior_results(claim.experiment, plan.folder, prior_results)
@@ -102,13 +109,36 @@ class Sweep:
             RunError: It could not be done; what the search measured stands.
         """
         spec = self.trials.job(TrialSpec(BASE_TRIAL, {}, {}))
-        workers = min(self.workload.num_workers * self.workload.num_concurrent, self.workload.num_slots)
         try:
-            run_confirmation(self.trials.chosen, self._folder, self.experiment, spec, num_workers=workers)
+            run_confirmation(
+                self.trials.chosen, self._folder, self.experiment, spec, num_workers=self._confirming_workers()
+            )
         finally:
             self._folder.bring(self._folder.confirmed_file)
             forget_meetings(self._folder.path)
         self.trials.write_front()
+
+    def export(self, picks: Sequence[TrialResult], *, on_export: Callable[[Exported], None]) -> None:
+        """Export LoRAs on workers of the cluster.
+
+        Raises:
+            RunError: Some could not be exported; the message names each with its reason.
+        """
+        spec = self.trials.job(TrialSpec(BASE_TRIAL, {}, {}))
+        export_on_workers(picks, self._folder, self.experiment, spec, self.workload.worker, on_export=on_export)
+
+    def _confirming_workers(self) -> int | tuple[int, int]:
+        """Return how many workers measure again: as many as trained, of those for which there still is room.
+
+        On a cluster that was attached to it goes on with one where nodes are lost meanwhile.
+        """
+        work = self.workload
+        most = min(work.num_workers * work.num_concurrent, work.num_slots)
+        if self._is_own:
+            return most
+        most = max(1, min(most, count_slots(read_nodes(ray.nodes()), work.worker)))
+        can_shrink = most > 1 and work.worker.num_gpus == int(work.worker.num_gpus)  # Ray Train shrinks by whole GPUs
+        return (1, most) if can_shrink else most
 
     @contextmanager
     def _leaving_on_sigterm(self) -> Iterator[None]:
@@ -140,14 +170,27 @@ class Sweep:
 
     def _run_tune(self, *, needs_base: bool) -> None:
         trials, executor = self.trials, EXECUTORS.build(self.experiment.shared.resources.executor, {})
+        watch = start_watch(self._folder, self.workload)
         if needs_base:
             append_event(self._folder.trial_events_file(BASE_TRIAL), "suggested")
+            watch.begin(BASE_TRIAL)
+
+        def suggest() -> JobSpec | None:
+            job = trials.suggest()
+            if job is not None:
+                watch.begin(job.trial)
+            return job
+
+        def on_end(job: JobSpec, *how: Any) -> None:
+            watch.end(job.trial)
+            trials.on_end(job, *how)
+
         suggester = Suggester(
-            trials.suggest,
+            suggest,
             first=trials.job(TrialSpec(BASE_TRIAL, {}, {})) if needs_base else None,
             num_trials=trials.num_left,
         )
-        tune.Tuner(
+        tuner = tune.Tuner(
             executor.trainable(self.workload),
             tune_config=tune.TuneConfig(
                 search_alg=suggester,
@@ -160,7 +203,9 @@ class Sweep:
                 name="tune",  # not the run's: Ray takes fewer names than file systems do
                 storage_path=str(self._folder.scratch_dir),
                 failure_config=tune.FailureConfig(max_failures=TUNE_FAILURES),
-                callbacks=[Recorder(trials.on_end)],
+                callbacks=[Recorder(on_end)],
                 verbose=0,
             ),
-        ).fit()
+        )
+        with watch.looking():
+            tuner.fit()

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from rltune.orchestration import sweep as sweep_module
 from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.inspection import Inputs
 from rltune.orchestration.nodes import Node
 from rltune.orchestration.plan import Plan
 from rltune.orchestration.sweep import Sweep
+from rltune.orchestration.trials import Trials
 from rltune.orchestration.workload import work_out
 from rltune.runs.layout import RunFolder
 from tests.orchestration import test_trials
@@ -20,10 +22,10 @@ from tests.run_folders import experiment
 SEARCH = {"trials": 8, "sampler": "random"}
 
 
-def sweep_of(folder: RunFolder, **sections: Any) -> Sweep:
+def sweep_of(folder: RunFolder, *, is_own: bool = True, **sections: Any) -> Sweep:
     """A sweep of a run that ``trials_of`` has begun."""
     asked = experiment(**({"search": SEARCH} | sections))
-    cluster = Cluster(address="127.0.0.1:1", is_own=True, dashboard_url="", nodes=test_trials.NODES)
+    cluster = Cluster(address="127.0.0.1:1", is_own=is_own, dashboard_url="", nodes=test_trials.NODES)
     return Sweep(Plan(asked, folder, work_out(asked, cluster.nodes), Inputs({})), cluster)
 
 
@@ -46,3 +48,24 @@ def test_a_budget_that_is_spent_starts_nothing(
     sweep = sweep_of(folder, **sections)
     sweep.run()
     assert sweep.trials.over.startswith(f"stop.{next(iter(stop))}: ")
+
+
+def test_what_was_chosen_is_measured_by_the_workers_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.orchestration.test_trials.NODES", (Node(4.0, 4.0), Node(4.0, 4.0)))
+    alive: list[float] = []
+    rows = lambda: [{"Alive": True, "Resources": {"CPU": cpus, "GPU": cpus}} for cpus in alive]  # noqa: E731
+    monkeypatch.setattr("ray.nodes", rows)
+    asked: list[Any] = []
+    monkeypatch.setattr(sweep_module, "run_confirmation", lambda *_, num_workers: asked.append(num_workers))
+    monkeypatch.setattr(Trials, "chosen", [])
+    folder = trials_of(tmp_path, resources={"gpus_per_worker": 0}).folder
+    attached = sweep_of(folder, is_own=False, resources={"gpus_per_worker": 0})
+    for alive in ([4.0, 4.0], [4.0], [1.0], []):  # noqa: B007  # nodes are lost
+        attached.confirm()
+    assert asked == [(1, 8), (1, 4), 1, 1]
+    sweep_of(folder, resources={"gpus_per_worker": 0}).confirm()  # our own machine is there or nothing is
+    alive = [4.0, 4.0]
+    sweep_of(folder, is_own=False, resources={"gpus_per_worker": 0.5, "precision": "fp32"}).confirm()
+    assert asked[4:] == [8, 8]  # Ray Train does not shrink by halves of a GPU
