@@ -1,4 +1,4 @@
-"""``rltune doctor``: everything that decides whether a run can start, one line each."""
+"""``rltune doctor``: everything that decides whether a run can start, one line each, here and on a cluster's nodes."""
 
 import os
 import platform
@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from rltune.assets import (
     BUILTIN_AESTHETIC_HEAD,
@@ -15,13 +18,22 @@ from rltune.assets import (
     BUILTIN_JUDGE,
     BUILTIN_PIPELINE_DIR,
 )
+from rltune.cli.arguments import AddressOption, at_home
 from rltune.cli.terminal import console, marked
 from rltune.errors import RltuneError
-from rltune.runs.record import LIBRARIES as RUN_LIBRARIES
 
-LIBRARIES = ("rltune", *RUN_LIBRARIES)
+if TYPE_CHECKING:
+    from rltune.orchestration.cluster import Cluster
+    from rltune.orchestration.survey import View
+
 OK, NOTE, BAD = "ok", "note", "bad"
 STYLES = {OK: "green", NOTE: "yellow", BAD: "red"}
+FREE_GIB = 5.0
+"""Of disk, below which a run with checkpoints may not end."""
+SHM_SHARE = 0.3
+"""Of memory, which Ray's object store takes in /dev/shm."""
+SKEW_S = 5.0
+"""Of clocks, above which durations that two nodes have measured are told of as doubtful."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +44,31 @@ class Finding:
     what: str
 
 
-def diagnose(address: str | None) -> None:
-    """Print the report. Attaches to a cluster if there is one; starts none.
+def doctor(
+    address: AddressOption = None,
+    storage: Annotated[
+        Path | None, typer.Option(help="Folder of runs that all nodes must share, to be tried.", callback=at_home)
+    ] = None,
+) -> None:
+    """Show what is installed, which weights are here, and whether a cluster, its nodes and its storage answer."""
+    from rltune.orchestration.cluster import prepare
+
+    prepare(address)  # before anything imports ray
+    diagnose(address, storage)
+
+
+def diagnose(address: str | None, storage: Path | None = None) -> None:
+    """Print the report. Attaches to a cluster if there is one, and runs a small task on each of its nodes; starts none.
+
+    Args:
+        address: Of a cluster, as of a run.
+        storage: Folder of runs that nodes must share; left out, they are not asked for it.
 
     Raises:
         RltuneError: Something that every run needs is missing; it has been printed.
     """
     findings: list[Finding] = []
-    for finding in _findings(address):
+    for finding in _findings(address, storage):
         console.print(marked(f"{finding.mark:4}", STYLES[finding.mark], finding.what), soft_wrap=True)
         findings.append(finding)
     num_bad = sum(finding.mark == BAD for finding in findings)
@@ -47,9 +76,11 @@ def diagnose(address: str | None) -> None:
         raise RltuneError(f"doctor: {num_bad} finding(s) marked bad stop every run; see above for what to do")
 
 
-def _findings(address: str | None) -> Iterator[Finding]:
+def _findings(address: str | None, storage: Path | None) -> Iterator[Finding]:
     yield Finding(OK, f"Python {platform.python_version()} on {platform.platform()}")
-    for library in LIBRARIES:
+    from rltune.runs.record import LIBRARIES
+
+    for library in ("rltune", *LIBRARIES):
         try:
             yield Finding(OK, f"{library} {version(library)}")
         except PackageNotFoundError:
@@ -57,7 +88,7 @@ def _findings(address: str | None) -> Iterator[Finding]:
     yield from _ray_extras()
     yield from _hardware()
     yield from _weights()
-    yield from _cluster(address)
+    yield from _cluster(address, storage)
 
 
 def _ray_extras() -> Iterator[Finding]:
@@ -76,8 +107,22 @@ def _hardware() -> Iterator[Finding]:
         yield Finding(OK, f"GPU {i}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if not num_gpus:
         yield Finding(NOTE, f"no GPU; {os.cpu_count()} CPU cores: enough for the built-in model, not for SD 1.5")
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    yield Finding(OK, f"{memory_gib:.0f} GiB of memory")
     free_gib = shutil.disk_usage(Path.cwd()).free / 2**30
-    yield Finding(OK if free_gib > 5 else NOTE, f"{free_gib:.0f} GiB free on the disk of {Path.cwd()}")
+    advice = "" if free_gib > FREE_GIB else "; free some, or give --storage a folder on another: checkpoints take room"
+    yield Finding(NOTE if advice else OK, f"{free_gib:.0f} GiB free on the disk of {Path.cwd()}{advice}")
+    if os.path.isdir("/dev/shm"):
+        mark, what = _shared_memory(shutil.disk_usage("/dev/shm").total / 2**30, memory_gib)
+        yield Finding(mark, what)
+
+
+def _shared_memory(shm_gib: float, memory_gib: float) -> tuple[str, str]:
+    what = f"{shm_gib:.3g} GiB of shared memory (/dev/shm)"
+    if shm_gib >= SHM_SHARE * memory_gib:
+        return OK, what
+    need = f"{SHM_SHARE * memory_gib:.0f}"
+    return NOTE, f"{what}; Ray takes up to {need} GiB of it and is slower on disk: docker run --shm-size={need}g"
 
 
 def _weights() -> Iterator[Finding]:
@@ -111,22 +156,85 @@ def _reward_weights() -> Iterator[Finding]:
     yield Finding(NOTE if waiting else OK, f"rewards that are ready to use here: {', '.join(ready)}{more}")
 
 
-def _cluster(address: str | None) -> Iterator[Finding]:
+def _cluster(address: str | None, storage: Path | None) -> Iterator[Finding]:
     from rltune.orchestration.cluster import connect, find_address
+    from rltune.orchestration.handshake import token_source
     from rltune.orchestration.nodes import describe
 
-    found = find_address(address)
-    if found is None:
-        yield Finding(NOTE, "no Ray cluster is running here; a run starts one of its own, on loopback only")
-        yield from _places()
-        return
+    source = token_source()
+    yield Finding(OK, f"Ray's token comes from {source}" if source else "no token for Ray clusters is here")
     try:
+        found = find_address(address)
+        if found is None:
+            yield Finding(NOTE, "no Ray cluster is running here; a run starts one of its own, on loopback only")
+            yield from _places()
+            return
         with connect(address) as cluster:
             yield Finding(OK, f"Ray cluster {found}: {describe(cluster.nodes)}")
-            if cluster.dashboard_url:
-                yield Finding(OK, f"dashboard {cluster.dashboard_url}")
+            yield from _dashboard(cluster.dashboard_url)
+            yield from _nodes(cluster, storage)
     except RltuneError as error:
         yield Finding(BAD, str(error))
+
+
+def _dashboard(url: str) -> Iterator[Finding]:
+    import requests
+
+    if not url:
+        yield Finding(
+            NOTE, "the cluster has no dashboard; without it submitted runs and stopped trials have no way out"
+        )
+        return
+    try:
+        answer = requests.get(f"{url}/api/version", timeout=5)
+    except requests.RequestException as error:
+        what = f"the dashboard {url} does not answer ({type(error).__name__}); see dashboard.log on the head"
+        yield Finding(BAD, f"{what}: without it stopped trials keep their workers")
+        return
+    asks = ", and asks for the token" if answer.status_code in (401, 403) else ""
+    yield Finding(OK, f"dashboard {url} answers{asks}")
+
+
+def _nodes(cluster: "Cluster", storage: Path | None) -> Iterator[Finding]:
+    """Ask every node by a small task what it has, and whether it sees the storage."""
+    from rltune.orchestration.survey import faults_of, folder_probe, survey
+
+    if storage is None:
+        views = survey(cluster.nodes)
+    else:
+        with folder_probe(storage) as look:
+            views = survey(cluster.nodes, look)
+    for view in views:
+        if not view.no_answer:
+            yield Finding(OK, _node_line(view))
+    for view in views:
+        yield from _node_notes(view)
+    for fault in faults_of(views, storage):
+        yield Finding(BAD, fault)
+    if storage is None and len(views) > 1:
+        yield Finding(NOTE, "whether nodes share a folder for runs was not asked; give it with --storage")
+    elif storage is not None and not any(view.no_storage or view.no_answer for view in views):
+        yield Finding(OK, f"{storage} is the same folder on every node, and can be written there")
+
+
+def _node_line(view: "View") -> str:
+    sizes = {"memory": "of memory", "disk": "free for temporary files", "shm": "of shared memory"}
+    parts = [f"{view.gib[name]:.3g} GiB {what}" for name, what in sizes.items() if name in view.gib]
+    return ", ".join([f"node {view.node.name}: runs a task", *parts])
+
+
+def _node_notes(view: "View") -> Iterator[Finding]:
+    name = view.node.name
+    if abs(view.clock_s) > SKEW_S:
+        way = "ahead" if view.clock_s > 0 else "behind"
+        what = f"node {name}: its clock is {abs(view.clock_s):.0f} s {way}; set it (NTP)"
+        yield Finding(NOTE, f"{what}, or durations and budgets of time are wrong by as much")
+    if view.gib.get("disk", FREE_GIB) < FREE_GIB:
+        yield Finding(NOTE, f"node {name}: little room for temporary files; free some below its TMPDIR and /tmp/ray")
+    if "shm" in view.gib and "memory" in view.gib:
+        mark, what = _shared_memory(view.gib["shm"], view.gib["memory"])
+        if mark != OK:
+            yield Finding(mark, f"node {name}: {what}")
 
 
 def _places() -> Iterator[Finding]:

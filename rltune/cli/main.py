@@ -18,6 +18,7 @@ from rltune.cli.arguments import (
     StorageOption,
     at_home,
 )
+from rltune.cli.doctor import doctor
 from rltune.cli.evaluate import evaluate
 from rltune.cli.export import export
 from rltune.cli.soup import soup
@@ -219,15 +220,7 @@ app.command()(evaluate)
 app.command()(soup)
 
 
-@app.command()
-def doctor(address: AddressOption = None) -> None:
-    """Show what is installed, what hardware Ray sees, which weights are here, and whether the cluster answers."""
-    from rltune.orchestration.cluster import prepare
-
-    prepare(address)  # before anything imports ray
-    from rltune.cli.doctor import diagnose
-
-    diagnose(address)
+app.command()(doctor)
 
 
 @rewards.callback(invoke_without_command=True)
