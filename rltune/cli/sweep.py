@@ -236,11 +236,9 @@ def _workers(work: Workload) -> str:
 
 
 def _nodes(work: Workload, cluster: Cluster) -> str:
-    return (
-        f"{work.num_nodes} of {cluster.num_nodes} nodes"
-        if work.num_nodes < cluster.num_nodes
-        else f"{work.num_nodes} nodes"
-    )
+    there = f"{work.num_nodes} of " if work.num_nodes < cluster.num_nodes else ""
+    more = ", and those that its autoscaler brings" if work.is_growing else ""
+    return f"{there}{cluster.num_nodes} nodes{more}"
 
 
 def _prompts(experiment: Experiment, inputs: Inputs) -> dict[str, str]:
@@ -313,7 +311,9 @@ def print_plan(plan: Plan, cluster: Cluster | None) -> None:
         **_memory(plan),
         **_duration(plan),
         "objectives": ", ".join(config.objective_names),
-        "runs on": where if cluster is None or cluster.num_nodes == 1 else f"{where}, {_nodes(work, cluster)}",
+        "runs on": where
+        if cluster is None or (cluster.num_nodes == 1 and not work.is_growing)
+        else f"{where}, {_nodes(work, cluster)}",
     }
     if plan.folder.copy is not None:
         lines["lies at"] = plan.folder.where

@@ -100,6 +100,11 @@ def _worker_clashes(config: Settings) -> Iterator[Clash]:
     if resources.rewards_on == "second_gpu" and (gpus == "auto" or gpus < 2):
         what = f"a worker has no second GPU where resources.gpus_per_worker is {gpus}"
         yield Clash("resources.rewards_on", what, "write gpus_per_worker: 2", ("resources.gpus_per_worker",))
+    if resources.nodes == "autoscale":
+        for name, value in (("concurrent", resources.concurrent), ("gpus_per_worker", gpus)):
+            if value == "auto":
+                what = "cannot be auto where nodes are yet to come, which would say it"
+                yield Clash(f"resources.{name}", what, "write a number", ("resources.nodes",))
     if fewest is None:
         return
     if fewest > workers:

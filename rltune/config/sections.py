@@ -261,6 +261,10 @@ class ResourcesConfig(StrictModel):
     """Type of accelerator that workers run on, as Ray names it (``H100``, ``A100-80G``); left out, any."""
     concurrent: Literal["auto"] | Annotated[Int, Field(ge=1)] = "auto"
     """Trials at a time; ``auto`` is as many as fit."""
+    nodes: Literal["present", "autoscale"] = "present"
+    """Nodes that count before the start: those that are ``present``, or also those that the cluster's autoscaler brings
+    once trials wait for them. With ``autoscale`` nothing is refused for want of room, and ``concurrent`` and
+    ``gpus_per_worker`` must be written as numbers, since no node is there to say them."""
     executor: Text = "train"
     """``train`` starts a Ray Train job per trial, over several nodes if need be; ``warm`` keeps workers with base model
     and rewards loaded, and gives them trial after trial: for many short ones. The numbers are the same."""

@@ -27,6 +27,8 @@ MAX_LOSSES = 20
 """Starts over a whole trial, however far each came."""
 MAX_STARTUPS = 10
 """Tries, of a minute each, to find room for a trial's workers."""
+MAX_STARTUPS_GROWING = 60
+"""The same where an autoscaler is to bring it: a cloud may have no machine with a GPU for a while."""
 
 
 class FaultWatch(UserCallback):  # type: ignore[misc]  # ray has no types

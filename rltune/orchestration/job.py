@@ -14,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rltune.config.experiment import RunConfig
 from rltune.config.rules import Known
 from rltune.errors import OutOfMemory, RltuneError, RunError, StorageError, writing
-from rltune.orchestration.faults import KEPT, MAX_LOSSES, MAX_STARTUPS, FaultWatch
+from rltune.orchestration.faults import KEPT, MAX_LOSSES, MAX_STARTUPS, MAX_STARTUPS_GROWING, FaultWatch
 from rltune.orchestration.job_spec import STORAGE_ERROR, JobSpec
 from rltune.orchestration.loopback import FileTorchConfig
 from rltune.orchestration.ray_private import is_node_going
@@ -300,7 +300,10 @@ def make_ray_job(
             name=name,
             storage_path=str(storage),
             callbacks=callbacks,
-            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=MAX_STARTUPS),
+            failure_config=FailureConfig(
+                max_failures=max_failures,
+                controller_failure_limit=MAX_STARTUPS_GROWING if resources.nodes == "autoscale" else MAX_STARTUPS,
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_KEPT),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
         ),

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rltune.config.load import Experiment
+from rltune.errors import UserError
 from rltune.orchestration.claiming import check_claim
 from rltune.orchestration.duration import Duration, foresee
 from rltune.orchestration.inspection import Faults, Inputs, inspect_experiment
@@ -70,6 +71,7 @@ def plan(
     is_whole = not faults  # a workload needs no more than sizes, but rewards must be known to be counted
     workload = None
     with faults.noted():
+        _check_nodes_can_come(experiment, is_attached=is_attached)
         workload = work_out(experiment, nodes)
     if is_whole and workload is not None:
         with faults.noted():
@@ -85,6 +87,14 @@ def plan(
     faults.raise_any(experiment.source)
     assert workload is not None  # or there was a fault
     return Plan(experiment, folder, workload, inputs, memory, duration)
+
+
+def _check_nodes_can_come(experiment: Experiment, *, is_attached: bool) -> None:
+    if experiment.shared.resources.nodes == "autoscale" and not is_attached:
+        raise UserError(
+            "resources.nodes: to a cluster of this machine alone no nodes come, got 'autoscale'; attach to one with "
+            "an autoscaler (--address), or write present"
+        )
 
 
 def this_machine() -> Node:

@@ -136,7 +136,8 @@ class Sweep:
         most = min(work.num_workers * work.num_concurrent, work.num_slots)
         if self._is_own:
             return most
-        most = max(1, min(most, count_slots(read_nodes(ray.nodes()), work.worker)))
+        if not work.is_growing:
+            most = max(1, min(most, count_slots(read_nodes(ray.nodes()), work.worker)))
         can_shrink = most > 1 and work.worker.num_gpus == int(work.worker.num_gpus)  # Ray Train shrinks by whole GPUs
         return (1, most) if can_shrink else most
 

@@ -32,7 +32,10 @@ def why_waiting(need: WorkerNeed, fewest: int, nodes: tuple[Node, ...], free: di
     short = [name for name, number in wanted.items() if free.get(name, 0.0) < number * fewest]
     if short:
         left = ", ".join(f"{free.get(name, 0.0):g} {name}s" for name in short)
-        return f"waits for {workers}: {left} are free in the cluster, others use the rest; 'ray status' says what"
+        return (
+            f"waits for {workers}: {left} are free in the cluster; its workers are just starting, or others have the "
+            "rest: 'ray status' says which"
+        )
     return f"has room for {workers}, and they have not started yet; 'ray status' and the dashboard say how far they are"
 
 

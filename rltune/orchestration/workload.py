@@ -35,6 +35,8 @@ class Workload:
     """Per trial."""
     images_per_evaluation: int
     num_calibration_images: int = NUM_CALIBRATION_IMAGES
+    is_growing: bool = False
+    """Whether an autoscaler brings nodes that are not there yet, which ``num_slots`` then includes."""
 
     @property
     def num_gpus_per_worker(self) -> float:
@@ -71,6 +73,9 @@ def work_out(experiment: Experiment, nodes: Sequence[Node]) -> Workload:
     fewest = wanted.min_workers or wanted.workers
     need = _need(wanted, nodes)
     slots = count_slots(nodes, need)
+    is_growing = wanted.nodes == "autoscale"
+    if is_growing and wanted.concurrent != "auto":
+        slots = max(slots, wanted.concurrent * wanted.workers)
     if slots < fewest:
         raise UserError(
             f"resources: a trial needs {fewest} worker{'s' if fewest > 1 else ''} with {need} each, and the cluster "
@@ -97,6 +102,7 @@ def work_out(experiment: Experiment, nodes: Sequence[Node]) -> Workload:
         num_evaluations=-(-config.num_rounds // config.evaluate.every),
         images_per_evaluation=config.evaluate.prompts * config.evaluate.images_per_prompt,
         num_calibration_images=math.prod(calibration_size(config)),
+        is_growing=is_growing,
     )
 
 
@@ -108,7 +114,7 @@ def _need(wanted: ResourcesConfig, nodes: Sequence[Node]) -> WorkerNeed:
     """
     kind = wanted.accelerator
     able = [node for node in nodes if kind is None or node.accelerators is None or kind in node.accelerators]
-    if kind is not None and not able:
+    if kind is not None and not able and wanted.nodes == "present":
         there = sorted({name for node in nodes for name in node.accelerators or ()})
         advice = f"it has {', '.join(there)}; write one of them" if there else "it names none on any node"
         raise UserError(f"resources.accelerator: no node of the cluster has {kind!r}, {advice}, or leave it out")

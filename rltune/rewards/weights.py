@@ -1,8 +1,11 @@
 """Published files of weights: where they come from, whether they are on this machine, and how they get here."""
 
+import fcntl
 import hashlib
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,11 +107,18 @@ class WeightsFile:
     def _download(self) -> Path:
         if self.repo:
             return self._download_from_hub()
-        import requests
-
         folder = cache_dir()
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{self.file}.{uuid4().hex}.part"  # moved into place whole: a reader never sees half a file
+        with _alone(folder):
+            if (there := self.find()) is not None:  # another worker of this machine was first
+                return there
+            self._download_to(part, folder)
+        return folder / self.file
+
+    def _download_to(self, part: Path, folder: Path) -> None:
+        import requests
+
         try:
             with requests.get(self.url, stream=True, timeout=(TIMEOUT_S, 30)) as answer, part.open("wb") as stream:
                 answer.raise_for_status()
@@ -118,7 +128,6 @@ class WeightsFile:
             part.replace(folder / self.file)
         finally:
             part.unlink(missing_ok=True)
-        return folder / self.file
 
     def _download_from_hub(self) -> Path:
         from huggingface_hub import hf_hub_download
@@ -208,6 +217,18 @@ def is_offline() -> bool:
     """Return whether the user has said that the Hugging Face hub is out of reach, with either variable it knows."""
     variables = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     return any(os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON") for name in variables)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep other processes of this machine that fetch into a folder waiting; the hub's own library does so itself."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks: each fetches for itself
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def cache_dir() -> Path:

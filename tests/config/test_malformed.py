@@ -82,6 +82,13 @@ VALUES: list[tuple[str, list[str]]] = [
             "gpus_per_worker: 2"
         ],
     ),
+    (
+        "resources: {nodes: autoscale}",
+        [
+            "resources.concurrent: cannot be auto where nodes are yet to come, which would say it; write a number",
+            "resources.gpus_per_worker: cannot be auto where nodes are yet to come, which would say it; write a number",
+        ],
+    ),
     ("resources: {gpus_per_worker: 1.5}", ["more than one GPU must be a whole number, got 1.5; round it up"]),
     ("resources: {precision: fp8}", ["must be 'auto', 'fp32' or 'bf16', got 'fp8'"]),
     ("resources: {concurrent: 0}", ["resources.concurrent: must be 'auto' or a whole number, at least 1, got 0"]),

@@ -50,6 +50,15 @@ def test_faults_of_options_prompts_and_nodes_come_together(tmp_path: Path) -> No
     assert "resources: a trial needs 8 workers with 1 CPU each, and the cluster has room for 4" in faults[2]
 
 
+def test_nodes_come_only_to_a_cluster_that_is_attached_to(tmp_path: Path) -> None:
+    text = GOOD + "resources: {nodes: autoscale, concurrent: 3, gpus_per_worker: 0, workers: 2}\n"
+    (fault,) = faults_of(tmp_path, text, [Node(1)])
+    assert fault.startswith(
+        "resources.nodes: to a cluster of this machine alone no nodes come, got 'autoscale'; attach"
+    )
+    assert plan_of(tmp_path, text, [Node(1)], is_attached=True).workload.num_slots == 6
+
+
 @pytest.mark.slow
 def test_a_run_that_cannot_go_on_is_refused_before_anything_starts(tmp_path: Path) -> None:
     first = plan_of(tmp_path, GOOD, [Node(4)])

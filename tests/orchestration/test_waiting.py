@@ -26,8 +26,8 @@ NODES = (Node(8.0, 2.0), Node(8.0, 2.0))
         (
             NODES,
             {"CPU": 9.0, "GPU": 1.0},
-            "waits for 2 workers with 2 CPUs and 1 GPU each: 1 GPUs are free in the cluster, others use the rest; 'ray "
-            "status' says what",
+            "waits for 2 workers with 2 CPUs and 1 GPU each: 1 GPUs are free in the cluster; its workers are just "
+            "starting, or others have the rest: 'ray status' says which",
         ),
         (NODES, {"CPU": 3.0}, "3 CPUs, 0 GPUs are free in the cluster"),
         (NODES, {"CPU": 4.0, "GPU": 2.0}, "has room for 2 workers with 2 CPUs and 1 GPU each, and they have not"),

@@ -129,6 +129,15 @@ def test_an_accelerator_that_cannot_be_known_is_not_refused() -> None:
     assert plan_on(Node(8, 4, None), accelerator="H100").num_concurrent == 4
 
 
+def test_nodes_that_an_autoscaler_brings_count() -> None:
+    coming = {"nodes": "autoscale", "workers": 2, "gpus_per_worker": 1, "accelerator": "H100", "concurrent": 3}
+    made = plan_on(NO_GPU, **coming)
+    assert (made.num_concurrent, made.num_slots, made.num_nodes, made.is_growing) == (3, 6, 0, True)
+    assert made.precision == "bf16"
+    assert plan_on(*[H100] * 2, **coming).num_slots == 16  # there are more already
+    assert not plan_on(H100, workers=2).is_growing
+
+
 @pytest.mark.parametrize(
     ("nodes", "resources", "message"),
     [

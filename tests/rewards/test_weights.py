@@ -1,10 +1,13 @@
 """Published files of weights: found, fetched whole or not at all, and never waited for without a network."""
 
+import fcntl
 import hashlib
+import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -111,6 +114,20 @@ def test_a_file_is_fetched_once(folder: Path, host: str) -> None:
     assert file.fetch() == path
     assert Host.asked == ["/head.pth"]
     assert [entry.name for entry in folder.iterdir()] == ["head.pth"]
+
+
+def test_workers_of_a_machine_that_start_together_fetch_a_file_once(folder: Path, host: str) -> None:
+    file = at(f"{host}/head.pth")
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # by a first worker, which is at it
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(file.fetch) for _ in range(3)]
+        time.sleep(0.05)
+        assert not any(worker.done() for worker in waiting)
+        os.close(descriptor)  # it was killed before it was done
+        assert {worker.result() for worker in waiting} == {folder / "head.pth"}
+    assert Host.asked == ["/head.pth"]
 
 
 @pytest.mark.parametrize(
