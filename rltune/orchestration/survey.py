@@ -214,7 +214,8 @@ def _faults(view: View, storage: Path | str | None) -> Iterator[str]:
         )
 
 
-def _named(names: Sequence[str]) -> str:
+def _named(found: Sequence[str]) -> str:
+    names = sorted(found)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"node{'s' if len(names) > 1 else ''} {', '.join(names[:NAMED])}{more}"
 
