@@ -18,7 +18,7 @@ from rltune.assets import (
     BUILTIN_JUDGE,
     BUILTIN_PIPELINE_DIR,
 )
-from rltune.cli.arguments import AddressOption, at_home
+from rltune.cli.arguments import AddressOption, place
 from rltune.cli.terminal import console, marked
 from rltune.errors import RltuneError
 
@@ -47,7 +47,7 @@ class Finding:
 def doctor(
     address: AddressOption = None,
     storage: Annotated[
-        Path | None, typer.Option(help="Folder of runs that all nodes must share, to be tried.", callback=at_home)
+        Path | None, typer.Option(help="Where runs are to lie, as of a run: every node tries it.", parser=place)
     ] = None,
 ) -> None:
     """Show what is installed, which weights are here, and whether a cluster, its nodes and its storage answer."""
@@ -57,12 +57,12 @@ def doctor(
     diagnose(address, storage)
 
 
-def diagnose(address: str | None, storage: Path | None = None) -> None:
+def diagnose(address: str | None, storage: Path | str | None = None) -> None:
     """Print the report. Attaches to a cluster if there is one, and runs a small task on each of its nodes; starts none.
 
     Args:
         address: Of a cluster, as of a run.
-        storage: Folder of runs that nodes must share; left out, they are not asked for it.
+        storage: Folder of runs, or the address of one, that nodes must share; left out, they are not asked for it.
 
     Raises:
         RltuneError: Something that every run needs is missing; it has been printed.
@@ -76,7 +76,7 @@ def diagnose(address: str | None, storage: Path | None = None) -> None:
         raise RltuneError(f"doctor: {num_bad} finding(s) marked bad stop every run; see above for what to do")
 
 
-def _findings(address: str | None, storage: Path | None) -> Iterator[Finding]:
+def _findings(address: str | None, storage: Path | str | None) -> Iterator[Finding]:
     yield Finding(OK, f"Python {platform.python_version()} on {platform.platform()}")
     from rltune.runs.record import LIBRARIES
 
@@ -156,7 +156,7 @@ def _reward_weights() -> Iterator[Finding]:
     yield Finding(NOTE if waiting else OK, f"rewards that are ready to use here: {', '.join(ready)}{more}")
 
 
-def _cluster(address: str | None, storage: Path | None) -> Iterator[Finding]:
+def _cluster(address: str | None, storage: Path | str | None) -> Iterator[Finding]:
     from rltune.orchestration.cluster import connect, find_address
     from rltune.orchestration.handshake import token_source
     from rltune.orchestration.nodes import describe
@@ -195,14 +195,15 @@ def _dashboard(url: str) -> Iterator[Finding]:
     yield Finding(OK, f"dashboard {url} answers{asks}")
 
 
-def _nodes(cluster: "Cluster", storage: Path | None) -> Iterator[Finding]:
+def _nodes(cluster: "Cluster", storage: Path | str | None) -> Iterator[Finding]:
     """Ask every node by a small task what it has, and whether it sees the storage."""
-    from rltune.orchestration.survey import faults_of, folder_probe, survey
+    from rltune.orchestration.survey import faults_of, folder_probe, store_probe, survey
+    from rltune.runs.objects import open_store
 
     if storage is None:
         views = survey(cluster.nodes)
     else:
-        with folder_probe(storage) as look:
+        with folder_probe(storage) if isinstance(storage, Path) else store_probe(open_store(storage)) as look:
             views = survey(cluster.nodes, look)
     for view in views:
         if not view.no_answer:
@@ -214,7 +215,8 @@ def _nodes(cluster: "Cluster", storage: Path | None) -> Iterator[Finding]:
     if storage is None and len(views) > 1:
         yield Finding(NOTE, "whether nodes share a folder for runs was not asked; give it with --storage")
     elif storage is not None and not any(view.no_storage or view.no_answer for view in views):
-        yield Finding(OK, f"{storage} is the same folder on every node, and can be written there")
+        what = "is the same folder on every node, and" if isinstance(storage, Path) else "answers every node, and"
+        yield Finding(OK, f"{storage} {what} can be written there")
 
 
 def _node_line(view: "View") -> str:
