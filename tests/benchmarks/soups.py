@@ -1,16 +1,17 @@
 """Fronts of soups against fronts of training: how much of the swept front do mixed single-reward LoRAs cover?
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/soups.py runs/soups                 # everything, some hours on two cores
+    OMP_NUM_THREADS=1 python tests/benchmarks/soups.py runs/soups                 # everything; again: what is missing
     OMP_NUM_THREADS=1 python tests/benchmarks/soups.py runs/soups --seeds 0       # one seed; three side by side
     python tests/benchmarks/soups.py runs/soups --table                           # the table of what is there
 
 On the built-in model, from two rewards and from three: a LoRA is trained on each reward alone, and one on every mixture
 of a lattice of weights, all with the settings of ``experiments/mix.yaml`` fixed at ``SETTINGS``. The soups of the
-former (``exact``, ``predictions``, ``draw``) are measured at the weights of a finer lattice, the latter as they are:
-on the same fresh prompts and noise. A hypervolume is over the rewards, above the base model minus its standard
-deviation over prompts, in units of that, and with the base model's own volume taken off; its interval is over seeds,
-by Student's t. Beside it stands how many LoRAs were trained for it. What was trained and measured is read from the
-folder. ``line-SEED.png`` shows two LoRAs' soups from one end to the other.
+former (``exact``, ``predictions``, ``draw``) are measured at the weights of the lattice, ``exact`` at those of a finer
+one too, and the latter as they are: on the same fresh prompts and noise. A hypervolume is over the rewards, above the
+base model minus its standard deviation over prompts, in units of that, and with the base model's own volume taken off;
+its interval is over seeds, by Student's t, and so is that of the difference from the trained front. Beside it stand the
+images that rewards have scored in training for it: what it costs. ``ends`` are the LoRAs of single rewards unmixed.
+``line-SEED.png`` shows two LoRAs' soups from one end to the other.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from PIL import Image
 
 from rltune.config.experiment import RunConfig
 from rltune.config.load import load_experiment
+from rltune.diffusion.lora import remove_lora
 from rltune.intervals import half_width, standard_error
 from rltune.pareto.hypervolume import hypervolume, reference_point
 from rltune.training.assessment import Bench, Subject, make_bench, of_checkpoint
@@ -39,8 +41,9 @@ MIX = Path(__file__).parents[2] / "experiments" / "mix.yaml"
 SETS = (("aesthetic", "compressibility"), ("aesthetic", "alignment", "compressibility"))
 SETTINGS = {"model.lora.rank": 8, "estimator.k": 6, "optim.lr": 7e-4}
 METHODS: tuple[Method, ...] = ("exact", "predictions", "draw")
-TRAINED_POINTS, SOUP_POINTS = {2: 5, 3: 4}, {2: 9, 3: 5}
+TRAINED_POINTS, FINE_POINTS = {2: 5, 3: 3}, {2: 9, 3: 5}
 """Rewards -> points along an edge."""
+FRONTS = ("ends", "trained", *METHODS, "exact, finer")
 PROMPTS, IMAGES = 32, 2
 Key = tuple[str, Weights]
 
@@ -49,7 +52,7 @@ def configure(rewards: Sequence[str], weights: Weights, seed: int) -> RunConfig:
     """The experiment of one LoRA."""
     every = load_experiment(MIX).shared.rewards
     shares = dict.fromkeys(every, 0.0) | dict(zip(rewards, weights, strict=True))
-    changes: dict[str, Any] = {**SETTINGS, "seed": seed, "evaluate.every": 1000}
+    changes: dict[str, Any] = {**SETTINGS, "seed": seed, "evaluate.every": 1000, "evaluate.prompts": 4}
     changes |= {f"rewards.{name}.weight": share for name, share in shares.items()}
     overrides = [f"{where}={json.dumps(value)}" for where, value in changes.items()]
     return load_experiment(MIX, overrides=overrides).concrete({})
@@ -68,34 +71,40 @@ def measure(rewards: Sequence[str], seed: int, folder: Path) -> None:
     """Measure what is missing of one set of rewards and one seed; a line of ``points.jsonl`` each."""
     num, file = len(rewards), folder / "points.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    done = {key for key, _ in read(file)}
     bench = bench_of(rewards, seed)
-    trained = {
-        weights: train(configure(rewards, weights, seed), folder / "-".join(f"{weight:.3g}" for weight in weights))
-        for weights in even_weights(num, TRAINED_POINTS[num])
-    }
-    ends = [tuple(float(i == j) for j in range(num)) for i in range(num)]
-    loras = [trained_member(bench.run.model, configure(rewards, end, seed), trained[end]) for end in ends]
-    wanted: list[tuple[Key, Subject]] = []
+    trained = {}
+    for weights in even_weights(num, TRAINED_POINTS[num]):
+        config = configure(rewards, weights, seed)
+        name = ",".join(f"{section.weight:.3g}" for section in config.rewards.values())
+        trained[weights] = train(config, folder.parent / f"loras-{seed}" / name)
+    loras = [trained_member(bench.run.model, configure(rewards, end, seed), trained[end]) for end in ends(num)]
+    wanted: dict[Key, Subject] = {}
     for weights, checkpoint in trained.items():
         prepare = of_checkpoint(configure(rewards, weights, seed), checkpoint, 1.0)
-        wanted.append((("trained", weights), Subject("trained", prepare)))
+        wanted["trained", weights] = Subject("trained", prepare)
     for method in METHODS:
-        for weights in even_weights(num, SOUP_POINTS[num]):
-            wanted.append(((method, weights), Subject(method, of_point(loras, weights, method))))
-    left = [(key, subject) for key, subject in wanted if key not in done]
-    base, *measured = bench.assess([subject for _, subject in left])
+        for weights in (*trained, *(even_weights(num, FINE_POINTS[num]) if method == "exact" else ())):
+            wanted[method, weights] = Subject(method, of_point(loras, weights, method))
+    for done, _ in read(file):
+        wanted.pop(done, None)
+    measured = bench.assess(wanted.values())
+    base = next(measured)
     spread = {name: float(values_P.std(ddof=1)) for name, values_P in base.values.items()}
     (folder / "base.json").write_text(json.dumps({"spread": spread, "mean": {f.name: f.value for f in base.figures}}))
-    with file.open("a") as lines:
-        for ((method, weights), _), row in zip(left, measured, strict=True):
-            figures = {figure.name: figure.value for figure in row.figures}
+    for (method, weights), row in zip(wanted, measured, strict=True):
+        figures = {figure.name: figure.value for figure in row.figures}
+        with file.open("a") as lines:  # what is there by then is read if a later one fails
             lines.write(json.dumps({"method": method, "weights": weights, "figures": figures}) + "\n")
-            print(f"seed {seed} {method} {weights}: {figures}", flush=True)
+        print(f"seed {seed} {method} {weights}: {figures}", flush=True)
     if num == 2:
         picture(bench, [of_point(loras, weights, "exact") for weights in even_weights(2, 5)]).save(
             folder.parent / f"line-{seed}.png"
         )
+
+
+def ends(num: int) -> list[Weights]:
+    """The weights of single rewards."""
+    return [tuple(float(i == j) for j in range(num)) for i in range(num)]
 
 
 def bench_of(rewards: Sequence[str], seed: int) -> Bench:
@@ -105,12 +114,13 @@ def bench_of(rewards: Sequence[str], seed: int) -> Bench:
     return make_bench(config.model_copy(update={"evaluate": evaluate}), "fresh", cache=ModelCache())
 
 
-def picture(bench: Bench, prepares: Sequence[Any], num_images: int = 6) -> Image.Image:
+def picture(bench: Bench, prepares: Sequence[Any], num_images: int = 8) -> Image.Image:
     """A row of images for each point, the base model's first."""
     run, images = bench.run, replace(bench.images, images_per_prompt=1)
     rows = []
     for prepare in (None, *prepares):
         run.model.pipeline.unload_lora_weights()
+        remove_lora(run.model.network)
         sampler = run.sampler if prepare is None else prepare(run.sampler)
         drawn_NHW3 = to_uint8(draw_images(sampler, images, range(num_images), run.workers.device))
         rows.append(np.concatenate(list(drawn_NHW3), axis=1))
@@ -125,35 +135,48 @@ def read(file: Path) -> Iterator[tuple[Key, dict[str, float]]]:
         yield (row["method"], tuple(row["weights"])), row["figures"]
 
 
-def volume(rewards: Sequence[str], folder: Path, method: str) -> float:
-    """The hypervolume of a method's points and the base model, without the base model's own."""
+def volume(rewards: Sequence[str], folder: Path, front: str) -> float:
+    """The hypervolume of a front's points and the base model, without the base model's own."""
     base = json.loads((folder / "base.json").read_text())
     mean_D, spread_D = (np.array([base[kind][name] for name in rewards]) for kind in ("mean", "spread"))
-    reference_D = reference_point(np.zeros(len(rewards)), np.ones(len(rewards)))
+    method, points = {"ends": ("trained", 2), "exact, finer": ("exact", FINE_POINTS[len(rewards)])}.get(
+        front, (front, TRAINED_POINTS[len(rewards)])
+    )
+    wanted = even_weights(len(rewards), points)
     rows = [
-        [figures[name] for name in rewards] for (kind, _), figures in read(folder / "points.jsonl") if kind == method
+        [figures[name] for name in rewards]
+        for (kind, weights), figures in read(folder / "points.jsonl")
+        if kind == method and weights in wanted
     ]
+    assert len(rows) == len(wanted), f"{folder} lacks points of {front}"
     points_ND = (np.array([*rows, mean_D]) - mean_D) / spread_D
-    return hypervolume(points_ND, reference_D) - 1.0
+    return hypervolume(points_ND, reference_point(np.zeros(len(rewards)), np.ones(len(rewards)))) - 1.0
 
 
 def table(folder: Path, seeds: Sequence[int]) -> None:
-    """Print each method's hypervolume over seeds, what was trained for it, and its share of the trained front's."""
-    print("| rewards | front of | LoRAs trained | hypervolume above the base model | of the trained |")
-    print("|---|---|---|---|---|")
+    """Print each front's hypervolume over seeds beside what was trained for it, and how far the trained front's is."""
+    print("| rewards | front | points | images scored in training | hypervolume | against trained | per 1,000 images |")
+    print("|---|---|---|---|---|---|---|")
     for rewards in SETS:
-        places = [place for seed in seeds if (place := folder / f"{len(rewards)}-{seed}" / "points.jsonl").is_file()]
-        if not places:
-            continue
-        trained = np.array([volume(rewards, place.parent, "trained") for place in places])
-        for method in ("trained", *METHODS):
-            found = np.array([volume(rewards, place.parent, method) for place in places])
-            half = half_width(standard_error(found), len(found) - 1)
-            count = (
-                len(even_weights(len(rewards), TRAINED_POINTS[len(rewards)])) if method == "trained" else len(rewards)
+        num = len(rewards)
+        places = [folder / f"{num}-{seed}" for seed in seeds]
+        optim = configure(rewards, ends(num)[0], 0).optim
+        trained = np.array([volume(rewards, place, "trained") for place in places])
+        for front in FRONTS:
+            found = np.array([volume(rewards, place, front) for place in places])
+            points = {"ends": num, "exact, finer": len(even_weights(num, FINE_POINTS[num]))}.get(
+                front, len(even_weights(num, TRAINED_POINTS[num]))
             )
-            told = f"{found.mean():.3f}" + ("" if half is None else f" ± {half:.3f}")
-            print(f"| {', '.join(rewards)} | {method} | {count} | {told} | {found.mean() / trained.mean():.0%} |")
+            images = optim.steps * optim.batch * (points if front == "trained" else num)
+            cells = [", ".join(rewards), front, str(points), f"{images:,}", mean_of(found)]
+            cells += ["" if front == "trained" else mean_of(found - trained, "+"), mean_of(1000 * found / images)]
+            print(f"| {' | '.join(cells)} |")
+
+
+def mean_of(values_S: np.ndarray, sign: str = "") -> str:
+    """The mean over seeds with half the width of its interval."""
+    half = half_width(standard_error(values_S), len(values_S) - 1)
+    return f"{values_S.mean():{sign}.2f}" + ("" if half is None else f" ± {half:.2f}")
 
 
 def main() -> None:
