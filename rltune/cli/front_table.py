@@ -28,13 +28,21 @@ def front_view(front: Front, *, where: Sequence[str] = ()) -> RenderableType:
     """
     paths = list(dict.fromkeys(path for member in front.members for path in member.values))
     asked = [f"Of the trials with {', '.join(where)} in the search."] if where else []
-    parts = [*asked, *_measured(front), *_marked(front), *_of_places(front), *_of_shares(front), _volume(front)]
+    parts = [
+        *asked,
+        *_measured(front),
+        *_marked(front),
+        *_of_places(front),
+        *_of_shares(front),
+        _volume(front),
+        *_of_soups(front),
+    ]
     notes = Text(" ".join(parts), style="dim")
     table = FittedTable(
         lambda shown: _front_table_with(shown, front), paths, below=lambda shown: _settings_table_with(shown, front)
     )
     trust: list[RenderableType] = [Text(), _trust_table(front)] if _places(front) or _has_shares(front) else []
-    return Group(table, *trust, notes)
+    return Group(table, *trust, *(_soup_tables(front) if front.soups else []), notes)
 
 
 def _places(front: Front) -> Mapping[str, float]:
@@ -59,6 +67,38 @@ def _trust_table(front: Front) -> Table:
             cells = (_share(member, name, front.num_prompts) for name in shares)
             table.add_row(member.trial, *place, *cells, style="bold" if is_knee else None)
     return table
+
+
+def _soup_tables(front: Front) -> list[RenderableType]:
+    """Return the soups of the front with what they measured, and what they are mixtures of."""
+    soups = front.soups.members if front.soups else ()
+    measured, made = (Table(box=None, pad_edge=False, header_style="dim") for _ in range(2))
+    for table in (measured, made):
+        table.add_column("soup")
+    for name in front.objectives.names:
+        measured.add_column(name, justify="right")
+    made.add_column("of trials")
+    made.add_column(PROBABILITY, justify="right")
+    for soup in soups:
+        objectives = (_front_objective(soup.result, name, front.num_prompts) for name in front.objectives.names)
+        measured.add_row(soup.name, *objectives)
+        made.add_row(soup.name, soup.recipe, _probability(soup.non_dominated))
+    return [Text(), measured, Text(), made] if soups else []
+
+
+def _of_soups(front: Front) -> list[str]:
+    """Say what soups are, how many were measured, and what they add to the front."""
+    soups = front.soups
+    if soups is None:
+        return []
+    num, every = len(soups.members), len(soups.every)
+    of_them = f"{num} of them are on the front" if num != 1 else "one of them is on the front"
+    half = "" if soups.growth_half_width is None else f" {PLUS_MINUS} {soups.growth_half_width:.2g}"
+    growth = soups.hypervolume - front.hypervolume
+    return [
+        f"Soups: {every} mixtures of LoRAs of the front, not trained; {of_them}, by the numbers shown, so luck has "
+        f"raised these. With all of them the hypervolume is {soups.hypervolume:.4g}, {growth:+.2g}{half}."
+    ]
 
 
 def _probability(value: float | None) -> str:

@@ -148,7 +148,7 @@ def _cook(
                 "precision": config.resources.precision,
                 "prompts": list(origin.prompts),
             }
-            _export(bench, loras, made, {**about, "measured_again": again}, place, rank)
+            _export(bench, loras, made, measured[1:], about, again, place, rank)
 
 
 def _layers(bench: "Bench", member: Target) -> "Layers":
@@ -225,19 +225,38 @@ def _export(
     bench: "Bench",
     loras: Sequence["Layers"],
     made: Sequence[Point],
+    measured: Sequence["Assessed"],
     about: dict[str, Any],
+    again: dict[str, Any],
     place: Path,
     rank: int | None,
 ) -> None:
-    from rltune.export.soup import export_soup
+    from rltune.export.soup import Made, export_mixed
     from rltune.training.soups import FUSED, merged
 
-    for number, point in enumerate(made, 1):
+    for number, (point, row) in enumerate(zip(made, measured, strict=True), 1):
         if point.method not in FUSED or point.rank is None:
             continue  # no LoRA, or the base model
         layers, _ = merged(loras, point.weights, point.method, rank)
-        folder = place / f"{number:03}"
-        shares = dict(zip(about["loras"], point.weights, strict=True))
-        made_of = {"method": point.method, "weights": shares, "error": point.error}
-        proof = export_soup(bench.run, layers, folder, made_of, about["measured_again"])
-        console.print(f"{point.name} -> {folder}\n{proof}", soft_wrap=True)
+        name, num_prompts = f"{number:03}", len(again["prompts"])
+        told = Made(
+            name,
+            place / name,
+            "",
+            dict(zip(about["loras"], point.weights, strict=True)),
+            {},
+            row.figures,
+            num_prompts,
+            0,
+            again,
+            point.method,
+            point.error,
+        )
+        export_mixed(
+            told,
+            layers,
+            bench.run.config,
+            on_export=lambda exported, point=point: console.print(  # type: ignore[misc]
+                f"{point.name} -> {exported.folder}\n{exported.proof}", soft_wrap=True
+            ),
+        )

@@ -15,11 +15,12 @@ from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment, load_experiment
 from rltune.config.settings import NAME_PATTERN, NAME_RULE
 from rltune.errors import UserError
-from rltune.export.trials import Exported
+from rltune.export.write import Exported
 from rltune.orchestration.campaign import (
     Confirming,
     Event,
     Found,
+    Mixing,
     NotConfirmed,
     Planned,
     Reported,
@@ -98,6 +99,9 @@ def _printing(here: Path, written: list[Path], reported: list[Path]) -> Callable
                 _show_trained(event)
             case Confirming():
                 errors.print("measuring what was chosen again on fresh prompts")
+            case Mixing(num_soups, num_strengths):
+                what = [(num_soups, "soups"), (num_strengths, "strengths")]
+                errors.print(f"measuring {' and '.join(f'{num} {name}' for num, name in what if num)} of its LoRAs")
             case NotConfirmed(why):
                 errors.print(marked("warning", "yellow", why), soft_wrap=True)
             case Found():
@@ -221,11 +225,15 @@ def _confirmed(experiment: Experiment) -> str:
     except UserError:  # told of elsewhere
         return ""
     what = "the front" if experiment.is_searched else "the selected checkpoint"
+    more = [
+        name for name, is_asked in (("soups", config.sweep.soup), ("strengths", config.sweep.strengths)) if is_asked
+    ]
+    then = f", then {' and '.join(more)} of its best LoRAs" if more and experiment.is_searched else ""
     if not fresh.num_reused:
-        return f"{what} measured again on {len(fresh.prompts)} fresh prompts"
+        return f"{what} measured again on {len(fresh.prompts)} fresh prompts{then}"
     return (
         f"{what} measured again with fresh noise, but on the same {len(fresh.prompts)} prompts: prompts.eval holds too "
-        "few others, so luck with prompts stays in"
+        f"few others, so luck with prompts stays in{then}"
     )
 
 

@@ -39,6 +39,9 @@ def _clashes(config: Settings) -> Iterator[Clash]:
     yield from _name_clashes(config)
     yield from _constraint_clashes(config)
     yield from _stopping_clashes(config)
+    if config.evaluate.confirm == 0 and (asked := [name for name, value in config.sweep if value]):
+        what = "mixtures are measured on the fresh prompts of evaluate.confirm, which is 0, got true"
+        yield Clash(f"sweep.{asked[0]}", what, "write evaluate.confirm: auto, or delete it", ("evaluate.confirm",))
 
 
 def _sampler_clashes(config: Settings) -> Iterator[Clash]:

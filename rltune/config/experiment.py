@@ -25,6 +25,7 @@ WHOLE_SWEEP = (
     "constraints",
     "search",
     "stop",
+    "sweep",
     "resources",
     "track",
 )

@@ -242,6 +242,16 @@ class StopConfig(StrictModel):
     """Growth over those trials that does not count, as a share of the hypervolume."""
 
 
+class SweepConfig(StrictModel):
+    """What a sweep does besides at its end, with the knee and the best LoRA of each objective; nothing is trained."""
+
+    soup: Bool = False
+    """Mix each two of these LoRAs at weights 1/4, 1/2 and 3/4 (exact sums of their updates), measure the mixtures on
+    the fresh prompts and noise of ``evaluate.confirm``, and add those that nothing beats to the front, as soups."""
+    strengths: Bool = False
+    """Measure these LoRAs at strengths 0.25, 0.5, 0.75 and 1.25 in the same way; the report draws the curves."""
+
+
 class ResourcesConfig(StrictModel):
     """What a trial runs on."""
 

@@ -19,6 +19,7 @@ from rltune.config.sections import (
     RewardConfig,
     SearchConfig,
     StopConfig,
+    SweepConfig,
 )
 from rltune.config.strict import EmptyIfNone, Int, StrictModel, Text
 
@@ -61,6 +62,8 @@ class Settings(StrictModel):
     """How the distributions are searched."""
     stop: StopConfig = StopConfig()
     """When to end a trial, or the whole sweep, early."""
+    sweep: SweepConfig = SweepConfig()
+    """What a sweep does besides at its end."""
     resources: ResourcesConfig = ResourcesConfig()
     """What a trial runs on."""
     track: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()

@@ -84,7 +84,7 @@ def card_of(
             "formats": dict(formats),
             "settings": dict(result.values),
             "effect": asdict(effect),
-            "rewards": _roles(config),
+            "rewards": roles(config),
             "figures": [asdict(figure) for figure in figures],
             "metrics": dict(metrics),
             "base_metrics": dict(base_metrics),
@@ -99,7 +99,7 @@ def card_of(
     )
 
 
-def _roles(config: RunConfig) -> list[dict[str, Any]]:
+def roles(config: RunConfig) -> list[dict[str, Any]]:
     """Return every reward and judge, its weight in training, and the licence of the weights that it reads."""
     judges = {name: RewardConfig(weight=0.0) for name in config.evaluate.judges if name not in JUDGES}
     sections = {**judges, **config.rewards}

@@ -7,8 +7,14 @@ from rltune.config.load import Experiment
 from rltune.errors import UserError
 from rltune.runs.fronts import read_front
 from rltune.runs.layout import BASE_TRIAL, RunFolder, by_number
+from rltune.runs.mixtures import Mixture, read_mixtures
 from rltune.runs.objectives import Front
 from rltune.runs.results import TrialResult, read_results
+
+
+def pick_soup(pick: str, folder: RunFolder) -> Mixture | None:
+    """Return the soup of that name; None where there is none."""
+    return next((row for row in reversed(read_mixtures(folder)) if row.is_soup and row.name == pick), None)
 
 
 def pick_trial(pick: str, folder: RunFolder, experiment: Experiment) -> TrialResult:
@@ -24,6 +30,9 @@ def pick_trial(pick: str, folder: RunFolder, experiment: Experiment) -> TrialRes
             why = f"it failed: {chosen.reason}" if chosen.reason else "it is the base model"
             raise UserError(f"--pick: trial {pick!r} has no LoRA, {why}; pick another")
         return chosen
+    if pick_soup(pick, folder) is not None:
+        command = f"rltune export {quote(str(folder.path))} --pick {pick}"
+        raise UserError(f"--pick: {pick!r} is no trial but a soup; make a LoRA of it, {command}, and name its folder")
     front = read_front(folder, experiment)
     if front is None or front.knee is None:
         ids = _trained_ids(results.values())

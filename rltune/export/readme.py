@@ -79,14 +79,14 @@ def plain(text: object) -> str:
 
 
 def _body(card: Mapping[str, Any], *, has_base: bool) -> Iterator[str]:
-    title, base = f"{card['run']}, trial {card['trial']}", card["base_model"]
+    base, soup = card["base_model"], card.get("soup")
+    title = ", ".join(filter(None, [card["run"], card["trial"] if soup else f"trial {card['trial']}"]))
     revision = f", revision {plain(card['base_revision'])}" if card["base_revision"] else ""
+    by = f"rltune {plain(card['rltune'])}"
     trained = ", ".join(plain(row["name"]) for row in card["rewards"] if row["weight"])
+    how = f"mixed by {by} of {len(soup['weights'])} LoRAs, not trained" if soup else f"trained by {by} on {trained}"
     yield f"# LoRA {plain(title)}\n"
-    yield (
-        f"A LoRA for {plain(base)}{revision}, trained by rltune {plain(card['rltune'])} on {trained}. "
-        "It has no trigger word: prompts are those of the base model.\n"
-    )
+    yield f"A LoRA for {plain(base)}{revision}, {how}. It has no trigger word: prompts are those of the base model.\n"
     yield "![samples with the LoRA](samples.png)\n"
     if has_base:
         yield "The base model's images of the same prompts and noise:\n\n![samples of the base model](base.png)\n"
@@ -102,7 +102,7 @@ def _body(card: Mapping[str, Any], *, has_base: bool) -> Iterator[str]:
     yield from _effect(card)
     yield "## Sample prompts\n"
     yield from (f"{i}. {plain(prompt)}" for i, prompt in enumerate(card["prompts"], 1))
-    yield from _settings(card)
+    yield from _mixed(card) if soup else _settings(card)
 
 
 def _measured(card: Mapping[str, Any]) -> Iterator[str]:
@@ -112,7 +112,7 @@ def _measured(card: Mapping[str, Any]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|"
     for figure in card["figures"]:
         row = roles.get(figure["name"], {"weight": 0.0, "licence": ""})
-        weight = _short(row["weight"]) if row["weight"] else "judge"
+        weight = "in its LoRAs" if row["weight"] is None else _short(row["weight"]) if row["weight"] else "judge"
         base = "" if figure["base"] is None else f"{figure['base']:.4g}"
         yield (
             f"| {plain(figure['name'])} | {base} | {interval(figure['value'], figure['half_width'])} | "
@@ -150,6 +150,28 @@ def _effect(card: Mapping[str, Any]) -> Iterator[str]:
             f"{what['reloaded']['difference']:.1g} in float32{said} (RGB in [0, 1])"
         )
     yield ""
+
+
+WAYS = {
+    "exact": "Its update is the sum of theirs by these weights.",
+    "factors": "Its factors are the sums of theirs by these weights, as AlignProp mixes LoRAs.",
+}
+
+
+def _mixed(card: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a soup was made of."""
+    soup, known = card["soup"], card["soup"].get("settings", {})
+    paths = list(dict.fromkeys(path for settings in known.values() for path in settings))
+    yield f"\n## How it was made\n\n{WAYS[soup['method']]}\n"
+    yield "| " + " | ".join(["LoRA", "weight", *(plain(path) for path in paths)]) + " |"
+    yield "|---" * (len(paths) + 2) + "|"
+    for name, weight in soup["weights"].items():
+        settings = known.get(name, {})
+        values = (plain(_short(settings[path])) if path in settings else "" for path in paths)
+        yield f"| {' | '.join([plain(name), _short(weight), *values])} |"
+    if soup["error"]:
+        yield f"\nIt was reduced to a lower rank, and lacks {soup['error']:.2g} of that update.\n"
+    yield "\n`rltune.json` has every figure and the prompts.\n"
 
 
 def _settings(card: Mapping[str, Any]) -> Iterator[str]:

@@ -1,84 +1,182 @@
-"""A soup of LoRAs as one file that diffusers loads, proved like a trained one."""
+"""Soups of LoRAs as one LoRA file: those of a run's front, and those mixed by hand."""
 
-import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import rltune
+from rltune.config.experiment import RunConfig
+from rltune.config.load import Experiment
 from rltune.diffusion.families.base import ModelFamily
-from rltune.diffusion.lora import ADAPTER, lora_state, remove_lora
+from rltune.diffusion.lora import ADAPTER, lora_state
 from rltune.diffusion.soup import Layers, attach
-from rltune.export.base import EXPORT_FORMATS, Adapter
-from rltune.export.card import write_card
-from rltune.export.proof import Trained, check_reload
+from rltune.errors import RunError
+from rltune.export.base import DEFAULT_FORMATS, Adapter
+from rltune.export.card import measured_again, roles
+from rltune.export.effect import Effect
+from rltune.export.write import Exported, Source, export_sources
 from rltune.records import to_record
-from rltune.training.evaluation import draw_images, save_grid, to_uint8
-from rltune.training.model_cache import load_base_model
-from rltune.training.sampling import make_sampler
-from rltune.training.setup import Run
+from rltune.redaction import redact
+from rltune.runs.confirmations import comparable, read_confirmations
+from rltune.runs.layout import RunFolder
+from rltune.runs.mixtures import Mixture
+from rltune.runs.record import read_record, settled, with_own_prompts
+from rltune.runs.results import TrialResult
+from rltune.training.canvases import kept_form
+from rltune.training.figures import Figure, figures_of
+from rltune.training.soups import merged, trained_member
 
-NUM_CHECKED_IMAGES = 4
-FORMAT = "diffusers"
+
+@dataclass(frozen=True)
+class Made:
+    """What is told of a soup."""
+
+    name: str
+    """Of its folder."""
+    place: Path
+    """Its folder."""
+    run: str
+    """Whose soup it is; empty if it was mixed by hand."""
+    weights: Mapping[str, float]
+    """LoRA -> weight."""
+    settings: Mapping[str, Mapping[str, Any]]
+    """LoRA -> what it was trained with, where that is known."""
+    figures: Sequence[Figure]
+    num_prompts: int
+    num_fresh: int
+    again: Mapping[str, Any]
+    """What it was measured on, as the card of a trial has it."""
+    method: str = "exact"
+    error: float = 0.0
+    """By how much of its update it was changed to have a rank."""
+    date: str = ""
 
 
 def export_soup(
-    run: Run, layers: Layers, folder: Path, made_of: Mapping[str, Any], measured_again: Mapping[str, Any]
-) -> str:
-    """Write a soup for diffusers, load it into a fresh pipeline and compare it with the soup itself, in float32.
+    mixture: Mixture,
+    trials: Mapping[str, TrialResult],
+    folder: RunFolder,
+    experiment: Experiment,
+    *,
+    on_export: Callable[[Exported], None],
+    formats: Sequence[str] = DEFAULT_FORMATS,
+) -> None:
+    """Export a soup of a run's front in every format.
 
     Args:
-        run: Its experiment, and the images that are compared.
-        layers: The soup.
-        folder: Receives the file, its card and samples.
-        made_of: What the card says of the soup.
-        measured_again: What it was measured on, as the card of a trial has it.
+        mixture: The soup.
+        trials: Its LoRAs, by trial.
+        folder: Of the run.
+        experiment: Its experiment.
+        on_export: Is told of each format that went well.
+        formats: Names of formats.
 
-    Returns:
-        What was compared, in words.
+    Raises:
+        UserError: A format is unknown; nothing was written.
+        RunError: A checkpoint is gone, or the file is not the soup.
+    """
+    try:
+        export_sources({mixture.name: partial(_of_run, mixture, trials, folder, experiment)}, on_export, formats)
+    finally:
+        folder.publish(folder.exports_dir)
+
+
+def export_mixed(made: Made, layers: Layers, config: RunConfig, *, on_export: Callable[[Exported], None]) -> None:
+    """Export a soup that was mixed by hand, for diffusers.
+
+    Args:
+        made: What is told of it.
+        layers: The soup.
+        config: What it is drawn by, held out on the prompts that it was measured on.
+        on_export: Is told when it went well.
 
     Raises:
         RunError: The soup changes nothing, or the file is not the soup.
     """
-    resources = run.config.resources.model_copy(update={"precision": "fp32", "decoder_precision": "same"})
-    exact = run.config.model_copy(update={"resources": resources})
-    device, numbers = run.workers.device, range(min(NUM_CHECKED_IMAGES, len(run.eval_images)))
+    export_sources({made.name: lambda: _source(made, config, config, lambda model: layers)}, on_export)
 
-    def draw(model: ModelFamily) -> Tensor:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return draw_images(make_sampler(exact, model), run.eval_images, numbers, device)
 
-    form = EXPORT_FORMATS.build(FORMAT, {})
-    model = load_base_model(exact, device)
-    base_B3HW = draw(model)
-    attach(model.network, layers, ADAPTER)
-    rank = next(iter(layers.values())).rank
-    adapter = Adapter(lora_state(model.network), rank, float(rank), list(layers))
-    trained = Trained(adapter, draw, base_B3HW, draw(model))
-    draft = folder.with_name(f"{folder.name}.unproved")
-    shutil.rmtree(draft, ignore_errors=True)
-    files = form.write(model, adapter, draft)
-    remove_lora(model.network)
-    reload = check_reload(form, draft, model, trained)
-    card = {
-        "rltune": rltune.__version__,
-        "soup": dict(made_of),
-        "measured_again": dict(measured_again),
-        "base_model": run.config.model.base,
-        "base_revision": run.config.model.revision,
-        "strength": "load at weight 1.0",
-        "formats": {FORMAT: {"files": [str(file.relative_to(draft)) for file in files]}},
-        "prompts": [str(run.eval_images.prompt_of(number)) for number in numbers],
-        "experiment": run.config.model_dump(mode="json"),
+def _of_run(mixture: Mixture, trials: Mapping[str, TrialResult], folder: RunFolder, experiment: Experiment) -> Source:
+    record, found = read_record(folder), comparable(read_confirmations(folder))
+    assert found is not None
+    asked = {trial: experiment.concrete(trials[trial].values) for trial in mixture.weights}
+    configs = {trial: with_own_prompts(settled(config, record), folder, record) for trial, config in asked.items()}
+    for trial, checkpoint in mixture.checkpoints.items():
+        folder.bring(folder.path / checkpoint)
+        if not (folder.path / checkpoint).is_dir():
+            raise RunError(f"the checkpoint {folder.path / checkpoint} of trial {trial} is gone; train it again")
+
+    def layers_of(model: ModelFamily) -> Layers:
+        loras = [
+            trained_member(model, configs[trial], folder.path / mixture.checkpoints[trial]) for trial in mixture.weights
+        ]
+        return merged(loras, tuple(mixture.weights.values()), "exact")[0]
+
+    first = next(iter(mixture.weights))
+    made = Made(
+        mixture.name,
+        folder.exports_dir / mixture.name,
+        folder.name,
+        mixture.weights,
+        {trial: dict(trials[trial].values) for trial in mixture.weights},
+        figures_of(mixture.metrics, found.base.metrics, mixture.num_prompts),
+        mixture.num_prompts,
+        mixture.num_prompts - mixture.num_reused,
+        measured_again(trials[first], folder, configs[first]),
+        date=max(trials[trial].ended_at for trial in mixture.weights),
+    )
+    return _source(made, asked[first], configs[first], layers_of)
+
+
+def _source(made: Made, asked: RunConfig, config: RunConfig, layers_of: Callable[[ModelFamily], Layers]) -> Source:
+    def attached(model: ModelFamily) -> Adapter:
+        layers = layers_of(model)
+        if not layers:
+            raise RunError("the soup is the base model: there is nothing to export")
+        attach(model.network, layers, ADAPTER)
+        rank = next(iter(layers.values())).rank
+        return Adapter(lora_state(model.network), rank, float(rank), list(layers), about=_about(made, asked))
+
+    def card(prompts: Sequence[str], effect: Effect, formats: Mapping[str, Any]) -> dict[str, Any]:
+        return to_record(
+            {
+                "rltune": rltune.__version__,
+                "run": made.run,
+                "trial": made.name,
+                "soup": {
+                    "method": made.method,
+                    "weights": dict(made.weights),
+                    "error": made.error,
+                    **({"settings": dict(made.settings)} if made.settings else {}),
+                },
+                "base_model": asked.model.base,
+                "base_revision": config.model.revision,
+                "strength": "load at weight 1.0: the weights of its LoRAs are folded into it",
+                "formats": dict(formats),
+                "settings": {},
+                "effect": asdict(effect),
+                # each of its LoRAs was trained with weights of its own
+                "rewards": [{**row, "weight": None if row["weight"] else 0.0} for row in roles(asked)],
+                "figures": [asdict(figure) for figure in made.figures],
+                "measured_on": {"prompts": made.num_prompts, "fresh_prompts": made.num_fresh},
+                "measured_again": dict(made.again),
+                "prompts": [str(prompt) for prompt in prompts],
+                **({"pictures": kept_form(prompts)} if asked.task == "inpaint" else {}),
+                "experiment": asked.model_dump(mode="json"),
+            }
+        )
+
+    return Source(made.name, made.place, config, attached, card)
+
+
+def _about(made: Made, asked: RunConfig) -> dict[str, str]:
+    """Return what headers say of it."""
+    recipe = " + ".join(f"{weight:.3g} x {name}" for name, weight in made.weights.items())
+    about = {
+        "title": f"{made.run} {made.name}".strip(),
+        "description": f"LoRA for {asked.model.base}, mixed by rltune without training: {recipe}",
+        "date": made.date,
     }
-    write_card(draft, json.loads(json.dumps(to_record(card))))
-    save_grid(to_uint8(trained.images_B3HW), draft / "samples.png", columns=len(numbers))
-    for file in files:
-        file.chmod(0o644)
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
-    return f"reloaded and compared in float32: images agree to {reload.difference:.1g}"
+    return {name: redact(text) for name, text in about.items() if text}

@@ -1,67 +1,22 @@
-"""Trials of a run as LoRA files: written, loaded again, compared, and only then put in their place."""
+"""Trials of a run as LoRA files."""
 
-import gc
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-
-import torch
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import load_lora_state
-from rltune.errors import RltuneError, RunError
-from rltune.export.base import DEFAULT_FORMATS, EXPORT_FORMATS, Adapter, ExportFormat
-from rltune.export.card import card_of, formats_told, write_card, write_experiment
-from rltune.export.effect import Effect, effect_of
-from rltune.export.proof import Trained, check_reload, rounding_of
-from rltune.export.readme import write_readme
+from rltune.errors import RunError
+from rltune.export.base import DEFAULT_FORMATS, Adapter
+from rltune.export.card import card_of
+from rltune.export.write import Exported, Source, export_sources
 from rltune.redaction import redact
 from rltune.runs.layout import RunFolder
 from rltune.runs.record import read_record, settled, with_own_prompts
 from rltune.runs.results import TrialResult
 from rltune.training.adapters import attach_lora
 from rltune.training.checkpoint import load_adapter
-from rltune.training.evaluation import draw_images, save_grid, to_uint8
-from rltune.training.model_cache import load_base_model
-from rltune.training.sampling import image_px, make_sampler
-from rltune.training.setup import eval_image_set
-
-NUM_CHECKED_IMAGES = 4
-HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Number formats that LoRAs are used in; an accelerator's default here is bfloat16."""
-FAULTS = (RltuneError, RuntimeError, ValueError, OSError)
-"""What keeps one LoRA from being exported, and not the others."""
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A LoRA on disk, in one format."""
-
-    trial: str
-    folder: Path
-    difference: float
-    """Greatest difference of an image after reloading, RGB in [0, 1], float32."""
-    effect: float
-    """Greatest difference of an image from the base model's, the same."""
-    rounding: Mapping[str, float]
-    """Greatest difference of an image in another number format from float32's, by number format."""
-    format: str
-    how_to_load: str
-    """Lines of Python that load it into ``pipeline``."""
-    size: Effect | None = None
-    """What it changes at strength 1."""
-
-    @property
-    def proof(self) -> str:
-        """What was compared, in words."""
-        formats = ", ".join(f"{name} changes them by {value:.1g}" for name, value in self.rounding.items())
-        told = f"reloaded and compared in float32: images agree to {self.difference:.1g}; {formats}"
-        return told if self.size is None else f"{told}; at strength 1 {self.size}"
 
 
 def export_trials(
@@ -78,86 +33,18 @@ def export_trials(
         UserError: A format is unknown; nothing was written.
         RunError: Some failed; the message names each with its reason.
     """
-    forms = {name: EXPORT_FORMATS.build(name, {}) for name in formats}
-    num_failed, faults = 0, []
-    for result in picks:
-        failed = _export_trial(result, folder, experiment, forms, on_export)
-        num_failed += len(failed)
-        if len(failed) == len(forms) and len(reasons := set(failed.values())) == 1:
-            faults.append(f"trial {result.trial}: {reasons.pop()}")
-        else:
-            faults += [f"trial {result.trial} for {name}: {reason}" for name, reason in failed.items()]
-    folder.publish(folder.exports_dir)
-    num = len(picks) * len(forms)
-    if num_failed == num == 1:
-        raise RunError(faults[0])
-    if faults:
-        raise RunError(f"{num_failed} of {num} exports failed\n" + "\n".join(f"  {fault}" for fault in faults))
-
-
-def _export_trial(
-    result: TrialResult,
-    folder: RunFolder,
-    experiment: Experiment,
-    forms: Mapping[str, ExportFormat],
-    on_export: Callable[[Exported], None],
-) -> dict[str, str]:
-    """Export a trial in some formats, tell of each that went well, and return why the others failed, by format."""
-    failed: dict[str, str] = {}
+    sources = {f"trial {result.trial}": partial(_source_of, result, folder, experiment) for result in picks}
     try:
-        draft, model = _draw(result, folder, experiment)
-    except FAULTS as error:
-        return dict.fromkeys(forms, str(error))
-    written = {}
-    shutil.rmtree(draft.unproved, ignore_errors=True)  # of an attempt that failed
-    for name, form in forms.items():
-        with _noting(failed, name):
-            written[name] = form.write(model, draft.trained.adapter, draft.unproved / name)
-    del model  # two large models need not fit beside each other
-    for name, files in written.items():
-        gc.collect()
-        with _noting(failed, name):
-            on_export(_prove(draft, name, forms[name], files))
-    return failed
+        export_sources(sources, on_export, formats)
+    finally:
+        folder.publish(folder.exports_dir)
 
 
-@contextmanager
-def _noting(failed: dict[str, str], name: str) -> Iterator[None]:
-    """End the block at a fault, and note why."""
-    try:
-        yield
-    except FAULTS as error:
-        failed[name] = str(error)
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """A trial whose LoRA is to be written, and what it has to be equal to."""
-
-    result: TrialResult
-    folder: RunFolder
-    asked: RunConfig
-    config: RunConfig
-    """The same with what was settled when the run began."""
-    device: torch.device
-    trained: Trained
-    effect: Effect
-    prompts: tuple[str, ...]
-    """Of the images."""
-
-    @property
-    def unproved(self) -> Path:
-        """Where files are until they have passed."""
-        return self.folder.exports_dir / f"{self.result.trial}.unproved"
-
-
-def _draw(result: TrialResult, folder: RunFolder, experiment: Experiment) -> tuple[_Draft, ModelFamily]:
-    """Draw the first held-out prompts without and with a trial's adapter, and return the model that has it, too.
-
-    In float32, whatever the run's precision: there a difference that a reload makes is the file's.
+def _source_of(result: TrialResult, folder: RunFolder, experiment: Experiment) -> Source:
+    """Return a trial as what is exported.
 
     Raises:
-        RunError: The checkpoint is gone, or its adapter is zero or not finite.
+        RunError: Its checkpoint is gone, or the run's prompts are.
     """
     record = read_record(folder)
     asked = experiment.concrete(result.values)
@@ -167,36 +54,29 @@ def _draw(result: TrialResult, folder: RunFolder, experiment: Experiment) -> tup
     if not checkpoint.is_dir():
         raise RunError(f"its checkpoint {checkpoint} is gone; train it again")
     lora = config.model.lora
-    adapter = Adapter(
-        load_adapter(checkpoint),
-        rank=lora.rank,
-        alpha=lora.alpha_value,
-        targets=lora.targets,
-        use_rslora=lora.rslora,
-        about=_about(result, folder, asked),
+
+    def attach(model: ModelFamily) -> Adapter:
+        adapter = Adapter(
+            load_adapter(checkpoint),
+            rank=lora.rank,
+            alpha=lora.alpha_value,
+            targets=model.lora_layers(lora.targets),
+            use_rslora=lora.rslora,
+            about=_about(result, folder, asked),
+        )
+        attach_lora(model, lora)
+        load_lora_state(model.network, dict(adapter.state))
+        return adapter
+
+    return Source(
+        result.trial,
+        folder.exports_dir / result.trial,
+        config,
+        attach,
+        lambda prompts, effect, formats: card_of(
+            result, folder, asked, settled=config, prompts=prompts, effect=effect, formats=formats
+        ),
     )
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    exact = _in_float32(config)
-    model = load_base_model(exact, device)
-    height_px, width_px = image_px(exact, model)
-    about = {**adapter.about, "resolution": f"{width_px}x{height_px}"}
-    adapter = replace(adapter, targets=model.lora_layers(lora.targets), about=about)
-    images = eval_image_set(config, model)
-    numbers = range(min(NUM_CHECKED_IMAGES, len(images)))
-
-    def draw(drawn: ModelFamily) -> Tensor:
-        # convolutions in TF32, an accelerator's default, would round more than the comparison allows
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return draw_images(make_sampler(exact, drawn), images, numbers, device)
-
-    base_B3HW = draw(model)
-    attach_lora(model, lora)
-    load_lora_state(model.network, dict(adapter.state))
-    trained = Trained(adapter, draw, base_B3HW, images_B3HW=draw(model))
-    effect = effect_of(model.network, base_B3HW, trained.images_B3HW)
-    prompts = tuple(images.prompts[:NUM_CHECKED_IMAGES])
-    return _Draft(result, folder, asked, config, device, trained, effect, prompts), model
 
 
 def _about(result: TrialResult, folder: RunFolder, asked: RunConfig) -> dict[str, str]:
@@ -208,86 +88,3 @@ def _about(result: TrialResult, folder: RunFolder, asked: RunConfig) -> dict[str
         "date": result.ended_at,
     }
     return {name: redact(text) for name, text in about.items() if text}
-
-
-def _prove(draft: _Draft, name: str, form: ExportFormat, files: Sequence[Path]) -> Exported:
-    """Load what was written into a fresh pipeline, compare, and put it in its place with a card and samples.
-
-    Raises:
-        RunError: The reloaded LoRA is not the trained adapter.
-    """
-    config, source = draft.config, draft.unproved / name
-    target = draft.folder.exports_dir / draft.result.trial
-    fresh = load_base_model(_in_float32(config), draft.device)
-    how_to_load = form.how_to_load(fresh, target)
-    reload = check_reload(form, source, fresh, draft.trained)
-    family = type(fresh.pipeline).__name__
-    del fresh
-    rounding = {}
-    for number_format, dtype in HALVES.items():
-        if number_format == "bfloat16" or draft.device.type != "cpu":  # where float16 takes thirty times as long
-            half = load_base_model(config, draft.device, dtype=dtype)
-            rounding[number_format] = rounding_of(form, source, half, draft.trained)
-    exported = Exported(
-        draft.result.trial,
-        target,
-        reload.difference,
-        reload.effect,
-        rounding,
-        format=name,
-        how_to_load=how_to_load,
-        size=draft.effect,
-    )
-    _save_samples(draft.trained, source)
-    _write_card(draft, exported, [str(file.relative_to(source)) for file in files], family=family)
-    for file in files:
-        file.chmod(0o644)  # safetensors writes 0600, which another user cannot read
-    _move_files(source, target)
-    return exported
-
-
-def _save_samples(trained: Trained, folder: Path) -> None:
-    """Write the images of the proof: with the LoRA and without in a row each, and singly those with it."""
-    with_NHW3, without_NHW3 = to_uint8(trained.images_B3HW), to_uint8(trained.base_B3HW)
-    save_grid(with_NHW3, folder / "samples.png", columns=len(with_NHW3))
-    save_grid(without_NHW3, folder / "base.png", columns=len(without_NHW3))
-    for number, image_HW3 in enumerate(with_NHW3, 1):
-        save_grid(image_HW3[None], folder / "samples" / f"{number}.png", columns=1)
-
-
-def _write_card(draft: _Draft, exported: Exported, files: Sequence[str], *, family: str) -> None:
-    """Write card, README and experiment into the folder of a format; the card tells of those in its place, too."""
-    figures = {"difference": exported.difference, "effect": exported.effect, **exported.rounding}
-    card = card_of(
-        draft.result,
-        draft.folder,
-        draft.asked,
-        settled=draft.config,
-        prompts=draft.prompts,
-        effect=draft.effect,
-        formats={**formats_told(exported.folder), exported.format: {"files": list(files), "reloaded": figures}},
-    )
-    folder = draft.unproved / exported.format
-    write_card(folder, card)
-    write_experiment(folder, card)
-    write_readme(folder, card, family=family)
-
-
-def _in_float32(config: RunConfig) -> RunConfig:
-    resources = config.resources.model_copy(
-        update={"precision": "fp32", "decoder_precision": "same", "prefix_precision": "same"}
-    )
-    model = config.model.model_copy(update={"quantise": "none"})  # the model that the files are for
-    return config.model_copy(update={"resources": resources, "model": model})
-
-
-def _move_files(source: Path, target: Path) -> None:
-    """Move what a folder holds into another, which keeps what else is in it."""
-    target.mkdir(parents=True, exist_ok=True)
-    for item in source.iterdir():
-        if (there := target / item.name).is_dir():
-            shutil.rmtree(there)  # a folder is of one format, and as a whole
-        item.replace(target / item.name)
-    source.rmdir()
-    if not any(source.parent.iterdir()):
-        source.parent.rmdir()

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from rltune.config.load import Experiment
 from rltune.errors import RunError, UserError, writing
 from rltune.export.picks import best_picks
-from rltune.export.trials import Exported, export_trials
+from rltune.export.trials import export_trials
+from rltune.export.write import Exported
 from rltune.orchestration.cluster import Cluster, connect, find_address
 from rltune.orchestration.plan import Plan, plan, this_machine
 from rltune.orchestration.survey import check_nodes
@@ -68,9 +69,17 @@ class Confirming:
 
 @dataclass(frozen=True)
 class NotConfirmed:
-    """It could not be measured again; what the search measured stands."""
+    """It, or some of it, could not be measured again; what was measured before stands."""
 
     why: str
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """LoRAs of the front are mixed, and measured on the same prompts and noise."""
+
+    num_soups: int
+    num_strengths: int
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class Reported:
     """Why the page could not be written; empty where it was."""
 
 
-Event = Planned | Trained | Confirming | NotConfirmed | Found | Reported | Exported
+Event = Planned | Trained | Confirming | Mixing | NotConfirmed | Found | Reported | Exported
 Notify = Callable[[Event], None]
 Display = Callable[[RunFolder, Experiment], AbstractContextManager[None]]
 """Shows a run for as long as the block runs."""
@@ -254,6 +263,10 @@ def _run(planned: Plan, cluster: Cluster, notify: Notify, display: Display, shri
         notify(Confirming())
         try:
             sweep.confirm()
+            if mixtures := sweep.mixtures:
+                num_soups = sum(mixture.is_soup for mixture in mixtures)
+                notify(Mixing(num_soups, len(mixtures) - num_soups))
+                sweep.mix(mixtures)
         except RunError as error:  # the search stands without it
             notify(NotConfirmed(str(error)))
     front = trials.front()

@@ -10,7 +10,8 @@ import ray
 
 from rltune.config.load import Experiment
 from rltune.errors import RltuneError, RunError
-from rltune.export.trials import Exported, export_trials
+from rltune.export.trials import export_trials
+from rltune.export.write import Exported
 from rltune.orchestration.faults import last_line
 from rltune.orchestration.job_spec import JobSpec
 from rltune.orchestration.nodes import WorkerNeed

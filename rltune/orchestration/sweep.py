@@ -11,14 +11,15 @@ import ray
 from ray import tune
 
 from rltune.errors import RunError
-from rltune.export.trials import Exported
+from rltune.export.write import Exported
 from rltune.orchestration.claiming import claim_run
 from rltune.orchestration.cluster import Cluster
-from rltune.orchestration.confirm_job import run_confirmation
+from rltune.orchestration.confirm_job import run_confirmation, run_mixtures
 from rltune.orchestration.executors.base import EXECUTORS
 from rltune.orchestration.export_job import export_on_workers
 from rltune.orchestration.job_spec import JobSpec
 from rltune.orchestration.loopback import forget_meetings
+from rltune.orchestration.mixing import mixable, wanted_mixtures
 from rltune.orchestration.nodes import count_slots, read_nodes
 from rltune.orchestration.plan import Plan
 from rltune.orchestration.trials import Abort, Trials
@@ -26,6 +27,7 @@ from rltune.orchestration.tuning import Recorder, StoppingScheduler, Suggester
 from rltune.orchestration.waiting import start_watch
 from rltune.runs.events import append_event
 from rltune.runs.layout import BASE_TRIAL, TrialSpec
+from rltune.runs.mixtures import Mixture
 from rltune.runs.record import versions
 from rltune.runs.results import TrialResult
 from rltune.runs.usage import last_sign
@@ -108,15 +110,37 @@ class Sweep:
         Raises:
             RunError: It could not be done; what the search measured stands.
         """
+        with self._measuring() as (spec, workers):
+            run_confirmation(self.trials.chosen, self._folder, self.experiment, spec, num_workers=workers)
+
+    @property
+    def mixtures(self) -> list[Mixture]:
+        """What ``sweep`` of the experiment asks to be mixed from the front and was not measured yet."""
+        front = self.trials.front()
+        if front is None or not self.experiment.is_searched:
+            return []
+        return wanted_mixtures(*mixable(front, self.experiment, self.trials.shares_base), self._folder)
+
+    def mix(self, wanted: Sequence[Mixture]) -> None:
+        """Measure mixtures as ``confirm`` measures what was chosen, and add soups to the front.
+
+        Raises:
+            RunError: It could not be done; those that were measured stand.
+        """
+        trials = {result.trial: result for result in self.trials.results}
+        with self._measuring() as (spec, workers):
+            run_mixtures(wanted, trials, self._folder, self.experiment, spec, num_workers=workers)
+
+    @contextmanager
+    def _measuring(self) -> Iterator[tuple[JobSpec, int | tuple[int, int]]]:
+        """Hand out what a job over the whole cluster needs, and bring the front up to date when it has ended well."""
         spec = self.trials.job(TrialSpec(BASE_TRIAL, {}, {}))
         try:
-            run_confirmation(
-                self.trials.chosen, self._folder, self.experiment, spec, num_workers=self._confirming_workers()
-            )
+            yield spec, self._confirming_workers()
         finally:
-            self._folder.bring(self._folder.confirmed_file)
+            self._folder.bring(self._folder.confirmed_file, self._folder.mixtures_file)
             forget_meetings(self._folder.path)
-        self.trials.write_front()
+            self.trials.write_front()
 
     def export(self, picks: Sequence[TrialResult], *, on_export: Callable[[Exported], None]) -> None:
         """Export LoRAs on workers of the cluster.

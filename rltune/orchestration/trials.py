@@ -17,10 +17,11 @@ from rltune.orchestration.outcome import Ending, failed, find_checkpoint, judge
 from rltune.orchestration.workload import Workload
 from rltune.records import to_record
 from rltune.runs.base_scores import BaseScores, load_scores
-from rltune.runs.confirmations import Measured, confirmed_front, measured, read_confirmations
+from rltune.runs.confirmations import Measured, measured, read_confirmations
 from rltune.runs.events import append_event
 from rltune.runs.fronts import front_as_csv, front_as_dict, search_front
 from rltune.runs.layout import BASE_TRIAL, TrialSpec
+from rltune.runs.mixtures import read_mixtures, reported_front
 from rltune.runs.objectives import Front, Objectives, find_front, nearest
 from rltune.runs.results import TrialResult, append_result, read_results
 from rltune.runs.rows import read_metrics
@@ -112,11 +113,11 @@ class Trials:
         return measured(result, self.experiment, read_confirmations(self.folder))
 
     def front(self) -> Front | None:
-        """Return the front as it stands, by fresh measurements where all members have one."""
+        """Return the front as it stands, by fresh measurements where all members have one, and with its soups."""
         front = self.search_front()
         if front is None:
             return None
-        return confirmed_front(front, self.experiment, read_confirmations(self.folder)) or front
+        return reported_front(front, self.experiment, read_confirmations(self.folder), read_mixtures(self.folder))
 
     def search_front(self) -> Front | None:
         """Return the front by the evaluations that trials were chosen by."""
@@ -177,6 +178,11 @@ class Trials:
             waits_for_base=self.base_result is None and key == self._claim.record.base_key,
             base_key=key,
         )
+
+    def shares_base(self, result: TrialResult) -> bool:
+        """Return whether a trial is drawn and scored as the base model of the run is, so that LoRAs mix with its."""
+        config = self._claim.config_of(self.experiment.concrete(result.values))
+        return self._claim.key_of(config) == self._claim.record.base_key
 
     def _record_invalid(self, spec: TrialSpec, error: ExperimentError) -> None:
         """Record a suggestion that is no valid run as a trial that failed: the search may only not repeat it."""

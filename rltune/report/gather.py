@@ -11,10 +11,11 @@ from rltune.config.load import Experiment
 from rltune.errors import UserError
 from rltune.intervals import half_width
 from rltune.runs.base_scores import BaseScores, load_scores
-from rltune.runs.confirmations import comparable, confirmed_front, read_confirmations
+from rltune.runs.confirmations import comparable, read_confirmations
 from rltune.runs.fronts import search_front
 from rltune.runs.layout import BASE_TRIAL, RunFolder, by_number
 from rltune.runs.metrics import JUDGES
+from rltune.runs.mixtures import read_mixtures, reported_front
 from rltune.runs.objectives import Front
 from rltune.runs.record import Record, base_folder, read_record
 from rltune.runs.results import TrialResult, read_results
@@ -143,14 +144,14 @@ def gather(folder: RunFolder, experiment: Experiment) -> Gathered:
     searched = search_front(results, experiment, scores)
     if searched is None or scores is None:
         raise UserError(f"{folder.path}: the base model has no result yet, so there is nothing to report; wait for it")
-    confirmations = read_confirmations(folder)
-    front = confirmed_front(searched, experiment, confirmations)
+    confirmations, mixtures = read_confirmations(folder), read_mixtures(folder)
+    front = reported_front(searched, experiment, confirmations, mixtures)
     return Gathered(
         folder=folder,
         experiment=experiment,
         record=record,
         results=tuple(results),
-        front=front or searched,
+        front=front,
         searched=searched,
         scores=scores,
         fresh=_fresh(front, results, experiment, confirmations),
@@ -158,10 +159,10 @@ def gather(folder: RunFolder, experiment: Experiment) -> Gathered:
 
 
 def _fresh(
-    front: Front | None, results: Sequence[TrialResult], experiment: Experiment, confirmations: Sequence[Any]
+    front: Front, results: Sequence[TrialResult], experiment: Experiment, confirmations: Sequence[Any]
 ) -> dict[str, TrialResult]:
     found = comparable(confirmations)
-    if front is None or found is None:
+    if front.fresh is None or found is None:
         return {}
     base = next(result for result in results if result.trial == BASE_TRIAL and result.is_ok)
     again = [*front.members, found.apply(base, experiment)]

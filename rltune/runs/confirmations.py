@@ -131,7 +131,7 @@ def counted_gains(
     counted = [(chosen, member) for chosen, member in fresh if member is not None and member.is_feasible]
     if not counted:
         return (), np.zeros((found.base.num_prompts, 0, len(front.unit_D)))
-    gains_PND = np.stack([_gains_PD(front, member, found) for _, member in counted], axis=1)
+    gains_PND = np.stack([gains_PD(front, _row(member, found), found) for _, member in counted], axis=1)
     return tuple(chosen for chosen, _ in counted), gains_PND
 
 
@@ -166,31 +166,35 @@ def _volume(front: Front, members: Sequence[TrialResult], counted: Sequence[int]
     """Return the hypervolume of the members that count, above the base model minus one unit."""
     if not counted:
         return FreshVolume(0.0, None, None)
-    gains_PND = np.stack([_gains_PD(front, members[i], found) for i in counted], axis=1)
+    gains_PND = np.stack([gains_PD(front, _row(members[i], found), found) for i in counted], axis=1)
     return fresh_volume(front.places_ND([front.chosen[i] for i in counted]), gains_PND)
 
 
 def _non_dominated(front: Front, counted: Sequence[TrialResult], found: Confirmed) -> dict[str, float]:
     """Return how probable each member's place is among those that count and the base model."""
-    gains = [_gains_PD(front, member, found) for member in counted]
-    if not gains or min(len(gains_PD) for gains_PD in gains) < 2 or len({len(gains_PD) for gains_PD in gains}) > 1:
+    gains = [gains_PD(front, _row(member, found), found) for member in counted]
+    if not gains or min(len(own_PD) for own_PD in gains) < 2 or len({len(own_PD) for own_PD in gains}) > 1:
         return {}
     base_PD = np.zeros_like(gains[0])
     probability_N = prob_non_dominated(np.stack([*gains, base_PD], axis=1))
     return {member.trial: float(value) for member, value in zip(counted, probability_N, strict=False)}
 
 
-def _gains_PD(front: Front, member: TrialResult, found: Confirmed) -> Array:
-    """Return a member's gain over the base model for every prompt in units; of runs of before, the mean alone."""
-    names, base = front.objectives.names, found.base
-    row = base if member.trial == BASE_TRIAL else found.of(member)
+def _row(member: TrialResult, found: Confirmed) -> Confirmation:
+    row = found.base if member.trial == BASE_TRIAL else found.of(member)
     assert row is not None
+    return row
+
+
+def gains_PD(front: Front, row: Confirmation, found: Confirmed) -> Array:
+    """Return what a row gained over the base model on every prompt, in units; in runs of before, the mean alone."""
+    names, base = front.objectives.names, found.base
     if all(name in base.values for name in names) and all(name in row.values for name in names):
         gains = [np.asarray(row.values[name]) - np.asarray(base.values[name]) for name in names]
     else:
         gains = [np.array([row.metrics[f"eval/{name}"] - base.metrics[f"eval/{name}"]]) for name in names]
-    gains_PD: Array = np.stack(gains, axis=1) * front.objectives.signs_D / front.unit_D
-    return gains_PD
+    signed_PD: Array = np.stack(gains, axis=1) * front.objectives.signs_D / front.unit_D
+    return signed_PD
 
 
 def _not_held(front: Front, members: Sequence[TrialResult]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from rltune.runs.objects import SEGMENTS, Entry, ObjectStore, copied
 from rltune.runs.store import write_atomically
 
-LOGS = ("results.jsonl", "confirmed.jsonl", "events.jsonl")
+LOGS = ("results.jsonl", "confirmed.jsonl", "mixtures.jsonl", "events.jsonl")
 """Names of files of lines that several processes add to, one after another or at once."""
 LAST = ("base.json", "checkpoint.json", "rltune.json", "experiment.yaml")
 """Names of files that say that what is beside them is whole: written last, deleted first."""
@@ -199,7 +199,7 @@ def _is_of_driver(key: str) -> bool:
     top, _, rest = key.partition("/")
     if top == "trials":
         return rest.rpartition("/")[2] in ("trial.json", "events.jsonl")
-    return top not in ("base", "tensorboard", "confirmed.jsonl")
+    return top not in ("base", "tensorboard", "confirmed.jsonl", "mixtures.jsonl")
 
 
 def _has(key: str, patterns: Sequence[str]) -> bool:

@@ -11,10 +11,11 @@ from rltune.config.sections import JOINT_SHARES
 from rltune.errors import UserError
 from rltune.registry import suggest
 from rltune.runs.base_scores import BaseScores, load_scores
-from rltune.runs.confirmations import confirmed_front, read_confirmations
+from rltune.runs.confirmations import read_confirmations
 from rltune.runs.filters import keep, parse_condition
-from rltune.runs.layout import RunFolder
-from rltune.runs.objectives import Front, Objectives, find_front
+from rltune.runs.layout import BASE_TRIAL, RunFolder
+from rltune.runs.mixtures import read_mixtures, reported_front
+from rltune.runs.objectives import Front, Objectives, Soup, find_front
 from rltune.runs.record import base_folder, read_record
 from rltune.runs.results import TrialResult, read_results
 
@@ -41,7 +42,10 @@ def read_front(
     results = read_results(folder.results_file)
     results = keep(results, [parse_condition(text, results) for text in where])
     front = search_front(results, experiment, reference, objectives=checked(objectives, reference))
-    return front and (confirmed_front(front, experiment, read_confirmations(folder)) or front)
+    # a soup has no numbers of the search, so that it meets no condition on them
+    return front and reported_front(
+        front, experiment, read_confirmations(folder), [] if where else read_mixtures(folder)
+    )
 
 
 def checked(objectives: Sequence[str], reference: BaseScores) -> tuple[str, ...]:
@@ -75,12 +79,14 @@ def search_front(
 def front_as_dict(front: Front) -> dict[str, Any]:
     """Return the front in JSON's types.
 
+    Members are trials (``kind`` is ``trial``, or ``base``) and, behind these, the soups that nothing has beaten; those
+    that were are in ``soups_not_held``. What a soup is a mixture of is its ``soup``: trial -> weight.
     ``metrics`` of a member are what is reported; ``chosen_by`` those of the search, which differ where the front was
     ``is_measured_again``, and ``not_held`` says why it does not hold its place there; ``p_non_dominated`` is how
     probable it is that no other is better by its true values. Half widths are of 95 % intervals over prompts.
     ``hypervolume_of_search`` is by ``chosen_by``: what luck has raised.
     """
-    fresh = front.fresh
+    fresh, soups = front.fresh, front.soups
     return {
         "objectives": {
             name: "maximize" if sign > 0 else "minimize"
@@ -95,6 +101,13 @@ def front_as_dict(front: Front) -> dict[str, Any]:
         "hypervolume_half_width": fresh and fresh.half_width,
         "hypervolume_of_search": fresh.search_hypervolume if fresh else front.hypervolume,
         "hypervolume_without_effect": fresh and {"mean": 1.0, "half_width": fresh.half_width_without_effect},
+        "hypervolume_with_soups": soups
+        and {
+            "mean": soups.hypervolume,
+            "half_width": soups.half_width,
+            "growth": soups.hypervolume - front.hypervolume,
+            "growth_half_width": soups.growth_half_width,
+        },
         "knee": front.knee.trial if front.knee else None,
         "best": {name: front.best(name).trial for name in front.objectives.names},
         "is_measured_again": fresh is not None,
@@ -103,6 +116,7 @@ def front_as_dict(front: Front) -> dict[str, Any]:
         "members": [
             {
                 "trial": member.trial,
+                "kind": "base" if member.trial == BASE_TRIAL else "trial",
                 "values": dict(member.values),
                 "metrics": dict(member.metrics),
                 "chosen_by": dict(chosen.metrics),
@@ -110,13 +124,29 @@ def front_as_dict(front: Front) -> dict[str, Any]:
                 "p_non_dominated": fresh and fresh.non_dominated.get(member.trial),
             }
             for member, chosen in zip(front.members, front.chosen, strict=True)
-        ],
+        ]
+        + [_soup_as_dict(soup) for soup in (soups.members if soups else ())],
+        "soups_not_held": [_soup_as_dict(soup) for soup in (soups.every if soups else ()) if soup.beaten],
+    }
+
+
+def _soup_as_dict(soup: Soup) -> dict[str, Any]:
+    return {
+        "trial": soup.name,
+        "kind": "soup",
+        "soup": dict(soup.weights),
+        "values": {},
+        "metrics": dict(soup.result.metrics),
+        "chosen_by": None,
+        "not_held": soup.beaten or None,
+        "p_non_dominated": soup.non_dominated,
     }
 
 
 def front_as_csv(front: Front) -> str:
-    """Return the front as a table: trial, objectives and gains over the base with standard errors, prompts, knobs.
+    """Return the front as a table: trial, kind, objectives and gains over the base with errors, prompts, knobs.
 
+    The soups of the front follow its trials; with any, a column says what they are mixtures of.
     Behind the objectives stand the shares of images that dominate or collapse, where they were measured, and how
     probable each place is, where members were measured again. Of a single prompt there are no standard errors.
     """
@@ -129,10 +159,15 @@ def front_as_csv(front: Front) -> str:
     text = io.StringIO()
     writer = csv.writer(text)
     places = front.fresh.non_dominated if front.fresh else {}
-    writer.writerow(["trial", *columns, *(["p_non_dominated"] if places else []), "prompts", *paths])
-    for member in front.members:
+    soups = front.soups.members if front.soups else ()
+    head = ["trial", "kind", *(["soup"] if soups else []), *columns, *(["p_non_dominated"] if places else [])]
+    writer.writerow([*head, "prompts", *paths])
+    rows = [(member, "", places.get(member.trial, "")) for member in front.members]
+    rows += [(soup.result, soup.recipe, "" if (p := soup.non_dominated) is None else p) for soup in soups]
+    for member, recipe, probable in rows:
+        kind = "base" if member.trial == BASE_TRIAL else "soup" if recipe else "trial"
         metrics = [member.metrics.get(column, "") for column in columns]
-        place = [places.get(member.trial, "")] if places else []
         knobs = [member.values.get(path, "") for path in paths]
-        writer.writerow([member.trial, *metrics, *place, front.num_prompts, *knobs])
+        about = [member.trial, kind, *([recipe] if soups else [])]
+        writer.writerow([*about, *metrics, *([probable] if places else []), front.num_prompts, *knobs])
     return text.getvalue()

@@ -108,6 +108,11 @@ class RunFolder:
         return self.path / "confirmed.jsonl"
 
     @property
+    def mixtures_file(self) -> Path:
+        """LoRAs of the front mixed without training, or at other strengths, on the same prompts: one line each."""
+        return self.path / "mixtures.jsonl"
+
+    @property
     def confirmation_failure_file(self) -> Path:
         """Why fresh measurements failed."""
         return self.path / "confirm-failure.txt"

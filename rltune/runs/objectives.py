@@ -60,6 +60,49 @@ class Fresh:
 
 
 @dataclass(frozen=True)
+class Soup:
+    """LoRAs of a run mixed without training, by fresh measurements."""
+
+    result: TrialResult
+    """What it measured; its name stands for a trial, and it has no settings of its own."""
+    weights: Mapping[str, float]
+    """Trial -> weight of its update; together 1."""
+    beaten: str
+    """Why it is not on the front; empty where it is."""
+    non_dominated: float | None
+    """How probable it is that no member, no other soup and not the base model is better by its true values."""
+
+    @property
+    def name(self) -> str:
+        """What it is picked by."""
+        return self.result.trial
+
+    @property
+    def recipe(self) -> str:
+        """What it is a mixture of."""
+        return " + ".join(f"{weight:g} x {trial}" for trial, weight in self.weights.items())
+
+
+@dataclass(frozen=True)
+class Soups:
+    """What was mixed from a front's LoRAs, all of it measured on the same fresh prompts."""
+
+    every: tuple[Soup, ...]
+    """In the order in which they were measured."""
+    hypervolume: float
+    """Of the members and every feasible soup, each in the place that the search foresaw: between its LoRAs."""
+    half_width: float | None
+    """Of its 95 % interval over prompts."""
+    growth_half_width: float | None
+    """Of the interval of how much that is more than the members' own; paired by prompt."""
+
+    @property
+    def members(self) -> tuple[Soup, ...]:
+        """Those on the front: no member and no other soup measured at least as well in every objective."""
+        return tuple(soup for soup in self.every if not soup.beaten)
+
+
+@dataclass(frozen=True)
 class Front:
     """The Pareto front of a run."""
 
@@ -85,6 +128,8 @@ class Front:
     """What is known of a front that was measured again; None if the members' metrics are those they were chosen by."""
     unit_words: Mapping[str, str] = field(default_factory=dict)
     """What the unit of an objective is, of the base model."""
+    soups: Soups | None = None
+    """What was mixed from its LoRAs; None where nothing was. Neither counted in ``hypervolume`` nor picked as knee."""
 
     @property
     def not_held(self) -> Mapping[str, str]:

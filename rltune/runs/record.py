@@ -25,15 +25,11 @@ from rltune.runs.remote import opened
 from rltune.runs.store import write_atomically
 
 LIBRARIES = ("ray", "torch", "diffusers", "transformers", "peft", "accelerate", "open_clip_torch", "optuna")
-MAY_CHANGE = ("name", "track", "stop", "resources", *(f"search.{n}" for n in ("trials", "prune", "grace", "reduction")))
+_OF_SEARCH = ("search.trials", "search.prune", "search.grace", "search.reduction")
+MAY_CHANGE = ("name", "track", "stop", "sweep", "resources", *_OF_SEARCH)
 """Sections and settings that may be others on a resume: how much to do, and on what."""
-MAY_NOT = (
-    "resources.precision",
-    "resources.prefix_precision",
-    "resources.decoder_precision",
-    "resources.compile",
-    "resources.decoder_tiles",
-)
+_KEPT = ("precision", "prefix_precision", "decoder_precision", "compile", "decoder_tiles")
+MAY_NOT = tuple(f"resources.{name}" for name in _KEPT)
 """Those below ``MAY_CHANGE`` that change numbers all the same."""
 OF_CODE = re.compile(r"judges\.|estimator\.(k|draw|std)$|estimator\.options\.|rewards\.[^.]+\.(reward$|options\.)")
 """Settings whose defaults are those of an estimator or a reward: readers do without."""

@@ -68,8 +68,9 @@ class Run:
     def front(self) -> dict[str, Any] | None:
         """The Pareto front as in ``front.json``; None while the base model has no result.
 
-        ``members`` are best in the first objective first, each with ``trial``, ``values`` and ``metrics``; ``knee`` and
-        ``best`` name trials; ``hypervolume`` is in the ``units`` above the ``reference_point``.
+        ``members`` are best in the first objective first, soups last, each with ``trial``, ``kind``, ``values`` and
+        ``metrics``; ``knee`` and ``best`` name trials; ``hypervolume`` is in the ``units`` above the
+        ``reference_point``.
         """
         front = read_front(self._folder, self._experiment)
         return None if front is None else front_as_dict(front)
@@ -100,7 +101,9 @@ class Run:
             raise UserError("to_pandas: pandas is not installed; pip install pandas") from error
         if table == "front":
             members = (self.front or {"members": []})["members"]
-            return pd.DataFrame([{"trial": m["trial"], **m["values"], **m["metrics"]} for m in members])
+            return pd.DataFrame(
+                [{"trial": m["trial"], "kind": m["kind"], **m["values"], **m["metrics"]} for m in members]
+            )
         return pd.DataFrame(self.trials if table == "trials" else self.curves)
 
 

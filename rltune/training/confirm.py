@@ -5,19 +5,19 @@ curse). So members of a front are measured anew before they are reported.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rltune.config.experiment import RunConfig
-from rltune.diffusion.lora import load_lora_state
+from rltune.diffusion.sampler import Sampler
 from rltune.runs.metrics import Values, summarise
-from rltune.training.adapters import attach_lora
-from rltune.training.checkpoint import load_adapter
+from rltune.training.assessment import of_checkpoint
 from rltune.training.evaluation import ImageSet, Samples, per_prompt, sample_and_score
 from rltune.training.heldout import fresh_prompts
 from rltune.training.model_cache import ModelCache
 from rltune.training.setup import Run, base_key, build_run
+from rltune.training.soups import of_point, trained_member
 from rltune.training.streams import Stream
 
 logger = logging.getLogger(__name__)
@@ -27,13 +27,23 @@ Take = Callable[[str, dict[str, float], dict[str, list[float]]], None]
 
 
 @dataclass(frozen=True)
+class Part:
+    """A trained LoRA in a mixture."""
+
+    config: RunConfig
+    checkpoint: Path
+    """Folder of the trained adapters."""
+    weight: float
+
+
+@dataclass(frozen=True)
 class Candidate:
-    """What is measured."""
+    """What is measured: a mixture of LoRAs by the weights of their updates, a LoRA at a strength, or the base model."""
 
     trial: str
     config: RunConfig
-    checkpoint: Path | None
-    """Folder of the trained adapters; None is the base model."""
+    parts: Sequence[Part] = ()
+    """A trial is one part at weight 1, the base model none."""
 
 
 def confirm(candidates: Iterable[Candidate], take: Take, cache: ModelCache | None = None) -> None:
@@ -64,15 +74,21 @@ def confirm(candidates: Iterable[Candidate], take: Take, cache: ModelCache | Non
             bases[key] = samples, per_prompt(samples, samples, images, judges, objectives)
         base, base_values = bases[key]
         values = base_values
-        if candidate.checkpoint is not None:
+        if candidate.parts:
             run = build_run(config, cache)
-            images = fresh_images(run)
-            attach_lora(run.model, config.model.lora)
-            load_lora_state(run.model.network, load_adapter(candidate.checkpoint))
-            samples = sample_and_score(run.sampler, images, run.rewards, run.workers, batch_size=run.eval_batch)
+            images, sampler = fresh_images(run), _prepared(run.sampler, candidate.parts)
+            samples = sample_and_score(sampler, images, run.rewards, run.workers, batch_size=run.eval_batch)
             values = per_prompt(samples, base, images, judges, objectives)
         rows = {name: values_P.tolist() for name, values_P in values.items()}
         take(candidate.trial, summarise(values, base_values), rows)
+
+
+def _prepared(sampler: Sampler, parts: Sequence[Part]) -> Sampler:
+    """Put what is measured on a model that has no adapters."""
+    if len(parts) == 1:
+        return of_checkpoint(parts[0].config, parts[0].checkpoint, parts[0].weight)(sampler)
+    loras = [trained_member(sampler.model, part.config, part.checkpoint) for part in parts]
+    return of_point(loras, tuple(part.weight for part in parts), "exact")(sampler)
 
 
 def fresh_images(run: Run) -> ImageSet:

@@ -19,7 +19,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -38,22 +38,21 @@ from rltune.training.reporter import FolderReporter
 from rltune.training.soups import Method, Weights, even_weights, of_point, trained_member
 
 MIX = Path(__file__).parents[2] / "experiments" / "mix.yaml"
-SETS = (("aesthetic", "compressibility"), ("aesthetic", "alignment", "compressibility"))
+REWARDS = ("aesthetic", "alignment", "compressibility")
+SETS = (("aesthetic", "compressibility"), REWARDS)
 SETTINGS = {"model.lora.rank": 8, "estimator.k": 6, "optim.lr": 7e-4}
 METHODS: tuple[Method, ...] = ("exact", "predictions", "draw")
 TRAINED_POINTS, FINE_POINTS = {2: 5, 3: 3}, {2: 9, 3: 5}
 """Rewards -> points along an edge."""
 FRONTS = ("ends", "trained", *METHODS, "exact, finer")
-PROMPTS, IMAGES = 32, 2
+PROMPTS, IMAGES = 24, 1
 Key = tuple[str, Weights]
 
 
-def configure(rewards: Sequence[str], weights: Weights, seed: int) -> RunConfig:
+def configure(weights: Weights, seed: int) -> RunConfig:
     """The experiment of one LoRA."""
-    every = load_experiment(MIX).shared.rewards
-    shares = dict.fromkeys(every, 0.0) | dict(zip(rewards, weights, strict=True))
     changes: dict[str, Any] = {**SETTINGS, "seed": seed, "evaluate.every": 1000, "evaluate.prompts": 4}
-    changes |= {f"rewards.{name}.weight": share for name, share in shares.items()}
+    changes |= {f"rewards.{name}.weight": share for name, share in zip(REWARDS, weights, strict=True)}
     overrides = [f"{where}={json.dumps(value)}" for where, value in changes.items()]
     return load_experiment(MIX, overrides=overrides).concrete({})
 
@@ -67,50 +66,66 @@ def train(config: RunConfig, folder: Path) -> Path:
     return last
 
 
-def measure(rewards: Sequence[str], seed: int, folder: Path) -> None:
-    """Measure what is missing of one set of rewards and one seed; a line of ``points.jsonl`` each."""
-    num, file = len(rewards), folder / "points.jsonl"
+def measure(seed: int, folder: Path) -> None:
+    """Measure what is missing of a seed; a line of its ``points-SEED.jsonl`` each."""
+    file, wanted = folder / f"points-{seed}.jsonl", list(wanted_points())
     folder.mkdir(parents=True, exist_ok=True)
-    bench = bench_of(rewards, seed)
-    trained = {}
-    for weights in even_weights(num, TRAINED_POINTS[num]):
-        config = configure(rewards, weights, seed)
-        name = ",".join(f"{section.weight:.3g}" for section in config.rewards.values())
-        trained[weights] = train(config, folder.parent / f"loras-{seed}" / name)
-    loras = [trained_member(bench.run.model, configure(rewards, end, seed), trained[end]) for end in ends(num)]
-    wanted: dict[Key, Subject] = {}
-    for weights, checkpoint in trained.items():
-        prepare = of_checkpoint(configure(rewards, weights, seed), checkpoint, 1.0)
-        wanted["trained", weights] = Subject("trained", prepare)
-    for method in METHODS:
-        for weights in (*trained, *(even_weights(num, FINE_POINTS[num]) if method == "exact" else ())):
-            wanted[method, weights] = Subject(method, of_point(loras, weights, method))
-    for done, _ in read(file):
-        wanted.pop(done, None)
-    measured = bench.assess(wanted.values())
+    bench = bench_of(seed)
+
+    def trained(weights: Weights) -> Path:
+        return train(configure(weights, seed), folder / f"loras-{seed}" / ",".join(f"{share:.3g}" for share in weights))
+
+    for method, weights in wanted:
+        if method == "trained":
+            trained(weights)
+    loras = [trained_member(bench.run.model, configure(end, seed), trained(end)) for end in even_weights(3, 2)]
+    done = {key for key, _ in read(file)}
+    left: dict[Key, Subject] = {}
+    for method, weights in wanted:
+        if method == "trained":
+            left[method, weights] = Subject(method, of_checkpoint(configure(weights, seed), trained(weights), 1.0))
+        else:
+            used = [i for i, weight in enumerate(weights) if weight]
+            mixed = of_point([loras[i] for i in used], tuple(weights[i] for i in used), method)
+            left[method, weights] = Subject(method, mixed)
+    left = {key: subject for key, subject in left.items() if key not in done}
+    measured = bench.assess(left.values())
     base = next(measured)
     spread = {name: float(values_P.std(ddof=1)) for name, values_P in base.values.items()}
-    (folder / "base.json").write_text(json.dumps({"spread": spread, "mean": {f.name: f.value for f in base.figures}}))
-    for (method, weights), row in zip(wanted, measured, strict=True):
+    about = {"spread": spread, "mean": {figure.name: figure.value for figure in base.figures}}
+    (folder / f"base-{seed}.json").write_text(json.dumps(about))
+    for (method, weights), row in zip(left, measured, strict=True):
         figures = {figure.name: figure.value for figure in row.figures}
         with file.open("a") as lines:  # what is there by then is read if a later one fails
             lines.write(json.dumps({"method": method, "weights": weights, "figures": figures}) + "\n")
         print(f"seed {seed} {method} {weights}: {figures}", flush=True)
-    if num == 2:
-        picture(bench, [of_point(loras, weights, "exact") for weights in even_weights(2, 5)]).save(
-            folder.parent / f"line-{seed}.png"
-        )
+    two = [loras[REWARDS.index(name)] for name in SETS[0]]
+    line = [of_point(two, weights, "exact") for weights in even_weights(2, 5)]
+    picture(bench, line).save(folder / f"line-{seed}.png")
 
 
-def ends(num: int) -> list[Weights]:
-    """The weights of single rewards."""
-    return [tuple(float(i == j) for j in range(num)) for i in range(num)]
+def points_of(rewards: Sequence[str], front: str) -> list[tuple[Method | Literal["trained"], Weights]]:
+    """The points of a front, by their weights of all rewards; a soup of one LoRA is that LoRA."""
+    num = len(rewards)
+    kinds: dict[str, tuple[Any, int]] = {"ends": ("trained", 2), "exact, finer": ("exact", FINE_POINTS[num])}
+    method, points = kinds.get(front, (front, TRAINED_POINTS[num]))
+    found = []
+    for weights in even_weights(num, points):
+        shares = dict(zip(rewards, weights, strict=True))
+        whole = tuple(shares.get(name, 0.0) for name in REWARDS)
+        found.append(("trained" if max(whole) == 1 else method, whole))
+    return found
 
 
-def bench_of(rewards: Sequence[str], seed: int) -> Bench:
+def wanted_points() -> Iterator[Any]:
+    """Every point of every front, once."""
+    yield from dict.fromkeys(point for rewards in SETS for front in FRONTS for point in points_of(rewards, front))
+
+
+def bench_of(seed: int) -> Bench:
     """Prompts that nothing was trained on, with fresh noise."""
-    config = configure(rewards, tuple(1 / len(rewards) for _ in rewards), seed)
-    evaluate = config.evaluate.model_copy(update={"prompts": PROMPTS, "images_per_prompt": IMAGES})
+    config = configure((1 / 3, 1 / 3, 1 / 3), seed)
+    evaluate = config.evaluate.model_copy(update={"prompts": PROMPTS, "images_per_prompt": IMAGES, "judges": ()})
     return make_bench(config.model_copy(update={"evaluate": evaluate}), "fresh", cache=ModelCache())
 
 
@@ -135,20 +150,12 @@ def read(file: Path) -> Iterator[tuple[Key, dict[str, float]]]:
         yield (row["method"], tuple(row["weights"])), row["figures"]
 
 
-def volume(rewards: Sequence[str], folder: Path, front: str) -> float:
+def volume(rewards: Sequence[str], folder: Path, seed: int, front: str) -> float:
     """The hypervolume of a front's points and the base model, without the base model's own."""
-    base = json.loads((folder / "base.json").read_text())
+    base = json.loads((folder / f"base-{seed}.json").read_text())
     mean_D, spread_D = (np.array([base[kind][name] for name in rewards]) for kind in ("mean", "spread"))
-    method, points = {"ends": ("trained", 2), "exact, finer": ("exact", FINE_POINTS[len(rewards)])}.get(
-        front, (front, TRAINED_POINTS[len(rewards)])
-    )
-    wanted = even_weights(len(rewards), points)
-    rows = [
-        [figures[name] for name in rewards]
-        for (kind, weights), figures in read(folder / "points.jsonl")
-        if kind == method and weights in wanted
-    ]
-    assert len(rows) == len(wanted), f"{folder} lacks points of {front}"
+    measured = dict(read(folder / f"points-{seed}.jsonl"))
+    rows = [[measured[point][name] for name in rewards] for point in points_of(rewards, front)]
     points_ND = (np.array([*rows, mean_D]) - mean_D) / spread_D
     return hypervolume(points_ND, reference_point(np.zeros(len(rewards)), np.ones(len(rewards)))) - 1.0
 
@@ -157,20 +164,16 @@ def table(folder: Path, seeds: Sequence[int]) -> None:
     """Print each front's hypervolume over seeds beside what was trained for it, and how far the trained front's is."""
     print("| rewards | front | points | images scored in training | hypervolume | against trained | per 1,000 images |")
     print("|---|---|---|---|---|---|---|")
+    optim = configure(even_weights(3, 2)[0], 0).optim
     for rewards in SETS:
-        num = len(rewards)
-        places = [folder / f"{num}-{seed}" for seed in seeds]
-        optim = configure(rewards, ends(num)[0], 0).optim
-        trained = np.array([volume(rewards, place, "trained") for place in places])
+        trained = np.array([volume(rewards, folder, seed, "trained") for seed in seeds])
         for front in FRONTS:
-            found = np.array([volume(rewards, place, front) for place in places])
-            points = {"ends": num, "exact, finer": len(even_weights(num, FINE_POINTS[num]))}.get(
-                front, len(even_weights(num, TRAINED_POINTS[num]))
-            )
-            images = optim.steps * optim.batch * (points if front == "trained" else num)
-            cells = [", ".join(rewards), front, str(points), f"{images:,}", mean_of(found)]
-            cells += ["" if front == "trained" else mean_of(found - trained, "+"), mean_of(1000 * found / images)]
-            print(f"| {' | '.join(cells)} |")
+            found = np.array([volume(rewards, folder, seed, front) for seed in seeds])
+            points = points_of(rewards, front)
+            images = optim.steps * optim.batch * sum(method == "trained" for method, _ in points)
+            against = "" if front == "trained" else mean_of(found - trained, "+")
+            cells = [", ".join(rewards), front, str(len(points)), f"{images:,}", mean_of(found), against]
+            print(f"| {' | '.join([*cells, mean_of(1000 * found / images)])} |")
 
 
 def mean_of(values_S: np.ndarray, sign: str = "") -> str:
@@ -188,8 +191,7 @@ def main() -> None:
     quiet_libraries()
     if not options.table:
         for seed in options.seeds:
-            for rewards in SETS:
-                measure(rewards, seed, options.folder / f"{len(rewards)}-{seed}")
+            measure(seed, options.folder)
     table(options.folder, options.seeds)
 
 

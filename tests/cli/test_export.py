@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rltune.export import trials
-from rltune.export.trials import Exported
+from rltune.export.write import Exported
 from rltune.runs.layout import BASE_TRIAL, RunFolder
 from rltune.runs.results import TrialResult
 from tests.cli.conftest import Call

@@ -11,7 +11,7 @@ from rltune.runs.confirmations import Measured
 from rltune.runs.fronts import front_as_csv, front_as_dict
 from rltune.runs.layout import BASE_TRIAL
 from rltune.runs.metrics import OVER_PROMPTS
-from rltune.runs.objectives import Fresh, Front, Objectives, find_front, nearest
+from rltune.runs.objectives import Fresh, Front, Objectives, Soup, Soups, find_front, nearest
 from rltune.runs.results import TrialResult
 from tests.cli.test_tables import render, words
 from tests.run_folders import result
@@ -193,3 +193,18 @@ def test_a_base_model_that_breaks_a_bound_is_marked_and_gives_way_to_trials_that
     kept = front_of(base, result("001", 0.75, 0.05, constraints={"brightness.min": -0.05}))
     assert [member.trial for member in kept.members] == ["001"]  # the base has less drift, and does not keep the bound
     assert kept.hypervolume == pytest.approx(3.5 * 0.5)
+
+
+def test_soups_stand_below_the_trials_with_what_they_are_made_of() -> None:
+    front = front_of(BASE, result("001", 0.7, 0.05), num_reused=0)
+    assert "soup" not in shown(front)[1].lower()
+    kept, lost = result("soup-1", 0.65, 0.04, values={}), result("soup-2", 0.64, 0.05, values={})
+    shares = {"001": 0.25, "002": 0.75}
+    soups = Soups((Soup(kept, shares, "", 0.5), Soup(lost, shares, "soup-1 is better", 0.1)), 2.5, 0.3, 0.25)
+    lines, text = shown(replace(front, soups=soups), 80)
+    assert [line.split() for line in lines if line.startswith("soup-")] == [
+        ["soup-1", "0.650", f"+0.150{PLUS_MINUS}0.011", "0.040", f"+0.040{PLUS_MINUS}0.032"],
+        ["soup-1", "0.25", "x", "001", "+", "0.75", "x", "002", "0.50"],
+    ]
+    assert "Soups: 2 mixtures of LoRAs of the front, not trained; one of them is on the front" in text
+    assert f"With all of them the hypervolume is 2.5, +0.5 {PLUS_MINUS} 0.25." in text

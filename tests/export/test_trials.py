@@ -23,7 +23,8 @@ from rltune.export.base import EXPORT_FORMATS, Adapter
 from rltune.export.diffusers import Diffusers
 from rltune.export.picks import pick_trial
 from rltune.export.proof import TOLERANCE
-from rltune.export.trials import Exported, export_trials
+from rltune.export.trials import export_trials
+from rltune.export.write import Exported
 from rltune.runs.layout import BASE_TRIAL, RunFolder
 from rltune.runs.results import TrialResult, append_result, read_results
 from rltune.training.checkpoint import load_adapter

@@ -10,7 +10,7 @@ import pytest
 
 from rltune.config.load import Experiment
 from rltune.errors import RunError, UserError
-from rltune.export.trials import Exported
+from rltune.export.write import Exported
 from rltune.orchestration import campaign, trials
 from rltune.orchestration.campaign import Confirming, Found, NotConfirmed, Planned, Reported, Trained, run_campaign
 from rltune.orchestration.cluster import Cluster

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rltune.errors import RunError
-from rltune.export.trials import Exported
+from rltune.export.write import Exported
 from rltune.orchestration import export_job
 from rltune.orchestration.job_spec import JobSpec
 from rltune.orchestration.nodes import WorkerNeed

@@ -1,14 +1,16 @@
 """Fresh measurements: other prompts and noise than the search's, the right adapters, gains over the base there."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.lora import add_lora, load_lora_state
 from rltune.training.checkpoint import load_adapter
-from rltune.training.confirm import Candidate, confirm, fresh_images
+from rltune.training.confirm import Candidate, Part, confirm, fresh_images
 from rltune.training.evaluation import sample_and_score
 from rltune.training.setup import base_key, build_run
 from tests.training.runs import Make, train
@@ -29,10 +31,16 @@ def test_every_candidate_is_measured_by_itself(make_config: Make, tmp_path: Path
         reporter = train(config, tmp_path / str(i))
         folders.append(reporter.latest())
     rows: dict[str, tuple[dict[str, float], dict[str, list[float]]]] = {}
-    candidates = [Candidate(str(i), config, folders[i]) for i, config in enumerate(configs)]
-    candidates.insert(1, Candidate("base", configs[0], None))
+    candidates = [Candidate(str(i), config, [Part(config, folders[i], 1.0)]) for i, config in enumerate(configs)]
+    candidates.insert(1, Candidate("base", configs[0]))
+    halves = [Part(config, folder, 0.5) for config, folder in zip(configs, folders, strict=True)]
+    candidates += [
+        Candidate("soup", configs[0], halves),
+        Candidate("all", configs[0], [Part(configs[0], folders[0], 1.0), replace(halves[1], weight=0.0)]),
+    ]
+    candidates += [Candidate("off", configs[0], [replace(halves[0], weight=0.0)])]
     confirm(candidates, lambda trial, metrics, values: rows.update({trial: (metrics, values)}))
-    assert list(rows) == ["0", "base", "1"]
+    assert list(rows) == ["0", "base", "1", "soup", "all", "off"]
 
     scores, gains = {}, {}
     for i, config in enumerate(configs):
@@ -56,6 +64,29 @@ def test_every_candidate_is_measured_by_itself(make_config: Make, tmp_path: Path
         assert values["brightness"] == pytest.approx(expected.reshape(2, 2).mean(axis=1).tolist(), rel=1e-9)
     assert rows["0"][0]["eval/brightness"] != rows["1"][0]["eval/brightness"] != rows["base"][0]["eval/brightness"]
     assert rows["base"][0]["eval/drift"] == 0 < rows["0"][0]["eval/drift"]
+    assert rows["all"][1]["brightness"] == pytest.approx(rows["0"][1]["brightness"], abs=1e-5)  # another order of sums
+    assert rows["off"][1]["brightness"] == pytest.approx(rows["base"][1]["brightness"], abs=1e-6)
+    by_hand = mixed_by_hand(configs, folders)
+    assert rows["soup"][1]["brightness"] == pytest.approx(by_hand.reshape(2, 2).mean(axis=1).tolist(), abs=1e-5)
+    assert rows["soup"][1]["brightness"] != pytest.approx(rows["0"][1]["brightness"], abs=1e-3)
+
+
+def mixed_by_hand(configs: list[RunConfig], folders: list[Path]) -> np.ndarray:
+    """Brightness with half of each update added to the weights themselves."""
+    added: dict[str, torch.Tensor] = {}
+    for config, folder in zip(configs, folders, strict=True):
+        state, scale = load_adapter(folder), config.model.lora.alpha_value / config.model.lora.rank
+        for name in [key.partition(".lora_A.")[0] for key in state if ".lora_A." in key]:
+            update = state[f"{name}.lora_B.weight"] @ state[f"{name}.lora_A.weight"]
+            layer = name.removeprefix("base_model.model.")
+            added[layer] = added.get(layer, 0) + 0.5 * scale * update
+    run = build_run(configs[0])
+    with torch.no_grad():
+        for layer, update in added.items():
+            run.model.network.get_submodule(layer).weight += update
+    return sample_and_score(run.sampler, fresh_images(run), run.rewards, run.workers, batch_size=16).values[
+        "brightness"
+    ]
 
 
 def test_the_noise_is_fresh_even_where_prompts_are_not(make_config: Make) -> None:
