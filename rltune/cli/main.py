@@ -21,6 +21,8 @@ from rltune.cli.arguments import (
 from rltune.cli.doctor import doctor
 from rltune.cli.evaluate import evaluate
 from rltune.cli.export import export
+from rltune.cli.jobs import register as register_jobs
+from rltune.cli.report import report
 from rltune.cli.soup import soup
 from rltune.cli.terminal import errors, marked, take_any_text
 from rltune.errors import RltuneError
@@ -153,20 +155,7 @@ def compare(
     show_comparison(runs, objectives or "", as_json=as_json, page=page)
 
 
-@app.command()
-def report(
-    run: RunArgument,
-    figures: Annotated[
-        Path | None,
-        typer.Option(help="Write the figures there, as PNG and SVG, instead of the page.", callback=at_home),
-    ] = None,
-) -> None:
-    """Write report.html: the front to click on, with pictures, curves and settings of every trial, in one file."""
-    from rltune.cli.report import make_report
-
-    make_report(run, figures)
-
-
+app.command()(report)
 app.command()(export)
 
 
@@ -267,6 +256,9 @@ def schema() -> None:
     from rltune.orchestration.known import known_names
 
     typer.echo(json.dumps(json_schema(known_names()), indent=2))
+
+
+register_jobs(app)
 
 
 @models.callback(invoke_without_command=True)

@@ -1,9 +1,24 @@
 """``rltune report``: a run as a page, or its figures as files."""
 
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from rltune.cli.arguments import RunArgument, at_home
 from rltune.cli.terminal import console
 from rltune.errors import writing
+
+
+def report(
+    run: RunArgument,
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="Write the figures there, as PNG and SVG, instead of the page.", callback=at_home),
+    ] = None,
+) -> None:
+    """Write report.html: the front to click on, with pictures, curves and settings of every trial, in one file."""
+    make_report(run, figures)
 
 
 def make_report(run: Path, figures: Path | None) -> None:

@@ -121,6 +121,16 @@ def greet(address: str, *, timeout_s: float) -> Greeting:
     )
 
 
+def auth_headers() -> dict[str, str]:
+    """Return what lets a request in at a cluster's dashboard, empty without a token; only Ray's clients do so publicly.
+
+    They have no call for nodes or log files by HTTP that a machine without a way to the GCS can use.
+    """
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+
+    return dict(get_auth_headers_if_auth_enabled({}))
+
+
 def torch_backend() -> Any:
     """Return the class that starts torch's process group for Ray Train.
 

@@ -61,7 +61,8 @@ def check_rltune(words: Sequence[str]) -> None:
     file = values.get("experiment")
     if file is not None and file.parts[0] == "experiments":
         experiment = load_experiment(ROOT / file, values["overrides"] or [], known(), must_find_files=False)
-        assert experiment.is_searched == path.endswith("sweep"), f"{words}: not a file for {path}"
+        is_right = path.endswith("submit") or experiment.is_searched == path.endswith("sweep")
+        assert is_right, f"{words}: not a file for {path}"
 
 
 def check_python(words: Sequence[str]) -> None:

@@ -51,6 +51,14 @@ def test_the_greeting_of_a_cluster() -> None:
     assert all(f'"{name}"' in source for name in ("ray_version", "python_version", "ray_init_cluster")), ADVICE
 
 
+def test_the_token_in_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    purpose = "by which nodes and log files are asked for at a dashboard that wants a token"
+    name = "get_auth_headers_if_auth_enabled"
+    private("_private.authentication.http_token_authentication", name, purpose)
+    monkeypatch.setattr(f"ray._private.authentication.http_token_authentication.{name}", lambda given: {"a": "b"})
+    assert ray_private.auth_headers() == {"a": "b"}
+
+
 def test_the_backend_of_a_process_group() -> None:
     purpose = "whose subclass meets over a file, so that no port is open"
     backend = private("train.torch.config", "_TorchBackend", purpose)

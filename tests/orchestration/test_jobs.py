@@ -1,0 +1,140 @@
+"""Jobs of rltune on a cluster: which they are, following them, and the script that runs on the head."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ray.job_submission import JobStatus
+
+from rltune.errors import RunError, UserError
+from rltune.orchestration import jobs, on_head
+from rltune.orchestration.jobs import (
+    Job,
+    check_storage,
+    find_job,
+    follow,
+    free_id,
+    job_of,
+    list_jobs,
+    on_the_head,
+    stop,
+)
+from tests.orchestration.fake_jobs import FakeServer, details_of
+
+MIX = {"rltune": "0.1.0", "name": "mix", "experiment": "mix.yaml", "run": "/shared/runs/mix"}
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    monkeypatch.setattr(jobs, "POLL_S", 0.01)
+    return FakeServer(folder=tmp_path)
+
+
+def hand_in(server: FakeServer, job_id: str, work: Path, **about: str) -> Job:
+    work.mkdir(exist_ok=True)
+    server.submit_job(entrypoint="", submission_id=job_id, runtime_env={"working_dir": str(work)}, metadata=MIX | about)
+    return find_job(server, job_id)
+
+
+def test_a_job_says_which_run_it_is() -> None:
+    found = job_of(details_of("rltune-mix", "SUCCEEDED"))
+    assert found is not None
+    assert (found.id, found.name, found.run, found.state) == ("rltune-mix", "mix", "/shared/runs/mix", "succeeded")
+    assert found.has_ended
+    pending = job_of(details_of("rltune-mix", "PENDING"))
+    assert pending is not None
+    assert not pending.has_ended
+
+
+def test_the_newest_comes_first_and_other_people_s_jobs_do_not(server: FakeServer, tmp_path: Path) -> None:
+    hand_in(server, "rltune-mix", tmp_path / "a")
+    server.submit_job(entrypoint="", submission_id="x", runtime_env={"working_dir": str(tmp_path / "a")})
+    hand_in(server, "rltune-mix-2", tmp_path / "a")
+    assert [job.id for job in list_jobs(server)] == ["rltune-mix-2", "rltune-mix"]
+    assert find_job(server, "mix").id == "rltune-mix-2"
+    assert find_job(server, "rltune-mix").id == "rltune-mix"
+    with pytest.raises(UserError, match=r"no job 'max' of rltune; the newest there: rltune-mix-2, rltune-mix$"):
+        find_job(server, "max")
+
+
+def test_each_job_of_a_run_has_its_own_id() -> None:
+    assert free_id("mix", set()) == "rltune-mix"
+    assert free_id("mix", {"rltune-mix", "rltune-mix-2", "rltune-max"}) == "rltune-mix-3"
+
+
+@pytest.mark.parametrize("storage", [None, "runs", "./runs", "s3://bucket/runs", "/tmp/ray/session_latest/runs"])
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_a_storage_that_goes_with_the_job_is_refused(storage: str | None, unpacked: bool) -> None:
+    if unpacked:
+        storage = f"/data/ray/session_1_2/runtime_resources/working_dir_files/_ray_pkg_1/{storage}"
+    with pytest.raises(UserError, match=r"^--storage: .*give the absolute path of a folder that all nodes share"):
+        check_storage(storage)
+
+
+def test_a_folder_of_the_cluster_is_taken() -> None:
+    assert check_storage("/shared/runs/") == "/shared/runs"
+
+
+def test_a_log_is_followed_through_broken_connections(server: FakeServer, tmp_path: Path) -> None:
+    """Each connection gives the log from its beginning."""
+    job = hand_in(server, "rltune-mix", tmp_path / "a")
+    server.chunks[:] = [["one\n", RuntimeError("cut")], [RuntimeError("cut")], ["on", "e\ntwo\n"]]
+    said: list[str] = []
+    assert follow(server, job, said.append).state == "succeeded"
+    assert "".join(said) == "one\ntwo\n"
+
+
+def test_a_log_that_keeps_breaking_is_given_up(server: FakeServer, tmp_path: Path) -> None:
+    job = hand_in(server, "rltune-mix", tmp_path / "a")
+    server.chunks[:] = [[RuntimeError("cut")] for _ in range(9)]
+    with pytest.raises(RunError, match=r"broke off \(cut\); the job goes on by itself"):
+        follow(server, job, lambda text: None)
+    assert len(server.chunks) == 9 - jobs.MAX_BREAKS - 1
+
+
+def test_a_job_that_failed_while_it_was_followed_says_so(server: FakeServer, tmp_path: Path) -> None:
+    job = hand_in(server, "rltune-mix", tmp_path / "a")
+    server.end("rltune-mix", JobStatus.FAILED)
+    server.chunks[:] = [[RuntimeError("closed")]]
+    assert follow(server, job, lambda text: None).state == "failed"
+
+
+def test_a_job_is_stopped_and_waited_for(server: FakeServer, tmp_path: Path) -> None:
+    assert stop(server, hand_in(server, "rltune-mix", tmp_path / "a")).state == "stopped"
+
+
+def test_what_ray_s_client_raises_is_one_message(server: FakeServer) -> None:
+    with pytest.raises(RunError, match=r"^http://head:8265: a of\nb$|^http://head:8265: a of b$"), jobs.told(server):
+        raise RuntimeError("a of\nb")
+
+
+def test_the_head_is_looked_at(server: FakeServer, tmp_path: Path) -> None:
+    """The script has no import of rltune; the job is gone when it has said what it found."""
+    with on_the_head(server, "look", str(tmp_path / "new" / "runs"), "torch,nosuch-library") as found:
+        assert found["missing"] == ["nosuch-library"]
+        assert found["storage"] == ""
+        assert found["executable"] == sys.executable
+    assert server.jobs == {}
+
+
+def test_a_storage_that_cannot_be_written_is_found_on_the_head(server: FakeServer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with on_the_head(server, "look", str(tmp_path / "file" / "runs"), "") as found:
+        assert found["storage"] == f"{tmp_path / 'file'} is a file"
+
+
+def test_a_head_without_python_is_told_of(server: FakeServer, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="ended without a word"), on_the_head(server, "nosuch"):
+        pass
+    assert server.jobs == {}
+
+
+def test_the_script_needs_nothing_but_python() -> None:
+    code = "import sys; import on_head; print(json.dumps(sorted(sys.modules)))"
+    folder = Path(on_head.__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import json\n{code}"], cwd=folder, capture_output=True, text=True
+    )
+    assert not {"rltune", "numpy", "ray"} & set(json.loads(done.stdout))
