@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rltune.cli.arguments import DryRunOption, ExperimentArgument, NameOption, SetOption, at_home
+from rltune.cli.dashboard import dashboard
 from rltune.cli.terminal import console, errors, marked
 from rltune.errors import RunError, UserError
 
@@ -38,7 +39,7 @@ JobArgument = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    for command in (submit, jobs, logs, stop, fetch):
+    for command in (submit, jobs, logs, stop, fetch, dashboard):
         app.command()(command)
 
 

@@ -18,6 +18,7 @@ from rltune.export.picks import best_picks
 from rltune.export.trials import export_trials
 from rltune.export.write import Exported
 from rltune.orchestration.cluster import Cluster, connect, find_address
+from rltune.orchestration.metrics import exported
 from rltune.orchestration.plan import Plan, plan, this_machine
 from rltune.orchestration.survey import check_nodes
 from rltune.orchestration.workload import work_out
@@ -254,7 +255,7 @@ def _run(planned: Plan, cluster: Cluster, notify: Notify, display: Display, shri
     planned = replace(planned, experiment=experiment)
     num_ended = sum(result.trial != BASE_TRIAL for result in trials.results)
     notify(Planned(planned, cluster, num_ended, trials.num_left, is_resumed=bool(trials.results)))
-    with display(folder, experiment), kept_current(folder, experiment, shrink):
+    with display(folder, experiment), kept_current(folder, experiment, shrink), exported(folder, experiment):
         sweep.run()
     notify(Trained(planned, trials.num_left, trials.over))
     if trials.num_left and not trials.over:

@@ -1,5 +1,6 @@
 """A trial, as it travels from the sweep to its workers. Imports neither ray nor torch."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from rltune.runs.layout import RunFolder
 from rltune.runs.record import read_record, with_own_prompts
 from rltune.runs.remote import worker_folder
 
+PLAIN = re.compile(r"[^A-Za-z0-9_.-]+")
+"""What Ray does not take in a name."""
 STORAGE_ERROR = "storage_error"
 """Key of a report that says why nothing can go on."""
 
@@ -59,5 +62,13 @@ class JobSpec:
 
     @property
     def train_name(self) -> str:
-        """Name of the Ray Train run, by which Ray finds its checkpoints again: it stays where the folder is renamed."""
-        return f"trial-{self.trial}"
+        """Name of the Ray Train run, ``mix-007``, as the dashboard lists it and its checkpoints' folder is called.
+
+        A trial that has such a folder keeps its name: Ray finds checkpoints by it, and the run may be renamed. Where
+        the run is on object storage, copies differ in what they have, and the name must not hang on them.
+        """
+        if self.uri:
+            return f"trial-{self.trial}"
+        ending = f"-{self.trial}"
+        folders = sorted(self.folder.checkpoints_dir(self.trial).glob(f"*{ending}"))
+        return folders[0].name if folders else (PLAIN.sub("-", self.folder.name).strip("-.") or "run") + ending

@@ -103,7 +103,11 @@ def submit(submission: Submission, server: JobServer) -> Job:
     experiment = submission.plan.experiment
     environment: dict[str, Any] = {
         "working_dir": str(submission.upload.folder),
-        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "COLUMNS": str(LOG_COLUMNS)},
+        "env_vars": {
+            "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
+            "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # or the dashboard could not say which Train runs go on
+            "COLUMNS": str(LOG_COLUMNS),
+        },
     }
     if submission.package_size:
         environment |= {"py_modules": [str(package_folder())], "excludes": ["__pycache__"]}

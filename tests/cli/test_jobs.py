@@ -7,7 +7,7 @@ import pytest
 from ray.job_submission import JobStatus
 
 from rltune.cli.jobs import _ago
-from rltune.orchestration import job_server, jobs
+from rltune.orchestration import dashboard, job_server, jobs
 from tests.cli.conftest import Call
 from tests.orchestration.fake_jobs import FakeServer
 from tests.orchestration.processes import write_experiment
@@ -34,6 +34,7 @@ def submitted(server: FakeServer, name: str, run: Path | str) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_submit_says_what_goes_up_and_what_comes_next(
     server: FakeServer, call: Call, tmp_path: Path, tiny_pipeline: Path
 ) -> None:
@@ -129,3 +130,23 @@ def test_times_are_for_people() -> None:
         "2.2 h",
         "2 days",
     ]
+
+
+def test_dashboard_says_where_it_is_and_what_goes_on(
+    server: FakeServer, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "0123456789abcdef0123456789abcdef")
+    monkeypatch.setattr(dashboard, "connect_to_jobs", lambda address: server)
+    monkeypatch.setattr(dashboard, "train_runs", lambda server: [f"mix-{i:03}" for i in range(8)])
+    submitted(server, "mix", "/s/mix")
+    code, out, err = call("dashboard", *ADDRESS)
+    assert (code, err) == (0, "")
+    assert out == (
+        "http://head:8265\n"
+        f"    answers  Ray {server.ray_version}, 1 node\n"
+        "     tunnel  ssh -N -L 8265:127.0.0.1:8265 head, where only ssh gets there\n"
+        "      token  the page asks for it: RAY_AUTH_TOKEN\n"
+        "       jobs  rltune-mix: http://head:8265/#/jobs\n"
+        "     trials  mix-000, mix-001, mix-002, mix-003, mix-004, mix-005 and 2 more\n"
+        "    metrics  http://head:8265/#/metrics, once Prometheus and Grafana run\n"
+    )

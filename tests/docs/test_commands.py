@@ -18,7 +18,20 @@ from tests.docs.pages import PAGES, README, ROOT, Page, commands_of, known, page
 
 ROOT_COMMAND: Any = typer.main.get_command(app)
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-OTHERS = {"source", "tensorboard", "mlflow", "optuna-dashboard", "mkdocs", "ruff", "mypy", "git", "bash", "pre-commit"}
+OTHERS = {
+    "ray",
+    "ssh",
+    "source",
+    "tensorboard",
+    "mlflow",
+    "optuna-dashboard",
+    "mkdocs",
+    "ruff",
+    "mypy",
+    "git",
+    "bash",
+    "pre-commit",
+}
 """Programs that are not ours, whose options are not looked at."""
 
 

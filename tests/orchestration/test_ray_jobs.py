@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from rltune.orchestration.job_server import UNREACHED
+from rltune.orchestration.ray_private import LOCAL
 from rltune.runs.results import read_results
 from rltune.runs.rows import read_metrics
 from tests.orchestration.processes import MAIN, PATIENCE_S, environment, started, trained_alone, wait_for
@@ -21,7 +22,7 @@ from tests.orchestration.processes import MAIN, PATIENCE_S, environment, started
 pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 UNHURRIED = "tests.orchestration.own_rewards:unhurried"
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
+LOOPBACK = LOCAL | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token"}
 NO_TOKEN = "asks for a token"
 
 
@@ -34,27 +35,21 @@ def cluster() -> Iterator[Mapping[str, str]]:
         port, dashboard = one.getsockname()[1], other.getsockname()[1]
     folder = tempfile.mkdtemp(prefix="rl", dir="/tmp")  # a longer path than this leaves no room for Ray's sockets
     client = LOOPBACK | {"RAY_AUTH_TOKEN": secrets.token_hex(16)}
-    head = environment(pause_s=0.2) | client
+    head = environment(pause_s=0.3) | client
     del head["PYTHONPATH"]
     head["PATH"] = f"{Path(sys.executable).parent}:{head['PATH']}"
     words = ["ray", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}", f"--port={port}"]
     words += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    log = Path(folder, "head.log")
     try:
-        with started(words, env=head, cwd="/", stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-            url = f"http://127.0.0.1:{dashboard}"
-            wait_for(lambda: answers(dashboard), process, "the dashboard")
-            yield client | {"RAY_API_SERVER_ADDRESS": url}
+        with log.open("w") as out, started(words, env=head, cwd="/", stdout=out, stderr=out) as process:
+            wait_for(lambda: "Ray runtime started" in log.read_text(), process, "the head")
+            yield client | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
             process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=30)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def answers(port: int) -> bool:
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
 
 
 def command(*words: str) -> list[str]:
@@ -66,8 +61,8 @@ def test_submitted_followed_stopped_resumed_and_fetched(
 ) -> None:
     path = write(
         rewards={"mine": {"reward": UNHURRIED}, "smoothness": {}},
-        optim={"lr": 0.002, "steps": 16, "batch": 4},
-        evaluate={"every": 8, "prompts": 2},
+        optim={"lr": 0.002, "steps": 40, "batch": 4},
+        evaluate={"every": 20, "prompts": 2},
     )
     run = tmp_path / "shared" / "tiny"
     metrics = run / "trials" / "001" / "metrics.jsonl"
@@ -82,15 +77,16 @@ def test_submitted_followed_stopped_resumed_and_fetched(
     lone = {name: value for name, value in here.items() if name != "RAY_AUTH_TOKEN"}
     assert NO_TOKEN in said("jobs", code=2, env=lone | {"HOME": str(tmp_path), "RAY_AUTH_MODE": "disabled"})
     with started(command(*submit), env=here, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as following:
-        wait_for(lambda: any(row["step"] >= 2 for row in read_metrics(metrics)), following, "step 2")
+        wait_for(lambda: (run / "trials" / "001").is_dir(), following, "the trial")
         assert "rltune-tiny" in said("jobs")
         assert "works on this run" in said(*submit, code=2)
+        wait_for(lambda: any(row["step"] >= 2 for row in read_metrics(metrics)), following, "step 2")
         assert f"rltune-tiny stopped; the same 'rltune submit {path} ..' resumes {run}" in said("stop", "tiny")
         output, _ = following.communicate(timeout=PATIENCE_S)
     assert "rltune-tiny stopped" in output, output
     assert "trials are left; the same command resumes" in output
     reached = read_metrics(metrics)[-1]["step"]
-    assert 2 <= reached < 16
+    assert 2 <= reached < 40
     assert read_results(run / "results.jsonl")[-1].trial == "000"
 
     output = said(*submit)
@@ -98,7 +94,7 @@ def test_submitted_followed_stopped_resumed_and_fetched(
     assert "\x1b" not in output
     assert set(output) & set("\N{BOX DRAWINGS LIGHT VERTICAL}\N{BOX DRAWINGS LIGHT HORIZONTAL}") == set()
     assert cluster["RAY_AUTH_TOKEN"] not in output
-    assert [row["step"] for row in read_metrics(metrics)] == list(range(1, 17))
+    assert [row["step"] for row in read_metrics(metrics)] == list(range(1, 41))
     expected = trained_alone(path, tmp_path / "whole")
     result = next(result for result in read_results(run / "results.jsonl") if result.trial == "001")
     assert result.metrics == {name: expected[name] for name in result.metrics}

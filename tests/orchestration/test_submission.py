@@ -20,6 +20,7 @@ from rltune.orchestration.submission import Head, _check_head, libraries, packag
 from rltune.orchestration.sweep import GRACE_S
 from tests.orchestration.fake_jobs import NODE, FakeServer
 
+pytestmark = pytest.mark.slow
 Write = Callable[..., Path]
 HERE = Head("3.11.9", "/usr/bin/python", rltune.__version__, (), "")
 

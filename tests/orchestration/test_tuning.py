@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,18 @@ def test_a_trial_that_died_is_told_of_by_the_last_error_there_is(
     assert ends == [error]
 
 
-def test_what_ray_calls_a_trial_does_not_hang_on_the_folders_name(tmp_path: Path) -> None:
-    names = {spec_of(tmp_path / name).train_name for name in ("mix", "été", "a b")}
-    assert names == {"trial-001"}
+def test_ray_calls_a_trial_by_its_run_and_in_letters_that_it_takes(tmp_path: Path) -> None:
+    names = [spec_of(tmp_path / name).train_name for name in ("mix", "été", "é", "a b", "v1.2_x-3")]
+    assert names == ["mix-001", "t-001", "run-001", "a-b-001", "v1.2_x-3-001"]
+
+
+def test_on_object_storage_the_name_hangs_on_no_copy(tmp_path: Path) -> None:
+    assert replace(spec_of(tmp_path / "mix"), uri="s3://bucket/mix", begun="now").train_name == "trial-001"
+
+
+@pytest.mark.parametrize("name", ["trial-001", "mix-001"])
+def test_a_trial_keeps_what_its_checkpoints_are_called_by_where_its_run_is_renamed(tmp_path: Path, name: str) -> None:
+    """Runs of before are called by the first."""
+    spec = spec_of(tmp_path / "other")
+    (spec.folder.checkpoints_dir("001") / name).mkdir(parents=True)
+    assert spec.train_name == name
