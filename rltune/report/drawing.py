@@ -23,6 +23,7 @@ PALETTE: dict[str, tuple[str, str]] = {
     "trial": ("#a4aeb9", "#69737d"),
     "member": ("#2f5fd0", "#86a8ff"),
     "knee": ("#d9480f", "#ffa94d"),
+    "soup": ("#0b7285", "#66d9e8"),
     "bad": ("#c2255c", "#faa2c1"),
     "chance": ("#e3e7eb", "#31373e"),
     **{f"ramp{i}": pair for i, pair in enumerate(zip(RAMP, RAMP_IN_DARK, strict=True))},

@@ -63,13 +63,14 @@ def _pair(run: Gathered, x_name: str, y_name: str, hacked: Mapping[str, str] | N
     points = [
         (row, run.shown(row), x, y) for row in run.trained for x, y in _gains(run, run.shown(row), x_name, y_name)
     ]
+    soups = [] if is_of_judge else _soups(run, x_name, y_name)
     width, height = (300.0, 250.0) if is_of_judge else (WIDTH, HEIGHT)
     with_bars = [point for point in points if point[0].trial in (run.members if hacked is None else hacked)]
     frame = framed(
         width,
         height,
-        [0.0, *_ends([x for _, _, x, _ in with_bars]), *(x.gain for _, _, x, _ in points)],
-        [0.0, *_ends([y for _, _, _, y in with_bars]), *(y.gain for _, _, _, y in points)],
+        [0.0, *_ends([x for _, _, x, _ in with_bars]), *(x.gain for _, _, x, _ in points), *(x.gain for x, _ in soups)],
+        [0.0, *_ends([y for _, _, _, y in with_bars]), *(y.gain for _, _, _, y in points), *(y.gain for _, y in soups)],
         turned=(not run.is_better_up(x_name), not run.is_better_up(y_name)),
     )
     shapes: list[Shape] = [*frame.axes(_axis(run, x_name), _axis(run, y_name), ticks=4 if is_of_judge else 5)]
@@ -86,8 +87,16 @@ def _pair(run: Gathered, x_name: str, y_name: str, hacked: Mapping[str, str] | N
             ]
         size = (4.0 if is_crowded and role == "member" else 5.5) if is_member else 3.2
         shapes.append(Dot(*_at(frame, x, y), size, role, is_hollow=not shown.is_feasible, trial=row.trial))
+    shapes += [Dot(*_at(frame, x, y), 4.5, "soup", is_square=True) for x, y in soups]
     shapes.append(Dot(frame.x(0.0), frame.y(0.0), 5.0, "base", is_square=True, trial="000"))
     return Drawing(width, height, tuple(shapes), f"Gain in {y_name} against gain in {x_name}, a dot a trial")
+
+
+def _soups(run: Gathered, x_name: str, y_name: str) -> list[tuple[Gain, Gain]]:
+    """Return the gains of the soups that nothing has beaten."""
+    every = run.front.soups.members if run.front.soups else ()
+    pairs = [tuple(run.fresh_gain(soup.result.metrics, name) for name in (x_name, y_name)) for soup in every]
+    return [(x, y) for x, y in pairs if x is not None and y is not None]
 
 
 def _one_objective(run: Gathered) -> Drawing:

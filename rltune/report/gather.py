@@ -15,7 +15,7 @@ from rltune.runs.confirmations import comparable, read_confirmations
 from rltune.runs.fronts import search_front
 from rltune.runs.layout import BASE_TRIAL, RunFolder, by_number
 from rltune.runs.metrics import JUDGES
-from rltune.runs.mixtures import read_mixtures, reported_front
+from rltune.runs.mixtures import Mixture, read_mixtures, reported_front, same_prompts
 from rltune.runs.objectives import Front
 from rltune.runs.record import Record, base_folder, read_record
 from rltune.runs.results import TrialResult, read_results
@@ -59,6 +59,8 @@ class Gathered:
     scores: BaseScores
     fresh: Mapping[str, TrialResult]
     """Member of the front, and base model -> what it measured on fresh prompts; empty where it was not."""
+    mixtures: tuple[Mixture, ...] = ()
+    """Soups, and LoRAs at other strengths, measured on the same prompts."""
 
     @cached_property
     def base(self) -> TrialResult:
@@ -109,13 +111,12 @@ class Gathered:
 
     def gain(self, result: TrialResult, name: str) -> Gain | None:
         """Return what a trial gained in a reward or judge, by the numbers given; None where it was not measured."""
-        metrics = result.metrics
-        if f"gain/{name}" not in metrics:
-            return None
         is_fresh = result.trial in self.fresh and self.fresh[result.trial] is result
-        num_prompts = self.front.num_prompts if is_fresh else self.searched.num_prompts
-        half = half_width(metrics.get(f"gain/{name}_se"), num_prompts - 1)
-        return Gain(metrics[f"eval/{name}"], metrics[f"gain/{name}"], half)
+        return _gain(result.metrics, name, self.front.num_prompts if is_fresh else self.searched.num_prompts)
+
+    def fresh_gain(self, metrics: Mapping[str, float], name: str) -> Gain | None:
+        """Return what a mixture gained, which is measured on fresh prompts alone; None where it was not measured."""
+        return _gain(metrics, name, self.front.num_prompts)
 
     def rows(self, trial: str) -> list[dict[str, Any]]:
         """Return the rows of a trial's ``metrics.jsonl``; none where they cannot be read."""
@@ -129,6 +130,13 @@ class Gathered:
         start = Path(self.record.work_dir) if self.record else Path.cwd()
         path = self.folder.path
         return str(path.relative_to(start)) if path.is_relative_to(start) else str(path)
+
+
+def _gain(metrics: Mapping[str, float], name: str, num_prompts: int) -> Gain | None:
+    if f"gain/{name}" not in metrics:
+        return None
+    half = half_width(metrics.get(f"gain/{name}_se"), num_prompts - 1)
+    return Gain(metrics[f"eval/{name}"], metrics[f"gain/{name}"], half)
 
 
 def gather(folder: RunFolder, experiment: Experiment) -> Gathered:
@@ -155,6 +163,7 @@ def gather(folder: RunFolder, experiment: Experiment) -> Gathered:
         searched=searched,
         scores=scores,
         fresh=_fresh(front, results, experiment, confirmations),
+        mixtures=tuple(same_prompts(mixtures, comparable(confirmations))),
     )
 
 

@@ -6,11 +6,12 @@ from shlex import quote
 
 from rltune.report.drawing import Dot, Drawing, Line, to_svg
 from rltune.report.figures import CROWDED, Figure, front_figures, growth_figures, importance_figures, judge_figures
-from rltune.report.gather import Gathered
+from rltune.report.gather import Gain, Gathered
 from rltune.report.growth import Growth
 from rltune.report.hacking import RULE, judges
 from rltune.report.importance import FEWEST, Importance
 from rltune.report.markup import Markup, Node, join, tag
+from rltune.report.mixtures import role_of, slid, strength_figures
 from rltune.report.parallel import colorings, parallel_figure
 from rltune.report.pictures import Album
 from rltune.report.words import (
@@ -107,9 +108,9 @@ def _members(run: Gathered) -> Markup:
     ]
     rows = []
     for member in run.front.members:
-        gains = [_value_and_gain(run, member, name) for name in run.objectives]
+        gains = [_shown_gain(run, member, name) for name in run.objectives]
         values = [shown_value(member.values[path]) if path in member.values else "" for path in run.settings]
-        is_knee = run.front.knee is not None and member.trial == run.front.knee.trial
+        is_knee = _is_knee(run, member.trial)
         name = f"{member.trial}{' base' if member.trial == BASE_TRIAL else ' knee' if is_knee else ''}"
         marks = " !" if not member.is_feasible else " ~" if member.trial in run.front.not_held else ""
         place = [probability(places.get(member.trial))] if places else []
@@ -122,14 +123,39 @@ def _members(run: Gathered) -> Markup:
         "P(non-dominated): how probable it is that no other member, nor the base model, is better by its true values. "
     )
     notes = f"{sure if places else ''}{marked}"
-    return join(tag("div", table, class_="scroll tall"), tag("p", notes, class_="dim") if notes else None)
+    return join(tag("div", table, class_="scroll tall"), tag("p", notes, class_="dim") if notes else None, _soups(run))
 
 
-def _value_and_gain(run: Gathered, member: TrialResult, name: str) -> str:
-    gain = run.gain(member, name)
-    if gain is None or member.trial == BASE_TRIAL:
-        return f"{member.metrics[f'eval/{name}']:.4g}"
-    return f"{gain.value:.4g} ({gain_and_half(gain.gain, gain.half)})"
+def _soups(run: Gathered) -> Markup | None:
+    """Return the mixtures that nothing has beaten as a table."""
+    soups = run.front.soups
+    if soups is None:
+        return None
+    rows = []
+    for soup in soups.members:
+        gains = [_value_and_gain(run.fresh_gain(soup.result.metrics, name)) for name in run.objectives]
+        rows.append([soup.name, probability(soup.non_dominated), *gains, soup.recipe])
+    head = tag("tr", *(tag("th", text) for text in ("soup", "P(non-dominated)", *run.objectives, "made of")))
+    body = tag("tbody", *(tag("tr", *(tag("td", text) for text in row)) for row in rows))
+    table = tag("div", tag("table", tag("thead", head), body), class_="scroll") if rows else None
+    half = "" if soups.growth_half_width is None else f" \N{PLUS-MINUS SIGN} {soups.growth_half_width:.2g}"
+    num = len(soups.members)
+    note = (
+        f"Soups: {len(soups.every)} mixtures of LoRAs of the front, not trained. Nothing has beaten {num} of them, by "
+        "the numbers shown, so luck has raised these. With all of them the hypervolume is "
+        f"{soups.hypervolume:.4g}, {soups.hypervolume - run.front.hypervolume:+.2g}{half}. "
+        "A LoRA of one: rltune export RUN --pick NAME."
+    )
+    return join(table, tag("p", note, class_="dim"))
+
+
+def _shown_gain(run: Gathered, member: TrialResult, name: str) -> str:
+    gain = None if member.trial == BASE_TRIAL else run.gain(member, name)
+    return f"{member.metrics[f'eval/{name}']:.4g}" if gain is None else _value_and_gain(gain)
+
+
+def _value_and_gain(gain: Gain | None) -> str:
+    return "" if gain is None else f"{gain.value:.4g} ({gain_and_half(gain.gain, gain.half)})"
 
 
 def settings(story: Story) -> Markup | None:
@@ -182,6 +208,30 @@ def growth(story: Story) -> Markup | None:
         _figures(growth_figures(story.run, story.grown)),
         tag("p", note, class_="dim"),
     )
+
+
+def strengths(story: Story) -> Markup | None:
+    """Return what LoRAs gain at other strengths."""
+    run = story.run
+    figures = list(strength_figures(run))
+    if not figures:
+        return None
+    names = {trial: f"trial {trial}{', the knee' if _is_knee(run, trial) else ''}" for trial in slid(run)}
+    marks = [tag("span", _mark(Dot(7, 7, 5, role_of(run, trial))), name) for trial, name in names.items()]
+    note = (
+        "The LoRA's strength, as a user of it sets it: at 0 the base model, at 1 what was trained. Gains over the base "
+        "model on fresh prompts, paired by prompt and noise; bars are 95 % intervals over prompts."
+    )
+    return join(
+        tag("h2", "At other strengths"),
+        tag("div", *marks, class_="legend"),
+        _figures(figures, class_="figures small"),
+        tag("p", note, class_="dim"),
+    )
+
+
+def _is_knee(run: Gathered, trial: str) -> bool:
+    return run.front.knee is not None and trial == run.front.knee.trial
 
 
 def hacked(story: Story) -> Markup | None:
@@ -252,7 +302,7 @@ def _folded(title: str, rows: Sequence[Markup]) -> Markup | None:
     return tag("details", tag("summary", title), tag("table", *rows, class_="facts")) if rows else None
 
 
-SECTIONS: Sequence[Section] = (about, front, settings, importance, growth, hacked, failed, all_trials, again)
+SECTIONS: Sequence[Section] = (about, front, settings, importance, growth, hacked, strengths, failed, all_trials, again)
 """In the order of the page."""
 
 
@@ -270,6 +320,8 @@ def _legend(run: Gathered) -> Markup:
         (Dot(7, 7, 5, "member"), "on the front"),
         (Dot(7, 7, 3.2, "trial"), "other trials"),
     ]
+    if run.front.soups and run.front.soups.members:
+        entries.insert(3, (Dot(7, 7, 4.5, "soup", is_square=True), "soup: a mixture of two"))
     if any(not run.shown(row).is_feasible for row in run.trained):
         entries.append((Dot(7, 7, 3.2, "trial", is_hollow=True), "breaks a constraint"))
     nodes: list[Node] = [tag("span", _mark(dot), text) for dot, text in entries]

@@ -15,6 +15,7 @@ from rltune.report.gather import Gathered, gather
 from rltune.report.growth import growth
 from rltune.report.hacking import hacked_trials, judges
 from rltune.report.importance import importances
+from rltune.report.mixtures import strength_figures
 from rltune.report.page import first_trials, page
 from rltune.report.parallel import parallel_figure
 from rltune.report.pictures import Shrinker, album
@@ -80,6 +81,7 @@ def figures(run: Gathered) -> Iterator[Figure]:
     yield from importance_figures(run, importances(run))
     yield from growth_figures(run, growth(run))
     hacked = hacked_trials(run)
+    yield from strength_figures(run)
     for judge in judges(run):
         yield from judge_figures(run, judge, hacked)
 
