@@ -19,6 +19,7 @@ from rltune.training.model_cache import load_base_model
 from rltune.training.sampling import make_sampler
 from rltune.training.setup import eval_image_set
 from tests.cli.conftest import Call
+from tests.cli.test_reading import ODD
 from tests.cli.test_sample import export
 from tests.run_folders import experiment, result, write_run
 
@@ -33,7 +34,7 @@ def config(make_config: Callable[..., RunConfig]) -> RunConfig:
 @pytest.fixture(scope="module")
 def lora(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported LoRA whose card says no more than where it comes from."""
-    folder = export(config, tmp_path_factory.mktemp("exports") / "001", seed=1)
+    folder = export(config, tmp_path_factory.mktemp("exports") / ODD / "001", seed=1)
     card = {"base_model": config.model.base, "base_revision": None, "experiment": config.model_dump(mode="json")}
     again = {"noise": "search", "precision": "fp32", "prompts": PROMPTS}
     (folder / "rltune.json").write_text(json.dumps({**card, "measured_again": again}))

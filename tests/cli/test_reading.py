@@ -1,5 +1,6 @@
 """Commands that only read a run folder load neither ray nor torch, and so answer at once."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 from tests.run_folders import experiment, result, write_run
 
+ODD = "a <b>\"c' [red] & $HOME %s \N{FIRE}"
+"""A name that a page, a shell, a format or rich's markup would take for something else."""
 CODE = """
 import sys
 from rltune.cli.main import main
@@ -25,7 +28,7 @@ print("loaded:", sorted(heavy & sys.modules.keys()))
 )
 def test_neither_ray_nor_torch_is_loaded(tmp_path: Path, command: tuple[str, ...]) -> None:
     rows = [result("000", 0.5, 0.0), result("001", 0.8, 0.1)]
-    folder = write_run(tmp_path / "mix", experiment(), results=rows)
+    folder = write_run(tmp_path / ODD, experiment(), results=rows)
     folder.events_file.write_text(
         '{"time": 0, "event": "driver_started", "trials_at_once": 1, "workers": 1}\n'
         '{"time": 9, "event": "driver_ended"}\n'
@@ -34,7 +37,10 @@ def test_neither_ray_nor_torch_is_loaded(tmp_path: Path, command: tuple[str, ...
         write_run(tmp_path / "other", experiment(seed=1), results=rows)
     name, *flags = command
     call = [sys.executable, "-c", CODE, name, str(folder.path), *flags]
-    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path)
+    wide = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run(call, capture_output=True, text=True, cwd=tmp_path, env=wide)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("loaded: []\n")
     assert len(done.stdout.splitlines()) > 1
+    if name in ("compare", "report"):
+        assert ODD in done.stdout

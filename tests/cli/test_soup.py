@@ -12,6 +12,7 @@ from diffusers import StableDiffusionPipeline
 
 from rltune.config.experiment import RunConfig
 from tests.cli.conftest import Call
+from tests.cli.test_reading import ODD
 from tests.cli.test_sample import export
 
 PROMPTS = ["a snail", "an octopus on a hill"]
@@ -22,7 +23,7 @@ def loras(make_config: Callable[..., RunConfig], tmp_path_factory: pytest.TempPa
     config = make_config(
         prompts={"eval": PROMPTS}, sampler={"steps": 2}, evaluate={"images_per_prompt": 1, "judges": ["drift"]}
     )
-    root = tmp_path_factory.mktemp("exports")
+    root = tmp_path_factory.mktemp("exports") / ODD
     folders = [export(config, root / name, seed=i) for i, name in enumerate(("001", "002"))]
     for folder in folders:
         card = {"base_model": config.model.base, "base_revision": None, "experiment": config.model_dump(mode="json")}
