@@ -10,8 +10,8 @@ from rltune.report.gather import Gain, Gathered
 from rltune.report.words import fitted
 from rltune.runs.layout import BASE_TRIAL
 
-ROLES = ("member", "knee", "ramp4", "bad", "ramp0")
-"""Colours of LoRAs, one after the other."""
+ROLES = ("member", "ramp4", "bad", "ramp0")
+"""Colours of LoRAs but the knee, one after the other."""
 Curve = Sequence[tuple[float, Gain]]
 """Strengths and what is gained at each."""
 
@@ -24,7 +24,10 @@ def slid(run: Gathered) -> list[str]:
 
 def role_of(run: Gathered, trial: str) -> str:
     """Return the colour of a trial's curve."""
-    return ROLES[slid(run).index(trial) % len(ROLES)]
+    knee = run.front.knee.trial if run.front.knee else None
+    if trial == knee:
+        return "knee"
+    return ROLES[[other for other in slid(run) if other != knee].index(trial) % len(ROLES)]
 
 
 def strength_figures(run: Gathered) -> Iterator[Figure]:

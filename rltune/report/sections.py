@@ -225,7 +225,7 @@ def strengths(story: Story) -> Markup | None:
     return join(
         tag("h2", "At other strengths"),
         tag("div", *marks, class_="legend"),
-        _figures(figures, class_="figures small"),
+        _figures(figures, class_="figures"),
         tag("p", note, class_="dim"),
     )
 
