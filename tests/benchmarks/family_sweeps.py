@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +23,7 @@ from tests.model_experiments import FOLDER, MODELS, quick  # noqa: E402
 from tests.tiny_families import made  # noqa: E402
 
 
-def sweep(name: str, folder: Path, overrides: list[str]) -> tuple[int, str]:
+def sweep(name: str, folder: Path, overrides: Sequence[str] = ()) -> tuple[int, str]:
     """Run a file's sweep in ``folder``, with settings of one's own -> exit code and all that was printed."""
     made(MODELS[name]).save_pretrained(folder / "model")
     settings = [
