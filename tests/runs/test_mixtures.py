@@ -20,6 +20,8 @@ from rltune.runs.objectives import Front, Objectives, find_front
 from rltune.runs.store import append_line
 from tests.run_folders import experiment, result, write_run
 
+UNITS = {"brightness": 0.1, "drift": 1.0}
+"""With these every trial lies above the reference point, so that each counts in a hypervolume."""
 PROMPTS = tuple(f"prompt {i}" for i in range(4))
 BASE = {"brightness": np.array([0.1, 0.7, 0.4, 0.4]), "drift": np.zeros(4)}
 NOISE = np.array([0.02, -0.01, 0.0, -0.01])
@@ -53,7 +55,7 @@ def mixture(name: str, brightness: float, drift: float, **weights: float) -> Mix
 
 def front_with(*mixtures: Mixture, **sections: object) -> Front:
     rows = [result(BASE_TRIAL, 0.4, 0.0), *(result(trial, *point) for trial, point in TRIALS.items())]
-    searched = find_front(rows, Objectives(("brightness", "drift")), {"brightness": 0.1, "drift": 0.1})
+    searched = find_front(rows, Objectives(("brightness", "drift")), UNITS)
     assert searched is not None
     return reported_front(searched, experiment(**sections), CONFIRMATIONS, mixtures)
 
@@ -97,13 +99,16 @@ def test_the_hypervolume_counts_a_soup_where_it_was_to_be_expected() -> None:
     soup = mixture("soup-1", 0.92, 0.2, t001=0.75, t002=0.25)
     front = front_with(soup, mixture("soup-9", 0.99, 0.4, t001=0.5, t777=0.5))  # 777 is on no front: no place is known
     assert front.soups is not None
-    units = [(6.0, -5.0), (4.0, -1.0), (5.5, -4.0), (0.0, 0.0)]  # of the search: 001, 002, three quarters, the base
+    units = [(6.0, -0.5), (4.0, -0.1), (5.5, -0.4), (0.0, 0.0)]  # of the search: 001, 002, three quarters, the base
     gains = [(values(*point)["brightness"] - BASE["brightness"], -values(*point)["drift"]) for point in
              (*TRIALS.values(), (0.92, 0.2))]  # fmt: skip
-    gains_PND = np.stack([np.stack(pair, axis=1) / 0.1 for pair in (*gains, (np.zeros(4), np.zeros(4)))], axis=1)
+    gains_PND = np.stack(
+        [np.stack(pair, axis=1) / list(UNITS.values()) for pair in (*gains, (np.zeros(4), np.zeros(4)))], axis=1
+    )
     expected = fresh_volume(1 + np.array(units), gains_PND)
     assert front.soups.hypervolume == pytest.approx(expected.value)
     assert front.soups.half_width == pytest.approx(expected.half_width)
+    assert front.soups.hypervolume > front.hypervolume + 0.1
     assert front.soups.growth_half_width is not None
 
 
