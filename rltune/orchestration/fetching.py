@@ -59,8 +59,7 @@ def fetch(
             with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
                 pack, whole = Path(scratch, "pack.tar"), Path(scratch, "run")
                 _download(server, str(found["file"]), pack, str(found["sha256"]), on_bytes)
-                with tarfile.open(pack) as tar:
-                    tar.extractall(whole, filter="data")
+                _unpack(server, pack, whole)
                 note = {
                     "from": server.url,
                     "run": run,
@@ -72,6 +71,14 @@ def fetch(
                     target.rename(Path(scratch, "old"))
                 whole.rename(target)
     return Fetched(target, int(found["size"]))
+
+
+def _unpack(server: JobServer, pack: Path, folder: Path) -> None:
+    try:
+        with tarfile.open(pack) as tar:
+            tar.extractall(folder, filter="data")  # nothing goes outside of the folder
+    except tarfile.TarError as error:
+        raise RunError(f"{server.url}: what came is no pack of a run ({error}); nothing was kept") from error
 
 
 def check_target(target: Path) -> None:

@@ -17,6 +17,7 @@ from ray import tune
 from ray.tune import PlacementGroupFactory
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rltune.orchestration.interfaces import choose_interface
 from rltune.orchestration.job import backend_of, publish_report, run_trial, worker_resources
 from rltune.orchestration.job_spec import STORAGE_ERROR, JobSpec
 from rltune.orchestration.loopback import meeting_file
@@ -114,6 +115,7 @@ class WarmWorker:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": "0",
         }
+        choose_interface()
         join_process_group(
             backend=backend,
             world_rank=self._rank,

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from rltune.config.experiment import RunConfig
 from rltune.config.rules import Known
 from rltune.errors import OutOfMemory, RltuneError, RunError, StorageError, writing
 from rltune.orchestration.faults import KEPT, MAX_LOSSES, MAX_STARTUPS, MAX_STARTUPS_GROWING, FaultWatch
+from rltune.orchestration.interfaces import NodeTorchConfig
 from rltune.orchestration.job_spec import STORAGE_ERROR, JobSpec
 from rltune.orchestration.loopback import FileTorchConfig
 from rltune.orchestration.ray_private import is_node_going
@@ -294,7 +295,7 @@ def make_ray_job(
         torch_config=(
             FileTorchConfig(backend=backend_of(spec.num_gpus_per_worker), run_dir=spec.run_dir)
             if spec.is_loopback
-            else TorchConfig(backend=backend_of(spec.num_gpus_per_worker))
+            else NodeTorchConfig(backend=backend_of(spec.num_gpus_per_worker))
         ),
         run_config=ray.train.RunConfig(
             name=name,

@@ -48,7 +48,7 @@ class Hosts:
     def add(self, address: str) -> None:
         """Make a host."""
         self._hold(address, [*self._enter(HERE), "unshare", "-nm"], "true")
-        name, pid = f"v{address.rpartition('.')[2]}", self._places[address].pid
+        name, pid = _link_of(address), self._places[address].pid
         link = f"ip link add name {name} type veth peer name eth0 netns {pid} && ip link set {name} master br0 up"
         subprocess.run([*self._enter(HERE), "sh", "-c", link], check=True)
         own = f"ip addr add {address}/24 dev eth0 && ip link set eth0 up"
@@ -62,14 +62,18 @@ class Hosts:
 
     def kill(self, address: str) -> None:
         """Kill all that was started at a place, at once."""
-        processes = self._started.pop(address, [])
-        for pid in {pid for process in processes for pid in (process.pid, *descendants(process.pid))}:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        for process in processes:
-            process.communicate()
+        kill(self._started.pop(address, []))
+
+    def cut(self, address: str) -> None:
+        """Take a host off the network; what it sends and is sent is lost without a word."""
+        self._link(address, "down")
+
+    def mend(self, address: str) -> None:
+        """Bring it back."""
+        self._link(address, "up")
+
+    def _link(self, address: str, state: str) -> None:
+        subprocess.run([*self._enter(HERE), "ip", "link", "set", _link_of(address), state], check=True)
 
     def close(self) -> None:
         """End all."""
@@ -89,6 +93,21 @@ class Hosts:
     def _enter(self, address: str) -> list[str]:
         pid = str(self._places[address].pid)
         return ["nsenter", "--preserve-credentials", "-U", "-n", "-m", f"--wd={Path.cwd()}", "-t", pid]
+
+
+def _link_of(address: str) -> str:
+    return f"v{address.rpartition('.')[2]}"
+
+
+def kill(processes: Sequence[subprocess.Popen[str]]) -> None:
+    """Kill processes with all that they have started, at once."""
+    for pid in {pid for process in processes for pid in (process.pid, *descendants(process.pid))}:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    for process in processes:
+        process.communicate()
 
 
 @contextmanager

@@ -1,14 +1,17 @@
 """A run comes from a cluster whole, or not at all."""
 
 import json
+import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from rltune.errors import RunError, UserError
-from rltune.orchestration import jobs
+from rltune.orchestration import fetching, jobs, on_head
 from rltune.orchestration.fetching import fetch
 from rltune.runs.record import read_run
 from tests.orchestration.fake_jobs import FakeServer
@@ -64,6 +67,74 @@ def test_a_run_is_copied_without_checkpoints_and_replaced_by_a_newer_copy(
 def test_a_run_of_this_machine_is_not_replaced(logs: Path, run: Path) -> None:
     with pytest.raises(UserError, match="is there and is no copy that 'rltune fetch' made"):
         fetch(FakeServer(folder=logs), "/elsewhere", run, on_bytes=lambda size: None)
+
+
+def test_an_empty_folder_is_filled(logs: Path, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    fetch(FakeServer(folder=logs), str(run), tmp_path / "copy", on_bytes=lambda size: None)
+    assert (tmp_path / "copy" / "results.jsonl").is_file()
+
+
+def test_a_pack_that_points_elsewhere_is_not_unpacked(
+    logs: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a cluster sends is not trusted with this machine's files."""
+
+    def download(server: FakeServer, name: str, file: Path, *rest: object) -> None:
+        with tarfile.open(file, "w") as tar:
+            tar.add(run / "results.jsonl", arcname="../../escaped")
+
+    monkeypatch.setattr(fetching, "_download", download)
+    target = tmp_path / "copy"
+    with pytest.raises(RunError, match=r"^http://head:8265: what came is no pack of a run .*escaped"):
+        fetch(FakeServer(folder=logs), str(run), target, on_bytes=lambda size: None)
+    assert not target.exists()
+    assert not list(tmp_path.rglob("escaped"))
+
+
+@pytest.fixture
+def packing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Packs are made in this process, whose job ends when it would wait; what it says."""
+
+    def wait(seconds: float) -> None:
+        raise SystemExit
+
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(on_head, "say", said.append)
+    monkeypatch.setattr(on_head, "signal", SimpleNamespace(signal=lambda *given: None, SIGTERM=15))
+    monkeypatch.setattr(on_head, "time", SimpleNamespace(sleep=wait))
+    monkeypatch.setattr(on_head, "os", SimpleNamespace(readlink=lambda path: str(tmp_path / "job.log")))
+    return said
+
+
+def test_a_run_that_does_not_fit_beside_the_logs_is_not_packed(
+    packing: list[dict[str, Any]], run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
+    disk = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=size))  # and a tenth for the logs
+    monkeypatch.setattr(on_head, "shutil", disk)
+    on_head.pack(str(run), "")
+    assert f"do not fit beside Ray's logs in {tmp_path}" in packing[0]["fault"]
+
+
+def test_a_file_that_a_run_takes_away_meanwhile_is_left_out(
+    packing: list[dict[str, Any]], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(path: Path) -> SimpleNamespace:  # after the files are listed
+        (run / "exports/001/lora.safetensors").unlink()
+        return SimpleNamespace(free=1 << 40)
+
+    monkeypatch.setattr(on_head, "shutil", SimpleNamespace(disk_usage=measure))
+    with pytest.raises(SystemExit):
+        on_head.pack(str(run), "")
+    assert packing[0]["run"] == run.name
+
+
+def test_what_a_link_points_to_is_not_fetched(logs: Path, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of another")
+    (run / "link").symlink_to(tmp_path / "secret")
+    fetch(FakeServer(folder=logs), str(run), tmp_path / "copy", on_bytes=lambda size: None)
+    assert not (tmp_path / "copy" / "link").exists()
 
 
 def test_a_copy_that_comes_damaged_is_no_copy(logs: Path, run: Path, tmp_path: Path) -> None:

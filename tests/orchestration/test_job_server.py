@@ -34,7 +34,8 @@ def serve() -> Iterator[Serve]:
     def start(answers: dict[str, tuple[int, Any]]) -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                status, body = answers.get(self.path.partition("?")[0], (404, "no such page"))
+                found = answers.get(self.path) or answers.get(self.path.partition("?")[0])
+                status, body = found or (404, "no such page")
                 content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
                 self.send_response(status)
                 self.send_header("Content-Type", "text/html" if isinstance(body, str) else "application/json")
@@ -101,14 +102,11 @@ def test_a_dashboard_is_asked_for_its_version_and_nodes(serve: Serve) -> None:
     assert [(node.num_cpus, node.num_gpus) for node in server.nodes()] == [(2.0, 0.0), (8.0, 2.0)]
 
 
-def test_a_file_of_the_head_s_log_folder_comes_as_it_is(serve: Serve) -> None:
-    row = {"node_id": "a", "is_head_node": True, "state": "ALIVE", "resources_total": {}}
-    url = serve(
-        {
-            "/api/v0/nodes": (200, {"data": {"result": {"result": [row]}}}),
-            "/api/v0/logs/file": (200, "\x1b[31m bytes"),
-        }
-    )
+def test_a_file_of_the_head_s_log_folder_comes_as_it_is_and_whole(serve: Serve) -> None:
+    """Ray gives the last 1000 lines unless it is asked for all."""
+    rows = [{"node_id": name, "is_head_node": name == "b", "state": "ALIVE"} for name in ("a", "b", "c")]
+    asked = "/api/v0/logs/file?node_id=b&filename=x.tar&lines=-1"
+    url = serve({"/api/v0/nodes": (200, {"data": {"result": {"result": rows}}}), asked: (200, "\x1b[31m bytes")})
     assert b"".join(JobServer(url, "").read_log("x.tar")) == b"\x1b[31m bytes"
 
 

@@ -86,6 +86,15 @@ def test_a_log_is_followed_through_broken_connections(server: FakeServer, tmp_pa
     assert "".join(said) == "one\ntwo\n"
 
 
+def test_a_log_that_breaks_often_and_goes_on_each_time_is_followed(server: FakeServer, tmp_path: Path) -> None:
+    job = hand_in(server, "rltune-mix", tmp_path / "a")
+    lines = [f"{number}\n" for number in range(jobs.MAX_BREAKS + 3)]
+    server.chunks[:] = [[*lines[: count + 1], RuntimeError("cut")] for count in range(len(lines))] + [[*lines]]
+    said: list[str] = []
+    assert follow(server, job, said.append).state == "succeeded"
+    assert said == lines
+
+
 def test_a_log_that_keeps_breaking_is_given_up(server: FakeServer, tmp_path: Path) -> None:
     job = hand_in(server, "rltune-mix", tmp_path / "a")
     server.chunks[:] = [[RuntimeError("cut")] for _ in range(9)]
@@ -105,6 +114,17 @@ def test_a_job_is_stopped_and_waited_for(server: FakeServer, tmp_path: Path) -> 
     assert stop(server, hand_in(server, "rltune-mix", tmp_path / "a")).state == "stopped"
 
 
+def test_a_job_that_does_not_stop_is_not_waited_for_for_ever(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = hand_in(server, "rltune-mix", tmp_path / "a")
+    monkeypatch.setattr(FakeServer, "stop_job", lambda self, job_id: True)
+    monkeypatch.setattr(jobs, "STOP_WAIT_S", 0.0)
+    monkeypatch.setattr(jobs, "LOOK_S", 0.05)
+    with pytest.raises(RunError, match=r"rltune-mix: was told to stop and is still running; see the dashboard, http"):
+        stop(server, job)
+
+
 def test_what_ray_s_client_raises_is_one_message(server: FakeServer) -> None:
     with pytest.raises(RunError, match=r"^http://head:8265: a of\nb$|^http://head:8265: a of b$"), jobs.told(server):
         raise RuntimeError("a of\nb")
@@ -119,10 +139,42 @@ def test_the_head_is_looked_at(server: FakeServer, tmp_path: Path) -> None:
     assert server.jobs == {}
 
 
+def test_a_job_on_the_head_is_taken_away_once_it_has_ended(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray deletes none that runs, and one that is told to stop does for a while."""
+    asked: list[str] = []
+
+    def slow(self: FakeServer, job_id: str) -> JobStatus:
+        asked.append(job_id)
+        has_ended = len(asked) > 2 and asked[-3:] == [job_id] * 3
+        return JobStatus.STOPPED if has_ended else JobStatus.RUNNING
+
+    def delete(self: FakeServer, job_id: str) -> bool:
+        assert len(asked) > 2
+        del self.jobs[job_id]
+        return True
+
+    with on_the_head(server, "look", str(tmp_path), ""):
+        monkeypatch.setattr(FakeServer, "get_job_status", slow)
+        monkeypatch.setattr(FakeServer, "delete_job", delete)
+    assert server.jobs == {}
+
+
 def test_a_storage_that_cannot_be_written_is_found_on_the_head(server: FakeServer, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with on_the_head(server, "look", str(tmp_path / "file" / "runs"), "") as found:
         assert found["storage"] == f"{tmp_path / 'file'} is a file"
+
+
+def test_a_storage_of_another_user_is_found_on_the_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_head.os, "access", lambda path, mode: False)
+    said: list[object] = []
+    monkeypatch.setattr(on_head, "say", said.append)
+    on_head.look(str(tmp_path / "new"), "")
+    (found,) = said
+    assert isinstance(found, dict)
+    assert found["storage"] == f"{tmp_path} cannot be written by the user that Ray runs as"
 
 
 def test_a_head_without_python_is_told_of(server: FakeServer, tmp_path: Path) -> None:

@@ -16,7 +16,15 @@ from rltune.config.load import Experiment, load_experiment
 from rltune.errors import ExperimentError, UserError
 from rltune.orchestration import jobs
 from rltune.orchestration.known import known_names
-from rltune.orchestration.submission import Head, _check_head, libraries, package_size, prepare_submission, submit
+from rltune.orchestration.submission import (
+    LOG_COLUMNS,
+    Head,
+    _check_head,
+    libraries,
+    package_size,
+    prepare_submission,
+    submit,
+)
 from rltune.orchestration.sweep import GRACE_S
 from tests.orchestration.fake_jobs import NODE, FakeServer
 
@@ -55,7 +63,10 @@ def test_a_job_is_handed_in_and_the_next_one_resumes(
     assert sorted(handed.files) == ["tiny.yaml"]
     assert handed.details["entrypoint"] == f"exec python -m rltune train tiny.yaml --storage '{storage}'"
     assert set(handed.environment) == {"working_dir", "env_vars"}
-    assert float(handed.environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) > GRACE_S
+    variables = handed.environment["env_vars"]
+    assert float(variables["RAY_JOB_STOP_WAIT_TIME_S"]) > GRACE_S
+    assert variables["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"  # or the dashboard knows of no Train run
+    assert variables["COLUMNS"] == str(LOG_COLUMNS)
     with pytest.raises(UserError, match="the job rltune-tiny works on this run; follow it with"):
         prepare_submission(load(), server, staged(tmp_path / "busy"), storage=storage)
     server.stop_job(job.id)

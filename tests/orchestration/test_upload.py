@@ -120,6 +120,13 @@ def test_references_of_trust_go_up(here: Path, there: Path) -> None:
     assert stage(written(rewards=rewards), there).files == ("mix.yaml", "seen/a.png")
 
 
+def test_references_from_elsewhere_stay_there(here: Path, there: Path, tmp_path: Path) -> None:
+    """They may be large, and every node may have them."""
+    write(tmp_path / "seen" / "a.png")
+    rewards = {"aesthetic": {"weight": 1.0, "trust": {"reference": str(tmp_path / "seen")}}}
+    assert stage(written(rewards=rewards), there).files == ("mix.yaml",)
+
+
 def test_weights_never_go_up(here: Path, there: Path, tmp_path: Path) -> None:
     write(here / "models" / "sd" / "model_index.json", "{}")
     head = write(tmp_path / "head.pth")
