@@ -320,6 +320,7 @@ def _unknown_names(config: Settings, known: Known) -> Iterator[Clash]:
         if ":" not in (reward.reward or ""):
             checks.append(("reward", where, config.kind_of(name), known.rewards, (f"rewards.{name}.reward",)))
     checks.append(("estimator", "estimator.name", config.estimator.name, known.estimators, ()))
+    checks.append(("adapter", "model.adapter.kind", config.model.adapter.kind, known.adapters, ()))
     checks.append(("search sampler", "search.sampler", config.search.sampler, known.samplers, ()))
     checks.append(("executor", "resources.executor", config.resources.executor, known.executors, ()))
     judges = (*known.judges, *known.rewards) if known.judges else ()

@@ -30,6 +30,13 @@ class LoraConfig(StrictModel):
         return float(self.rank if self.alpha == "rank" else self.alpha)
 
 
+class AdapterConfig(StrictModel):
+    """What is optimised."""
+
+    kind: Text = "lora"
+    """``lora``: one LoRA, as the section ``model.lora`` has it."""
+
+
 class ModelConfig(StrictModel):
     """What is fine-tuned."""
 
@@ -46,5 +53,7 @@ class ModelConfig(StrictModel):
     """Keep the frozen network's linear layers rounded while training: ``nf4`` in 4 bits (bitsandbytes), ``int8`` in 8
     (torchao, weights alone). Gains are over the base model so rounded; exports are made for, and proved on, the one
     that is not. Needs the extra ``quantise``."""
+    adapter: AdapterConfig = AdapterConfig()
+    """What is optimised."""
     lora: LoraConfig = LoraConfig()
     """The adapter that is trained."""

@@ -14,6 +14,7 @@ class Known:
 
     rewards: tuple[str, ...] = ()
     estimators: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
     judges: tuple[str, ...] = ()
     samplers: tuple[str, ...] = ()
     executors: tuple[str, ...] = ()

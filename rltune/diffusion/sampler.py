@@ -17,8 +17,8 @@ from rltune.diffusion.chain import NO_GRADIENT, Denoiser, GradientPlan, Observer
 from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import EMBEDDED_GUIDANCE, Conditioning, ModelFamily, TextBatch
 from rltune.diffusion.inpaint import Blend, blend_of, given_of, told
-from rltune.diffusion.lora import MergedLora, adapters_off
 from rltune.diffusion.mix import Mix, image_keys, mixed_denoiser
+from rltune.diffusion.switches import LORA_SWITCHES, Switches
 from rltune.diffusion.table import ChainTable
 from rltune.diffusion.tiles import Tiling, decode_in_tiles
 
@@ -88,14 +88,20 @@ def guided_denoiser(
     return denoise_text
 
 
-def frozen_denoiser(denoise: Denoiser, network: nn.Module, device: torch.device, *, use_bf16: bool) -> Denoiser:
+def frozen_denoiser(
+    denoise: Denoiser,
+    network: nn.Module,
+    device: torch.device,
+    *,
+    use_bf16: bool,
+    switches: Switches = LORA_SWITCHES,
+) -> Denoiser:
     """Return the same network for steps without gradient, as fast as it goes for the adapters' present values.
 
-    Adapters are merged into the weights, the same function to rounding. Into weights of a lower precision than float32
-    they are not: small updates would be rounded away. ``use_bf16`` runs in bfloat16 by autocast besides.
+    Adapters are merged into the weights where their ``switches`` can, the same function to rounding. ``use_bf16`` runs
+    in bfloat16 by autocast besides.
     """
-    dtype = next(network.parameters()).dtype
-    merged = MergedLora(network) if dtype in (torch.float32, torch.float64) else None
+    merged = switches.merged(network)
 
     def run(x_BCHW: Tensor, t: Tensor) -> Tensor:
         swapped: AbstractContextManager[None] = nullcontext() if merged is None else merged.swapped_in()
@@ -136,6 +142,8 @@ class Sampler:
     """Run the steps without gradient in bfloat16: faster on hardware that has it, a trajectory that differs by it."""
     size_px: tuple[int, int] | None = None
     """Height and width of the images; needed where prompts come with pictures."""
+    switches: Switches = LORA_SWITCHES
+    """How what is trained on the model is turned off, and merged."""
     mix: Mix | None = None
     """How several adapters share the steps, for chains without gradient; None runs those that are active."""
 
@@ -171,7 +179,8 @@ class Sampler:
         chain = Chain(self, denoise, self.table, x_BCHW, noise, rows, blend, keys)
         if self.num_base_steps == 0:
             return chain
-        with torch.no_grad(), adapters_off(self.model.network), in_bf16(x_BCHW.device, enabled=self.use_bf16_prefix):
+        off, in_half = self.switches.off(self.model.network), in_bf16(x_BCHW.device, enabled=self.use_bf16_prefix)
+        with torch.no_grad(), off, in_half:
             head = self.table.part(0, self.num_base_steps)
             x_BCHW = run_chain(lambda x, t: denoise(x, t).to(x.dtype), x_BCHW, head, noise=noise, blend=blend)
         return chain.starting(self.num_base_steps, x_BCHW)
@@ -239,8 +248,13 @@ class Chain:
                 frozen = mixed_denoiser(self.denoise, sampler.model.network, sampler.mix, self.keys)
                 return run_chain(frozen, self.x_BCHW, self.table, noise=self.noise, observe=observe, blend=self.blend)
         if len(plan.active) < self.table.num_steps or not torch.is_grad_enabled():  # merged weights are a second copy
-            network, device = sampler.model.network, self.x_BCHW.device
-            frozen = frozen_denoiser(self.denoise, network, device, use_bf16=sampler.use_bf16_prefix)
+            frozen = frozen_denoiser(
+                self.denoise,
+                sampler.model.network,
+                self.x_BCHW.device,
+                use_bf16=sampler.use_bf16_prefix,
+                switches=sampler.switches,
+            )
         return run_chain(
             self.denoise,
             self.x_BCHW,
@@ -264,5 +278,5 @@ class Chain:
 
     def predict_base(self, step: int, x_BCHW: Tensor) -> Tensor:
         """Run the base model once at a step, adapters off and without gradient -> (B, C, H, W)."""
-        with torch.no_grad(), adapters_off(self.sampler.model.network):
+        with torch.no_grad(), self.sampler.switches.off(self.sampler.model.network):
             return self.predict(step, x_BCHW)

@@ -16,6 +16,7 @@ from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import fold_scale
 from rltune.errors import RunError
 from rltune.registry import Registry
+from rltune.training.adapters.base import LoraValues
 
 DEFAULT_FORMATS = ("diffusers",)
 MAGNITUDE = ".lora_magnitude_vector"
@@ -46,6 +47,11 @@ class Adapter:
                 raise RunError(f"the adapter's {name} is not finite; lower the learning rate")
         if not any(tensor.any() for name, tensor in self.state.items() if ".lora_B." in name):
             raise RunError("the adapter is exactly zero, so that the LoRA would be the base model; was it trained?")
+
+    @classmethod
+    def of(cls, values: LoraValues, *, about: Mapping[str, str]) -> "Adapter":
+        """Return a trained LoRA with what is said of it."""
+        return cls(values.state, values.rank, values.alpha, values.targets, values.use_rslora, about)
 
     @property
     def scale(self) -> float:

@@ -6,7 +6,6 @@ from functools import partial
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment
 from rltune.diffusion.families.base import ModelFamily
-from rltune.diffusion.lora import load_lora_state
 from rltune.errors import RunError
 from rltune.export.base import DEFAULT_FORMATS, Adapter
 from rltune.export.card import card_of
@@ -15,7 +14,7 @@ from rltune.redaction import redact
 from rltune.runs.layout import RunFolder
 from rltune.runs.record import read_record, settled, with_own_prompts
 from rltune.runs.results import TrialResult
-from rltune.training.adapters import attach_lora
+from rltune.training.adapters.base import adapter_of
 from rltune.training.checkpoint import load_adapter
 
 
@@ -53,19 +52,11 @@ def _source_of(result: TrialResult, folder: RunFolder, experiment: Experiment) -
     folder.bring(checkpoint)
     if not checkpoint.is_dir():
         raise RunError(f"its checkpoint {checkpoint} is gone; train it again")
-    lora = config.model.lora
 
     def attach(model: ModelFamily) -> Adapter:
-        adapter = Adapter(
-            load_adapter(checkpoint),
-            rank=lora.rank,
-            alpha=lora.alpha_value,
-            targets=model.lora_layers(lora.targets),
-            use_rslora=lora.rslora,
-            about=_about(result, folder, asked),
-        )
-        attach_lora(model, lora)
-        load_lora_state(model.network, dict(adapter.state))
+        kind, state = adapter_of(config), load_adapter(checkpoint)
+        adapter = Adapter.of(kind.exported(model, state), about=_about(result, folder, asked))
+        kind.restore(model, state)
         return adapter
 
     return Source(

@@ -24,7 +24,7 @@ from rltune.rewards.weights import WeightsFile, check_hub, explain, format_size,
 from rltune.runs.layout import RunFolder
 from rltune.runs.metrics import JUDGES
 from rltune.runs.record import read_record, with_own_prompts
-from rltune.training.adapters import read_start
+from rltune.training.adapters.lora import read_start
 from rltune.training.canvases import SETS, check_pictures, prompt_set
 from rltune.training.prompts import PromptSet, cut_in_words
 from rltune.training.rewards import check_reward, try_reward

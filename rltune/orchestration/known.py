@@ -7,6 +7,7 @@ from rltune.orchestration.executors.base import EXECUTORS
 from rltune.rewards.base import REWARDS, compares_group, has_gradient
 from rltune.runs.metrics import JUDGES
 from rltune.search.searcher import SAMPLERS
+from rltune.training.adapters.base import ADAPTERS
 
 
 def known_names() -> Known:
@@ -15,6 +16,7 @@ def known_names() -> Known:
     return Known(
         rewards=REWARDS.names(),
         estimators=tuple(estimators),
+        adapters=ADAPTERS.names(),
         judges=tuple(JUDGES),
         samplers=SAMPLERS,
         executors=EXECUTORS.names(),

@@ -14,12 +14,12 @@ from typing import Any, Literal
 from rltune.config.experiment import RunConfig
 from rltune.config.sections import RewardConfig
 from rltune.diffusion.families.base import ModelFamily
-from rltune.diffusion.lora import ADAPTER, load_lora_state, remove_lora
+from rltune.diffusion.lora import ADAPTER, remove_lora
 from rltune.diffusion.lora_files import load_lora_file
 from rltune.diffusion.sampler import Sampler
 from rltune.errors import UserError
 from rltune.runs.metrics import Values, summarise
-from rltune.training.adapters import attach_lora
+from rltune.training.adapters.base import adapter_of
 from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import ImageSet, Samples, per_prompt, sample_and_score
 from rltune.training.figures import Figure, figures_of
@@ -179,8 +179,7 @@ def of_checkpoint(config: RunConfig, checkpoint: Path, strength: float) -> Prepa
     """Return what attaches the adapters of a trial, at a strength."""
 
     def prepare(sampler: Sampler) -> Sampler:
-        attach_lora(sampler.model, config.model.lora)
-        load_lora_state(sampler.model.network, load_adapter(checkpoint))
+        adapter_of(config).restore(sampler.model, load_adapter(checkpoint))
         _set_strength(sampler.model, strength)
         return sampler
 

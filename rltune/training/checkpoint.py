@@ -5,14 +5,14 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from rltune.errors import RunError, writing
 from rltune.records import check_schema, from_record, to_record
@@ -169,20 +169,20 @@ def save_checkpoint(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, network: nn.Module, parts: Mapping[str, Part]) -> Resumed:
+def load_checkpoint(
+    folder: Path, load_adapters: Callable[[dict[str, Tensor]], None], parts: Mapping[str, Part]
+) -> Resumed:
     """Put a checkpoint's state into freshly built objects of the same shapes, and return where it goes on.
 
-    The adapters are loaded first, then ``parts`` in their order. A checkpoint that is not whole changes nothing.
+    ``load_adapters`` puts in the adapters' values. It comes first, then ``parts`` in their order. A checkpoint that is
+    not whole changes nothing.
 
     Raises:
         RunError: The checkpoint is not whole, or belongs to another adapter.
     """
-    # peft takes seconds to import, which drivers that only look at checkpoints need not wait for
-    from rltune.diffusion.lora import load_lora_state
-
     try:
         meta = _whole(folder)
-        load_lora_state(network, load_file(folder / ADAPTER_FILE))
+        load_adapters(load_file(folder / ADAPTER_FILE))
         trainer = torch.load(folder / TRAINER_FILE, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(trainer["parts"][name])

@@ -5,17 +5,16 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from rltune.config.experiment import RunConfig
-from rltune.diffusion.lora import lora_parameters, weight_decay_groups
 from rltune.errors import NonFiniteError, OutOfMemory, RunError, UserError, writing
 from rltune.estimators.base import Batch, EstimatorState, Regularisers, Round, Setting, Stateful, Tally
 from rltune.runs.events import EVENTS_FILE, append_event, note_event
 from rltune.runs.rows import MetricsFile, RowWriter
-from rltune.training.adapters import attach_started_lora
 from rltune.training.checkpoint import Progress, load_checkpoint
 from rltune.training.model_cache import ModelCache
 from rltune.training.out_of_memory import memory_named
@@ -99,9 +98,9 @@ def train_run(
 def _prepare(run: Run, base: BaseReference, trial_dir: Path, reporter: Reporter) -> Training:
     """Return everything that training moves, as it is before the first step: adapters, optimiser, mixture."""
     config, network = run.config, run.model.network
-    attach_started_lora(run.model, config.model.lora, seed=torch_seed(config.seed, Stream.ADAPTER))
-    parameters, optim = lora_parameters(network), config.optim
-    groups = weight_decay_groups(network, optim.weight_decay)
+    run.adapter.start(run.model, seed=torch_seed(config.seed, Stream.ADAPTER))
+    parameters, optim = run.adapter.parameters(network), config.optim
+    groups = run.adapter.groups(network, optim.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
     num_pixels = (config.sampler.height or run.model.size_px[0]) * (config.sampler.width or run.model.size_px[1])
     mixture = build_mixture(config, run.rewards, base.calibration, run.workers.device, num_pixels=num_pixels)
@@ -123,7 +122,8 @@ def _prepare(run: Run, base: BaseReference, trial_dir: Path, reporter: Reporter)
 def _resume(training: Training, resume_from: Path | None) -> Progress:
     progress = Progress(step=0, images_seen=0)
     if resume_from is not None:
-        resumed = load_checkpoint(resume_from, training.run.model.network, training.parts)
+        load = partial(training.run.adapter.load_state, training.run.model.network)
+        resumed = load_checkpoint(resume_from, load, training.parts)
         training.selection.resume(resumed.last, resumed.selected)
         progress = resumed.progress
         logger.info("resumed at step %d of %d", progress.step, training.run.config.optim.steps)

@@ -21,6 +21,7 @@ from rltune.estimators.base import ESTIMATORS, Estimator
 from rltune.rewards.base import Reward
 from rltune.runs.metrics import JUDGES
 from rltune.runs.record import prompts_digest
+from rltune.training.adapters.base import AdapterKind, adapter_of
 from rltune.training.canvases import kept_form, prompt_set
 from rltune.training.evaluation import ImageSet
 from rltune.training.heldout import search_prompts
@@ -52,6 +53,8 @@ class Run:
     sampler: Sampler
     rewards: Mapping[str, Reward]
     estimator: Estimator
+    adapter: AdapterKind
+    """What is optimised; see ``rltune/training/adapters``."""
     train_prompts: tuple[str, ...]
     eval_images: ImageSet
     calibration_images: ImageSet
@@ -118,7 +121,8 @@ def build_run(config: RunConfig, cache: ModelCache | None = None) -> Run:
     eval_images = eval_image_set(config, model)
     train_prompts = prompt_set(config, "train").prompts
     prompts = [*train_prompts, *eval_images.prompts, sampler.negative_prompt]
-    sampler = replace(sampler, embeddings=cache.embeddings(config, model, prompts))
+    adapter = adapter_of(config)
+    sampler = replace(sampler, switches=adapter.switches, embeddings=cache.embeddings(config, model, prompts))
     judges = tuple(judge for judge in config.evaluate.judges if judge not in JUDGES)
     is_apart = config.resources.rewards_on == "second_gpu"
     rewards = cache.rewards(config, judges, workers.second_gpu() if is_apart else workers.device, is_apart=is_apart)
@@ -130,6 +134,7 @@ def build_run(config: RunConfig, cache: ModelCache | None = None) -> Run:
         sampler=sampler,
         rewards=rewards,
         estimator=make_estimator(config),
+        adapter=adapter,
         train_prompts=train_prompts,
         eval_images=eval_images,
         calibration_images=ImageSet(

@@ -8,13 +8,13 @@ from typing import Literal, get_args
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.families.base import ModelFamily
-from rltune.diffusion.lora import ADAPTER, load_lora_state, remove_lora
+from rltune.diffusion.lora import ADAPTER, remove_lora
 from rltune.diffusion.lora_start import attached_factors, read_lora
 from rltune.diffusion.mix import BASE, Mix
 from rltune.diffusion.sampler import Sampler
 from rltune.diffusion.soup import Layers, attach, factors_blended, interpolated, reduced
 from rltune.errors import UserError
-from rltune.training.adapters import attach_lora
+from rltune.training.adapters.base import adapter_of
 from rltune.training.assessment import Prepare
 from rltune.training.checkpoint import load_adapter
 
@@ -39,8 +39,7 @@ def read_member(model: ModelFamily, path: Path) -> Layers:
 def trained_member(model: ModelFamily, config: RunConfig, checkpoint: Path) -> Layers:
     """Return the adapters of a trial as a member of a soup; the model is without adapters afterwards."""
     remove_lora(model.network)
-    attach_lora(model, config.model.lora)
-    load_lora_state(model.network, load_adapter(checkpoint))
+    adapter_of(config).restore(model, load_adapter(checkpoint))
     try:
         return attached_factors(model.network)
     finally:

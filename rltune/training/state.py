@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from rltune.diffusion.lora import lora_state
 from rltune.errors import StorageError, writing
 from rltune.estimators.base import EstimatorState
 from rltune.rewards.mixture import Mixture
@@ -99,7 +98,7 @@ def evaluate(training: Training, progress: Progress) -> dict[str, float]:
 
 def _adapter(training: Training) -> dict[str, torch.Tensor]:
     with _evaluated(training):
-        return lora_state(training.run.model.network)
+        return training.run.adapter.state(training.run.model.network)
 
 
 def report(training: Training, progress: Progress, *, is_preempted: bool = False) -> None:

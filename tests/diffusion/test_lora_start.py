@@ -18,7 +18,7 @@ from rltune.diffusion.lora import add_lora, lora_parameters
 from rltune.diffusion.lora_start import read_lora
 from rltune.diffusion.outline import find_pipeline, load_outline
 from rltune.errors import UserError
-from rltune.training.adapters import attach_started_lora, read_start
+from rltune.training.adapters.lora import attach_started_lora, read_start
 from tests.tiny_families import lively, sdxl
 from tests.toys import fill
 

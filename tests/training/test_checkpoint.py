@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rltune.diffusion.lora import load_lora_state
 from rltune.errors import RunError, StorageError
 from rltune.training.checkpoint import (
     ADAPTER_FILE,
@@ -136,7 +138,7 @@ def test_a_damaged_file_is_named_and_nothing_is_changed(
     held, network = Held(), nn.Linear(2, 2)
     before, random_state = network.weight.clone(), torch.get_rng_state()
     with pytest.raises(RunError, match=rf"checkpoint_1: cannot be resumed from \({name} {what}\)"):
-        load_checkpoint(folder, network, {"held": held})
+        load_checkpoint(folder, partial(load_lora_state, network), {"held": held})
     assert held.num_loaded == 0
     assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.equal(network.weight, before)
@@ -178,13 +180,12 @@ def test_the_newest_whole_checkpoint_is_found_behind_broken_ones(tmp_path: Path)
     assert len(newest_whole(storage)[1]) == 4
 
 
-def test_a_checkpoint_of_another_adapter_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(network: nn.Module, state: dict[str, Tensor]) -> None:
+def test_a_checkpoint_of_another_adapter_is_refused(folder: Path) -> None:
+    def refuse(state: dict[str, Tensor]) -> None:
         raise ValueError("adapter keys differ")
 
-    monkeypatch.setattr("rltune.diffusion.lora.load_lora_state", refuse)
     with pytest.raises(RunError, match="cannot be resumed from \\(adapter keys differ"):
-        load_checkpoint(folder, nn.Linear(2, 2), {})
+        load_checkpoint(folder, refuse, {})
 
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_no_part_of_the_new(

@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from rltune.config.model_section import LoraConfig
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import lora_state
-from rltune.training.adapters import attach_lora
+from rltune.training.adapters.lora import attach_lora
 
 
 @pytest.mark.parametrize(

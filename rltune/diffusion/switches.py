@@ -1,0 +1,45 @@
+"""What a chain asks of whatever is trained on its network: to be off for a while, and to be merged where it can be."""
+
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from rltune.diffusion.lora import MergedLora, adapters_off
+
+
+class Merged(Protocol):
+    """What is trained, folded into the network for calls without gradient."""
+
+    def swapped_in(self) -> AbstractContextManager[None]:
+        """Let the network run so inside the block."""
+        ...
+
+
+class Switches(Protocol):
+    """How a chain turns what is trained off, and merges it."""
+
+    def off(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Run the network as the base model inside the block, also where nothing is attached to it."""
+        ...
+
+    def merged(self, network: nn.Module) -> Merged | None:
+        """Return what runs faster without gradient, the same function to rounding; None where nothing does."""
+        ...
+
+
+class LoraSwitches:
+    """Of LoRAs, of any name and number."""
+
+    def off(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Skip them."""
+        return adapters_off(network)
+
+    def merged(self, network: nn.Module) -> Merged | None:
+        """Merge them into the weights; not into those of a lower precision than float32, that rounds them away."""
+        dtype = next(network.parameters()).dtype
+        return MergedLora(network) if dtype in (torch.float32, torch.float64) else None
+
+
+LORA_SWITCHES = LoraSwitches()

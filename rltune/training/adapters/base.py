@@ -1,0 +1,100 @@
+"""What is optimised: an adapter of one of several kinds.
+
+A new kind is one file in this room: a class that registers itself, takes an experiment, and thereby joins
+``model.adapter.kind`` and the conformance suite, ``tests/training/adapters/test_conformance.py``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from rltune.config.experiment import RunConfig
+from rltune.diffusion.families.base import ModelFamily
+from rltune.diffusion.switches import Switches
+from rltune.errors import UnknownNameError, UserError
+from rltune.registry import Registry
+
+
+@dataclass(frozen=True)
+class LoraValues:
+    """A trained LoRA, as ``add_lora`` and an export format describe it."""
+
+    state: Mapping[str, Tensor]
+    """peft's key names."""
+    rank: int
+    alpha: float
+    targets: Sequence[str]
+    """Endings of the names of its layers."""
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+class AdapterKind(Protocol):
+    """Something that training changes while the base model's weights stay. A frozen dataclass with the experiment.
+
+    The state is a dictionary of tensors under names of the kind's own: what a checkpoint holds, bit for bit.
+    """
+
+    @property
+    def switches(self) -> Switches:
+        """How a chain turns it off, and merges it."""
+        ...
+
+    def start(self, model: ModelFamily, *, seed: int) -> None:
+        """Attach it as training starts with it; it changes nothing yet, unless the experiment names a start.
+
+        Args:
+            model: Without adapters.
+            seed: All that its first values depend on.
+
+        Raises:
+            UserError: It cannot go to this model.
+        """
+        ...
+
+    def parameters(self, network: nn.Module) -> list[nn.Parameter]:
+        """Return what the optimiser changes, always in the same order; float32."""
+        ...
+
+    def groups(self, network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the same as an optimiser's groups; decay draws towards the base model."""
+        ...
+
+    def state(self, network: nn.Module) -> dict[str, Tensor]:
+        """Return a copy of its present values, on the CPU."""
+        ...
+
+    def load_state(self, network: nn.Module, state: dict[str, Tensor]) -> None:
+        """Put such values in the place of those of an attached one.
+
+        Raises:
+            ValueError: They are another adapter's.
+        """
+        ...
+
+    def restore(self, model: ModelFamily, state: dict[str, Tensor]) -> None:
+        """Attach what was trained, as it is drawn with and measured, to a model without adapters."""
+        ...
+
+    def exported(self, model: ModelFamily, state: Mapping[str, Tensor]) -> LoraValues:
+        """Return the LoRA that has, at strength 1, the effect of ``restore``."""
+        ...
+
+
+ADAPTERS: Registry[AdapterKind] = Registry("adapter", "rltune.training.adapters")
+"""Each is built from an experiment."""
+
+
+def adapter_of(config: RunConfig) -> AdapterKind:
+    """Return what an experiment optimises; nothing is attached yet.
+
+    Raises:
+        UserError: There is no such kind.
+    """
+    try:
+        make: Callable[[RunConfig], AdapterKind] = ADAPTERS.get(config.model.adapter.kind)
+    except UnknownNameError as error:
+        raise UserError(f"model.adapter.kind: {error}") from error
+    return make(config)
