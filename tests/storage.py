@@ -1,6 +1,7 @@
-"""An S3 server on loopback, and faults in front of a store."""
+"""Servers of object storage on loopback, and faults in front of a store."""
 
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +25,28 @@ def s3_server() -> Iterator[str]:
         yield f"http://{host}:{port}"
     finally:
         server.stop()
+
+
+@contextmanager
+def gcs_server() -> Iterator[str]:
+    """Run an emulator of Google's storage -> ``host:port``; the bucket ``BUCKET`` is there.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    from gcp_storage_emulator.server import create_server
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logging.getLogger("gcp_storage_emulator").setLevel(logging.ERROR)
+    with create_server("127.0.0.1", port, in_memory=True, default_bucket=BUCKET):
+        yield f"127.0.0.1:{port}"
+
+
+def gcs_address(server: str, folder: str) -> str:
+    """Return the address of a folder in the bucket of ``gcs_server``."""
+    return f"gs://{BUCKET}/{folder}?anonymous=true&endpoint_override={server}&scheme=http"
 
 
 def environment(endpoint: str) -> dict[str, str]:

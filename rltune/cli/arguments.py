@@ -25,7 +25,8 @@ def at_home(value: Any, parameter: typer.CallbackParam) -> Any:
         return [at_home(item, parameter) for item in value]
     if isinstance(value, Path):
         name = parameter.opts[0]
-        as_folder(value, name if name.startswith("-") else name.upper())
+        is_option = name.startswith("-")
+        as_folder(value, name if is_option else name.upper(), is_read=not is_option and parameter.nargs == -1)
     return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
 
 

@@ -15,6 +15,7 @@ from rltune.cli.arguments import DryRunOption, ExperimentArgument, NameOption, S
 from rltune.cli.dashboard import dashboard
 from rltune.cli.terminal import console, errors, marked
 from rltune.errors import RunError, UserError
+from rltune.runs.addresses import is_address, written
 
 if TYPE_CHECKING:
     from rltune.config.load import Experiment
@@ -50,7 +51,10 @@ def submit(
     name: NameOption = None,
     storage: Annotated[
         str | None,
-        typer.Option(help="Folder on the cluster that holds run folders, the same for all nodes.", metavar="PATH"),
+        typer.Option(
+            help="Holds run folders: a folder on the cluster, the same for all nodes, or s3://BUCKET/FOLDER, gs://..",
+            metavar="PATH",
+        ),
     ] = None,
     package: Annotated[
         bool | None,
@@ -151,7 +155,12 @@ def stop(job: JobArgument, address: JobsOption = None) -> None:
 
 
 def fetch(
-    job: JobArgument,
+    job: Annotated[
+        str,
+        typer.Argument(
+            metavar="JOB", help="Id of a job, the name of its run, or s3://BUCKET/FOLDER/RUN.", show_default=False
+        ),
+    ],
     to: Annotated[
         Path | None,
         typer.Argument(help="Folder for the copy; runs/NAME if left out.", show_default=False, callback=at_home),
@@ -159,29 +168,37 @@ def fetch(
     address: JobsOption = None,
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Bring the checkpoints too.")] = False,
 ) -> None:
-    """Copy a job's run to this machine: results, report, exported LoRAs. An older copy is replaced."""
+    """Copy a run to this machine: results, report, exported LoRAs. An older copy is replaced.
+
+    That of a job on a folder comes by the dashboard; one on object storage from there, with this machine's credentials.
+    """
     from rich.progress import Progress
 
-    from rltune.orchestration.fetching import check_target
+    from rltune.orchestration.fetching import check_target, fetch_from_store
     from rltune.orchestration.fetching import fetch as bring
     from rltune.orchestration.job_server import connect_to_jobs
     from rltune.orchestration.jobs import find_job
     from rltune.rewards.weights import format_size
 
-    server = connect_to_jobs(address)
-    found = find_job(server, job)
-    target = to or Path("runs", found.name)
+    if is_address(job):
+        run, name, who = written(job).rstrip("/"), written(job).partition("?")[0].rstrip("/").rpartition("/")[2], ""
+    else:
+        server = connect_to_jobs(address)
+        found = find_job(server, job)
+        run, name, who = found.run, found.name, "" if found.has_ended else found.id
+    target = to or Path("runs", name)
     check_target(target)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
-        task = progress.add_task(f"packing {found.run}", total=None)
-        fetched = bring(
-            server,
-            found.run,
-            target,
-            with_checkpoints=checkpoints,
-            on_bytes=lambda size: progress.update(task, advance=size, description=f"fetching {found.run}"),
-        )
-    state = "" if found.has_ended else f", as it was a moment ago: {found.id} goes on"
+        task = progress.add_task(f"packing {run}", total=None)
+
+        def show(size: int) -> None:
+            progress.update(task, advance=size, description=f"fetching {run}")
+
+        if is_address(run):
+            fetched = fetch_from_store(run, target, with_checkpoints=checkpoints, on_bytes=show)
+        else:
+            fetched = bring(server, run, target, with_checkpoints=checkpoints, on_bytes=show)
+    state = f", as it was a moment ago: {who} goes on" if who else ""
     console.print(f"{fetched.folder}: {format_size(fetched.size / 1e6)}{state}", soft_wrap=True)
     console.print(marked(f"{'front':>11} ", "dim", f"rltune front {quote(str(fetched.folder))}"), soft_wrap=True)
 

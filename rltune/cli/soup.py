@@ -84,7 +84,7 @@ def soup(
 
     targets = [str(target) for target in targets]
     for target in targets:
-        as_folder(target, COMMAND)
+        as_folder(target, COMMAND, is_read=True)
     run = Path(targets[0]) if len(targets) == 1 and (Path(targets[0]) / "results.jsonl").is_file() else None
     names = [target for target in targets if target != BASE]
     found = find_targets(names, pick or (_bests(run) if run else []), COMMAND)

@@ -1,14 +1,16 @@
-"""Bring a run from a cluster to this machine by its dashboard alone.
+"""Bring a run to this machine: from a cluster by its dashboard alone, or from the object storage that it lies on.
 
-A job on the head packs the run folder beside Ray's logs, which the dashboard hands out as they are, and takes the pack
-away when it is stopped.
+On a cluster, a job on the head packs the run folder beside Ray's logs, which the dashboard hands out as they are, and
+takes the pack away when it is stopped. A bucket is read from here, and the cluster may be gone by then.
 """
 
 import hashlib
 import json
+import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +18,8 @@ from pathlib import Path
 from rltune.errors import RunError, UserError, writing
 from rltune.orchestration.job_server import JobServer
 from rltune.orchestration.jobs import on_the_head
+from rltune.runs.copies import Copy
+from rltune.runs.objects import SEGMENTS, Entry, open_store
 
 SKIPPED = ("checkpoints", ".ray", ".lock", ".stop")
 """Names in a run folder that stay on the cluster: what only a resume needs."""
@@ -50,27 +54,77 @@ def fetch(
         StorageError: It cannot be written here.
     """
     check_target(target)
-    skipped = SKIPPED if not with_checkpoints else tuple(name for name in SKIPPED if name != "checkpoints")
-    with on_the_head(server, "pack", run, ",".join(skipped)) as found:
+    with on_the_head(server, "pack", run, ",".join(_skipped(with_checkpoints))) as found:
         if fault := found.get("fault"):
             raise RunError(f"{server.url}: {fault}")
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-                pack, whole = Path(scratch, "pack.tar"), Path(scratch, "run")
-                _download(server, str(found["file"]), pack, str(found["sha256"]), on_bytes)
-                _unpack(server, pack, whole)
-                note = {
-                    "from": server.url,
-                    "run": run,
-                    "sha256": found["sha256"],
-                    "fetched": datetime.now(UTC).isoformat(),
-                }
-                (whole / NOTE_FILE).write_text(json.dumps(note, indent=1), encoding="utf-8")
-                if target.exists():
-                    target.rename(Path(scratch, "old"))
-                whole.rename(target)
+        with _replacing(target, {"from": server.url, "run": run, "sha256": found["sha256"]}) as whole:
+            pack = whole.with_name("pack.tar")
+            _download(server, str(found["file"]), pack, str(found["sha256"]), on_bytes)
+            _unpack(server, pack, whole)
     return Fetched(target, int(found["size"]))
+
+
+def fetch_from_store(
+    uri: str, target: Path, *, with_checkpoints: bool = False, on_bytes: Callable[[int], None]
+) -> Fetched:
+    """Copy a run from object storage to ``target``, in place of an older copy.
+
+    Args:
+        uri: Address of the run.
+        target: The folder here.
+        with_checkpoints: Whether checkpoints come too; they are most of a run.
+        on_bytes: Told how many have come, of each object.
+
+    Raises:
+        UserError: Something else is at ``target``, or there is no run.
+        StorageError: It cannot be read there, or not written here.
+    """
+    check_target(target)
+    store, skipped = open_store(uri), set(_skipped(with_checkpoints))
+    if not store.list("experiment.yaml"):
+        raise UserError(f"{uri}: there is no run, it has no experiment.yaml; name one such as s3://bucket/runs/mix")
+    sizes: list[int] = []
+
+    def count(size: int) -> None:
+        sizes.append(size)
+        on_bytes(size)
+
+    with _replacing(target, {"from": uri, "run": uri}) as whole:
+        copy = _CountingCopy(store, whole)
+        copy.on_bytes = count
+        copy.bring(wanted=lambda key: not skipped & set(key.split("/")))
+        for segments in [*whole.rglob(f"*{SEGMENTS.rstrip('/')}")]:  # the files of lines that they add up to are there
+            shutil.rmtree(segments)
+    return Fetched(target, sum(sizes))
+
+
+class _CountingCopy(Copy):
+    """Tells what comes."""
+
+    on_bytes: Callable[[int], None]
+
+    def _copy(self, place: str, key: str, entry: Entry) -> None:
+        super()._copy(place, key, entry)
+        self.on_bytes(entry.size)
+
+
+def _skipped(with_checkpoints: bool) -> tuple[str, ...]:
+    return tuple(name for name in SKIPPED if not (with_checkpoints and name == "checkpoints"))
+
+
+@contextmanager
+def _replacing(target: Path, note: dict[str, str]) -> Iterator[Path]:
+    """Hand out where to write a copy, which is put in the place of an older one once it is whole."""
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            whole = Path(scratch, "run")
+            yield whole
+            note |= {"fetched": datetime.now(UTC).isoformat()}
+            (whole / NOTE_FILE).write_text(json.dumps(note, indent=1), encoding="utf-8")
+            if target.exists():
+                target.rename(Path(scratch, "old"))
+            whole.rename(target)
 
 
 def _unpack(server: JobServer, pack: Path, folder: Path) -> None:

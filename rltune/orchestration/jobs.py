@@ -18,7 +18,8 @@ from typing import Any
 from rltune.errors import RltuneError, RunError, UserError
 from rltune.orchestration import on_head
 from rltune.orchestration.job_server import JobServer
-from rltune.runs.addresses import is_address
+from rltune.runs.addresses import is_address, written
+from rltune.runs.objects import check_address
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,9 @@ MAX_BREAKS = 5
 ENDED = ("succeeded", "failed", "stopped")
 OF_RAY = re.compile(r"^/tmp/ray(/|$)|/ray/session_|/runtime_resources/")
 """Paths that Ray takes away again."""
-WANTED = "give the absolute path of a folder that all nodes share, such as --storage /shared/runs"
+WANTED = (
+    "give the absolute path of a folder that all nodes share, such as --storage /shared/runs, or s3://BUCKET/FOLDER"
+)
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,13 @@ def check_storage(storage: str | None) -> str:
     """Return a storage that outlives a job on a cluster.
 
     Raises:
-        UserError: It is none, or a path that goes with the job.
+        UserError: It is none, an address that none can be, or a path that goes with the job.
     """
     if storage is None:
         raise UserError(f"--storage: where on the cluster the run folder goes is not said; {WANTED}")
     if is_address(storage):
-        raise UserError(f"--storage: must be a folder, got {storage!r}; {WANTED}")
+        check_address(written(storage))
+        return written(storage)
     if not PurePosixPath(storage).is_absolute():
         raise UserError(
             f"--storage: a job runs in a folder that Ray unpacks and takes away again, in which a relative path would "
@@ -200,6 +204,8 @@ def stop(server: JobServer, job: Job) -> Job:
 def on_the_head(server: JobServer, *words: str) -> Iterator[Mapping[str, Any]]:
     """Run ``on_head.py`` as a job, hand out what it finds, and end it.
 
+    What opens an address goes along, as a package of its own that hides no rltune that is there.
+
     Raises:
         RunError: It found nothing, or the cluster did not run it.
     """
@@ -207,6 +213,11 @@ def on_the_head(server: JobServer, *words: str) -> Iterator[Mapping[str, Any]]:
     with told(server), tempfile.TemporaryDirectory() as folder:
         client = server.client()
         shutil.copyfile(on_head.__file__, Path(folder, "on_head.py"))
+        for name in on_head.SEAM:
+            place = Path(folder, on_head.SEAM_FOLDER, "rltune", name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(on_head.__file__).parents[1] / name, place)
+            (place.parent / "__init__.py").touch()  # or an rltune that is there would be imported
         command = f"exec python on_head.py {shlex.join(words)}"
         client.submit_job(entrypoint=command, submission_id=job_id, runtime_env={"working_dir": folder})
     try:

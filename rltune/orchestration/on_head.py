@@ -1,7 +1,8 @@
 """What runs on a cluster's head for ``rltune submit`` and ``rltune fetch``: it goes there as a file, before rltune.
 
 It looks whether rltune can run there, or packs a run folder so that it can be downloaded. Standard library alone, for
-Python 3.9 and newer; what it finds is one line of JSON behind ``MARK`` in the job's log.
+Python 3.9 and newer; what it finds is one line of JSON behind ``MARK`` in the job's log. An address is tried with the
+files of rltune in ``SEAM``, which go along.
 """
 
 import hashlib
@@ -14,12 +15,17 @@ import signal
 import sys
 import tarfile
 import time
+import uuid
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 MARK = "rltune: "
 KEPT_S = 3600
 """How long a pack waits to be downloaded."""
+SEAM = ("errors.py", "redaction.py", "runs/objects.py")
+"""What opens an address, in the package."""
+SEAM_FOLDER = "seam"
+"""Where that is beside this file: a folder that nothing is imported from unless it is asked for."""
 
 
 def look(storage: str, libraries: str) -> None:
@@ -31,7 +37,7 @@ def look(storage: str, libraries: str) -> None:
             "rltune": _installed("rltune"),
             "missing": [name for name in libraries.split(",") if name and _installed(name) is None],
             "ray": _installed("ray"),
-            "storage": _storage_fault(Path(storage)),
+            "storage": _address_fault(storage) if "://" in storage else _folder_fault(Path(storage)),
         }
     )
 
@@ -85,7 +91,22 @@ def _installed(name: str) -> "str | None":
         return "unknown" if name.isidentifier() and importlib.util.find_spec(name) else None
 
 
-def _storage_fault(storage: Path) -> str:
+def _address_fault(uri: str) -> str:
+    """Say why what lies at an address cannot be written, read and deleted from here; empty if it can."""
+    sys.path.insert(0, str(Path(__file__).with_name(SEAM_FOLDER)))
+    try:
+        from rltune.runs.objects import open_store
+
+        store, key = open_store(uri), f".probe/{uuid.uuid4().hex}"
+        store.write(key, key.encode())
+        content = store.read(key)
+        store.delete(key)
+    except Exception as error:  # noqa: BLE001  # of pyarrow, or that it is not there
+        return str(error)
+    return "" if content == key.encode() else f"{uri}: what was written there is not what is read"
+
+
+def _folder_fault(storage: Path) -> str:
     """Say why run folders cannot lie there; empty if they can."""
     here = storage
     while not here.exists() and here != here.parent:

@@ -18,7 +18,9 @@ from rltune.orchestration.job_server import JobServer
 from rltune.orchestration.jobs import STOP_WAIT_S, WANTED, Job, find_job, free_id, list_jobs, on_the_head, told
 from rltune.orchestration.plan import Plan, plan
 from rltune.orchestration.upload import Upload, stage
+from rltune.runs.addresses import is_address
 from rltune.runs.layout import RunFolder
+from rltune.runs.remote import address_of, copy_path
 
 LOG_COLUMNS = 120
 """Width of a job's log."""
@@ -50,8 +52,8 @@ class Submission:
 
     @property
     def run(self) -> str:
-        """The run folder on the cluster."""
-        return str(PurePosixPath(self.storage) / self.plan.experiment.shared.name)
+        """The run folder on the cluster, or its address."""
+        return _run_in(self.storage, self.plan.experiment.shared.name)
 
     @property
     def entrypoint(self) -> str:
@@ -79,9 +81,11 @@ def prepare_submission(
         RunError: The cluster does not answer.
     """
     _check_ray(server)
-    found = plan(experiment, server.nodes(), RunFolder(Path(storage) / experiment.shared.name), is_attached=True)
+    run = _run_in(storage, experiment.shared.name)
+    # a bucket is the cluster's: this machine need not have the right to look into it, and does not
+    unseen = RunFolder(copy_path(run, "submitted") if is_address(run) else Path(run))
+    found = plan(experiment, server.nodes(), unseen, is_attached=True)
     upload = stage(experiment, folder)
-    run = str(PurePosixPath(storage) / experiment.shared.name)
     busy = next((job for job in list_jobs(server) if job.run == run and not job.has_ended), None)
     if busy is not None:
         raise UserError(
@@ -124,6 +128,10 @@ def submit(submission: Submission, server: JobServer) -> Job:
             entrypoint=submission.entrypoint, submission_id=job_id, runtime_env=environment, metadata=about
         )
     return find_job(server, job_id)
+
+
+def _run_in(storage: str, name: str) -> str:
+    return address_of(storage, name) if is_address(storage) else str(PurePosixPath(storage) / name)
 
 
 def package_folder() -> Path:
@@ -176,5 +184,7 @@ def _check_head(server: JobServer, head: Head, storage: str, *, ships: bool) -> 
         )
     if not ships and head.rltune is None:
         raise UserError(f"{where} has no rltune; leave --no-package out, and this machine's goes along")
+    if head.storage and is_address(storage):
+        raise UserError(f"--storage: cannot be used on the head: {head.storage}")
     if head.storage:
         raise UserError(f"--storage: got {storage!r}, but on the head {head.storage}; {WANTED}")

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from shlex import quote
 
 from rltune.errors import UserError
 
@@ -14,18 +15,21 @@ def is_address(place: str | Path) -> bool:
     return _ADDRESS.match(str(place)) is not None
 
 
-def as_folder(place: str | Path, what: str) -> Path:
+def as_folder(place: str | Path, what: str, *, is_read: bool = False) -> Path:
     """Return a place as a path.
 
     Args:
         place: As the user wrote it.
         what: What wants a folder there, for the message.
+        is_read: Whether it is of a run or its exports, which ``rltune fetch`` could bring.
 
     Raises:
         UserError: It is an address, of which a path would make a local folder with a strange name.
     """
     if is_address(place):
-        raise UserError(f"{what}: must be a local or a shared folder, got the address {written(place)!r}")
+        run = written(place).partition("/exports/")[0]
+        remedy = f"; 'rltune fetch {quote(run)}' brings the run to this machine" if is_read else ""
+        raise UserError(f"{what}: must be a local or a shared folder, got the address {written(place)!r}{remedy}")
     return Path(place)
 
 

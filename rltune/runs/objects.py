@@ -8,9 +8,10 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 from uuid import uuid4
 
 from rltune.errors import StorageError, UserError
@@ -22,8 +23,11 @@ SEGMENTS = ".d/"
 """Ends the name of a JSON-lines file under which its lines lie, one object per append."""
 WAITS_S = (0.5, 2.0, 5.0)
 """Before each further try; the file systems themselves try three times before."""
+GCS_TRIES_S = 5.0
+"""After which Google's own tries end; left alone, they go on for a quarter of an hour."""
 TIMEOUT_S = 30.0
 """Of a request to S3 that says nothing."""
+NO_BUCKET = "there is no such bucket; make it, or give another address"
 _FINAL = (
     (
         ("ACCESS_DENIED", "PERMISSION_DENIED", "FORBIDDEN", "UNAUTHENTICATED", "HTTP STATUS 403", "HTTP STATUS 401"),
@@ -34,7 +38,7 @@ _FINAL = (
         "its credentials are not known there; put them right",
     ),
     (("EXPIRED_TOKEN", "TOKEN_REFRESH_REQUIRED"), "its credentials have expired; get new ones"),
-    (("NO_SUCH_BUCKET", "BUCKET NOT FOUND"), "there is no such bucket; make it, or give another address"),
+    (("NO_SUCH_BUCKET", "BUCKET NOT FOUND"), NO_BUCKET),
 )
 """What a file system says of a fault that another try would meet again -> what to tell the user."""
 
@@ -84,7 +88,10 @@ class ObjectStore:
             with self._system.open_output_stream(self._path(key)) as stream:
                 stream.write(content)
 
-        self._try(key, action)
+        try:
+            self._try(key, action)
+        except FileNotFoundError as error:  # what Google's says of a bucket
+            raise StorageError(f"{self.at(key)}: {NO_BUCKET}") from error
 
     def append(self, key: str, lines: Sequence[str]) -> None:
         """Add lines to a file of lines, as one more object: there is no append, and another writer may do the same.
@@ -153,7 +160,8 @@ class ObjectStore:
 def open_store(uri: str) -> ObjectStore:
     """Return the store at an address, such as ``s3://bucket/runs/mix``; nothing is looked up there yet.
 
-    S3 may be another than Amazon's: ``AWS_ENDPOINT_URL``, or ``?endpoint_override=HOST:PORT&scheme=http``.
+    S3 may be another than Amazon's: ``AWS_ENDPOINT_URL``, or ``?endpoint_override=HOST:PORT&scheme=http``. Google's
+    takes that too, and ``anonymous=true``.
 
     Raises:
         UserError: It is none that can be used, or holds a secret.
@@ -161,6 +169,26 @@ def open_store(uri: str) -> ObjectStore:
     from pyarrow import ArrowInvalid
     from pyarrow.fs import FileSystem
 
+    parts = check_address(uri)
+    try:
+        options, root = dict(parse_qsl(parts.query)), f"{parts.netloc}{parts.path}"
+        if parts.scheme == "s3":
+            system = _s3(parts.netloc, options)
+        elif parts.scheme in ("gs", "gcs"):
+            system = _gcs(options)
+        else:
+            system, root = FileSystem.from_uri(uri)
+    except (ArrowInvalid, OSError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{uri}: cannot be used ({redact(' '.join(str(error).split()))})") from error
+    return ObjectStore(uri, system, root.rstrip("/"))
+
+
+def check_address(uri: str) -> SplitResult:
+    """Return the parts of an address that a run may lie at, as far as its text can say.
+
+    Raises:
+        UserError: It is none, or holds a secret.
+    """
     parts = urlsplit(uri)
     if holds_secret(uri):
         raise UserError(f"{redact(uri)}: an address may not hold a secret; the environment may, or a profile")
@@ -170,14 +198,7 @@ def open_store(uri: str) -> ObjectStore:
         raise UserError(f"{uri}: no run can lie there; write one of {', '.join(f'{name}://' for name in SCHEMES)}")
     if not parts.netloc:
         raise UserError(f"{uri}: names no bucket; write {parts.scheme}://BUCKET/FOLDER")
-    try:
-        if parts.scheme == "s3":
-            system, root = _s3(parts.netloc, dict(parse_qsl(parts.query))), f"{parts.netloc}{parts.path}"
-        else:
-            system, root = FileSystem.from_uri(uri)
-    except (ArrowInvalid, OSError, TypeError, NotImplementedError) as error:
-        raise UserError(f"{uri}: cannot be used ({redact(' '.join(str(error).split()))})") from error
-    return ObjectStore(uri, system, root.rstrip("/"))
+    return parts
 
 
 def _s3(bucket: str, options: Mapping[str, str]) -> Any:
@@ -190,6 +211,14 @@ def _s3(bucket: str, options: Mapping[str, str]) -> Any:
     if "region" not in given:
         given["region"] = region or ("us-east-1" if "endpoint_override" in given else resolve_s3_region(bucket))
     return S3FileSystem(**given)
+
+
+def _gcs(options: Mapping[str, str]) -> Any:
+    from pyarrow.fs import GcsFileSystem
+
+    is_anonymous = options.get("anonymous", "false").lower() == "true"
+    rest = {name: value for name, value in options.items() if name != "anonymous"}
+    return GcsFileSystem(**rest, anonymous=is_anonymous, retry_time_limit=timedelta(seconds=GCS_TRIES_S))
 
 
 def _fault(error: OSError) -> str | None:

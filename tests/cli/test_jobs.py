@@ -8,10 +8,13 @@ from ray.job_submission import JobStatus
 
 from rltune.cli.jobs import _ago
 from rltune.orchestration import dashboard, job_server, jobs
+from rltune.runs.copies import Copy
+from rltune.runs.objects import open_store
 from tests.cli.conftest import Call
 from tests.orchestration.fake_jobs import FakeServer
 from tests.orchestration.processes import write_experiment
 from tests.run_folders import experiment, result, write_run
+from tests.storage import BUCKET
 
 ADDRESS = ("--address", "http://head:8265")
 
@@ -58,6 +61,24 @@ def test_submit_says_what_goes_up_and_what_comes_next(
         assert line in out
     assert out.endswith("trial 001 started\n")
     assert err.endswith("rltune-tiny succeeded\n")
+
+
+def test_a_run_on_object_storage_is_fetched_by_its_job_and_by_its_address(
+    server: FakeServer, call: Call, tmp_path: Path, s3: str
+) -> None:
+    folder = write_run(tmp_path / "shared", experiment(), [result("000"), result("001")])
+    uri = f"s3://{BUCKET}/cli/mix"
+    Copy(open_store(uri), folder.path).publish("")
+    submitted(server, "mix", uri)
+    code, out, err = call("fetch", "mix", tmp_path / "by-job", *ADDRESS)
+    assert (code, err) == (0, "")
+    assert f"{tmp_path / 'by-job'}: " in out
+    assert "as it was a moment ago: rltune-mix goes on" in out
+    code, out, _ = call("fetch", uri, tmp_path / "by-address")  # the cluster is not asked
+    assert code == 0
+    assert "goes on" not in out
+    for copy in ("by-job", "by-address"):
+        assert (tmp_path / copy / "results.jsonl").read_text() == folder.results_file.read_text()
 
 
 @pytest.mark.parametrize("name", ["a/b", ""])

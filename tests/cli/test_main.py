@@ -428,6 +428,8 @@ def test_the_handlers_of_others_are_left_alone(call: Call) -> None:
 
 
 FOLDER = "must be a local or a shared folder, got the address"
+RUN = "s3://bucket/runs/mix"
+FETCH = f"; 'rltune fetch {RUN}' brings the run to this machine"
 NOWHERE = "no run can lie there; write one of s3://, gs://"
 
 
@@ -439,9 +441,9 @@ NOWHERE = "no run can lie there; write one of s3://, gs://"
         (("status", "memory://runs/mix"), NOWHERE),
         (("evaluate", "memory://runs/mix"), NOWHERE),
         (("front", "file:///shared/runs/mix"), "file:///shared/runs/mix: write the folder itself, /shared/runs/mix"),
-        (("compare", "runs/mix", "s3://bucket/runs/mix"), f"RUNS: {FOLDER} 's3://bucket/runs/mix'"),
-        (("soup", "s3://bucket/runs/mix"), f"soup: {FOLDER} 's3://bucket/runs/mix'"),
-        (("sample", "s3://bucket/runs/mix/exports/001"), f"LORAS: {FOLDER} 's3://bucket/runs/mix/exports/001'"),
+        (("compare", "runs/mix", RUN), f"RUNS: {FOLDER} '{RUN}'{FETCH}"),
+        (("soup", RUN), f"soup: {FOLDER} '{RUN}'{FETCH}"),
+        (("sample", f"{RUN}/exports/001"), f"LORAS: {FOLDER} '{RUN}/exports/001'{FETCH}"),
         (("report", "runs/mix", "--figures", "gs://bucket"), f"--figures: {FOLDER} 'gs://bucket'"),
     ],
 )

@@ -12,10 +12,14 @@ import pytest
 
 from rltune.errors import RunError, UserError
 from rltune.orchestration import fetching, jobs, on_head
-from rltune.orchestration.fetching import fetch
+from rltune.orchestration.fetching import fetch, fetch_from_store
+from rltune.runs.copies import Copy
+from rltune.runs.objects import open_store
 from rltune.runs.record import read_run
+from rltune.runs.results import read_results
 from tests.orchestration.fake_jobs import FakeServer
 from tests.run_folders import experiment, result, write_run
+from tests.storage import BUCKET
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,34 @@ def test_a_run_is_copied_without_checkpoints_and_replaced_by_a_newer_copy(
     assert names(target.parent) == {f"copy/{name}" for name in names(target)}
     assert server.jobs == {}
     assert list(logs.glob("*.tar")) == []
+
+
+def test_a_run_on_object_storage_is_copied_from_there_as_a_folder(
+    run: Path, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of lines are whole again, and nothing of the claim comes."""
+    uri, target, parts = f"s3://{BUCKET}/fetch/tiny", tmp_path / "runs" / "copy", list[int]()
+    store = open_store(uri)
+    Copy(store, run).publish("")
+    store.append("results.jsonl", [(run / "results.jsonl").read_text().splitlines()[0].replace("000", "002")])
+    store.write(".claims/x.json", b"{}")
+    fetched = fetch_from_store(uri, target, on_bytes=parts.append)
+    assert sum(parts) == fetched.size > 0
+    left_out = {"trials/001/checkpoints/c/adapter.safetensors", ".ray/x", ".lock"}
+    assert names(target) == names(run) - left_out | {"fetched.json"}
+    assert (target / "exports/001/lora.safetensors").read_bytes() == (run / "exports/001/lora.safetensors").read_bytes()
+    assert [found.trial for found in read_results(target / "results.jsonl")] == ["000", "001", "002"]
+    assert json.loads((target / "fetched.json").read_text())["run"] == uri
+    read_run(target)
+    fetch_from_store(uri, target, with_checkpoints=True, on_bytes=parts.append)
+    assert names(target) == names(run) - {".ray/x", ".lock"} | {"fetched.json"}
+    assert names(target.parent) == {f"copy/{name}" for name in names(target)}
+
+
+def test_an_address_without_a_run_leaves_an_older_copy(tmp_path: Path, s3: str) -> None:
+    with pytest.raises(UserError, match=f"^s3://{BUCKET}/nosuch: there is no run, it has no experiment.yaml"):
+        fetch_from_store(f"s3://{BUCKET}/nosuch", tmp_path / "copy", on_bytes=lambda size: None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_of_this_machine_is_not_replaced(logs: Path, run: Path) -> None:

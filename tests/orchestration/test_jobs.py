@@ -1,6 +1,8 @@
 """Jobs of rltune on a cluster: which they are, following them, and the script that runs on the head."""
 
+import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,9 @@ from rltune.orchestration.jobs import (
     on_the_head,
     stop,
 )
+from rltune.runs.objects import open_store
 from tests.orchestration.fake_jobs import FakeServer, details_of
+from tests.storage import BUCKET
 
 MIX = {"rltune": "0.1.0", "name": "mix", "experiment": "mix.yaml", "run": "/shared/runs/mix"}
 
@@ -64,7 +68,7 @@ def test_each_job_of_a_run_has_its_own_id() -> None:
     assert free_id("mix", {"rltune-mix", "rltune-mix-2", "rltune-max"}) == "rltune-mix-3"
 
 
-@pytest.mark.parametrize("storage", [None, "runs", "./runs", "s3://bucket/runs", "/tmp/ray/session_latest/runs"])
+@pytest.mark.parametrize("storage", [None, "runs", "./runs", "/tmp/ray/session_latest/runs"])
 @pytest.mark.parametrize("unpacked", [False, True])
 def test_a_storage_that_goes_with_the_job_is_refused(storage: str | None, unpacked: bool) -> None:
     if unpacked:
@@ -75,6 +79,16 @@ def test_a_storage_that_goes_with_the_job_is_refused(storage: str | None, unpack
 
 def test_a_folder_of_the_cluster_is_taken() -> None:
     assert check_storage("/shared/runs/") == "/shared/runs"
+
+
+@pytest.mark.parametrize("storage", ["s3://bucket/runs", "s3:/bucket/runs", "gs://bucket/runs"])
+def test_an_address_is_taken_as_it_was_meant(storage: str) -> None:
+    assert check_storage(storage) == storage.replace(":/b", "://b")
+
+
+def test_an_address_that_none_can_be_is_refused_before_the_cluster_is_asked() -> None:
+    with pytest.raises(UserError, match="no run can lie there; write one of s3://"):
+        check_storage("http://bucket/runs")
 
 
 def test_a_log_is_followed_through_broken_connections(server: FakeServer, tmp_path: Path) -> None:
@@ -175,6 +189,27 @@ def test_a_storage_of_another_user_is_found_on_the_head(tmp_path: Path, monkeypa
     (found,) = said
     assert isinstance(found, dict)
     assert found["storage"] == f"{tmp_path} cannot be written by the user that Ray runs as"
+
+
+def test_a_bucket_is_tried_on_the_head_with_the_head_s_own_rights(server: FakeServer, s3: str) -> None:
+    """By the files that go along, beside a Python without rltune; nothing is left there."""
+    blank = dataclasses.replace(server, environment={"PYTHONPATH": "", "PYTHONSAFEPATH": ""})
+    with on_the_head(blank, "look", f"s3://{BUCKET}/head", "") as found:
+        assert found["storage"] == ""
+    with on_the_head(blank, "look", "s3://nosuch-bucket/runs", "") as found:
+        assert "there is no such bucket; make it, or give another address" in found["storage"]
+    assert open_store(f"s3://{BUCKET}/head").list() == {}
+    assert server.jobs == {}
+
+
+def test_what_goes_to_the_head_hides_no_rltune_that_is_there(tmp_path: Path) -> None:
+    shutil.copy(on_head.__file__, tmp_path / "on_head.py")
+    (tmp_path / on_head.SEAM_FOLDER / "rltune").mkdir(parents=True)
+    code = "import on_head, json; print(json.dumps(on_head._installed('rltune')))"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code], cwd=tmp_path, env={"PYTHONPATH": ""}, capture_output=True, text=True
+    )
+    assert json.loads(done.stdout) is None
 
 
 def test_a_head_without_python_is_told_of(server: FakeServer, tmp_path: Path) -> None:

@@ -26,7 +26,9 @@ from rltune.orchestration.submission import (
     submit,
 )
 from rltune.orchestration.sweep import GRACE_S
+from rltune.runs import remote
 from tests.orchestration.fake_jobs import NODE, FakeServer
+from tests.storage import BUCKET, environment
 
 pytestmark = pytest.mark.slow
 Write = Callable[..., Path]
@@ -123,6 +125,32 @@ def test_a_storage_that_the_head_cannot_write(
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^--storage: got '.*', but on the head .*file is a file"):
         prepare_submission(load(), server, staged(tmp_path / "up"), storage=str(tmp_path / "file"))
+
+
+def test_a_run_on_object_storage_is_handed_in_without_a_look_into_the_bucket(
+    server: FakeServer, load: Callable[..., Experiment], tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head has the right to write there, this machine has none."""
+    head = replace(server, environment=environment(s3))
+    for name in environment(s3):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(remote, "open_store", None)
+    storage = f"s3://{BUCKET}/runs?scheme=http"
+    submission = prepare_submission(load(), head, staged(tmp_path / "up"), storage=storage)
+    job = submit(submission, head)
+    assert job.run == f"s3://{BUCKET}/runs/tiny?scheme=http"
+    assert shlex.split(head.jobs[job.id].details["entrypoint"])[-2:] == ["--storage", storage]
+    with pytest.raises(UserError, match="the job rltune-tiny works on this run; follow it with"):
+        prepare_submission(load(), head, staged(tmp_path / "busy"), storage=storage)
+
+
+def test_a_bucket_that_the_head_cannot_use_is_said_before_anything_goes_up(
+    server: FakeServer, load: Callable[..., Experiment], tmp_path: Path, s3: str
+) -> None:
+    said = r"^--storage: cannot be used on the head: s3://nosuch/.*: there is no such bucket"
+    with pytest.raises(UserError, match=said):
+        prepare_submission(load(), server, staged(tmp_path / "up"), storage="s3://nosuch")
+    assert server.jobs == {}
 
 
 @pytest.mark.parametrize(

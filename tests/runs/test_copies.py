@@ -7,13 +7,7 @@ import pytest
 
 from rltune.errors import StorageError
 from rltune.runs.copies import Copy, is_light, is_light_or_handed_on
-from rltune.runs.objects import ObjectStore, open_store
-from tests.storage import BUCKET
-
-
-@pytest.fixture
-def store(request: pytest.FixtureRequest, s3: str) -> ObjectStore:
-    return open_store(f"s3://{BUCKET}/{request.node.name}")
+from rltune.runs.objects import ObjectStore
 
 
 def write(copy: Copy, key: str, text: str = "x") -> None:

@@ -10,12 +10,8 @@ from pyarrow.fs import S3FileSystem
 
 from rltune.errors import StorageError, UserError
 from rltune.runs.objects import Entry, ObjectStore, copied, open_store
+from tests import storage
 from tests.storage import BUCKET, Faulty
-
-
-@pytest.fixture
-def store(request: pytest.FixtureRequest, s3: str) -> ObjectStore:
-    return open_store(f"s3://{BUCKET}/{request.node.name}")
 
 
 def test_what_is_written_is_read_whole(store: ObjectStore) -> None:
@@ -71,6 +67,8 @@ def test_a_file_that_is_brought_down_has_the_time_of_its_object(store: ObjectSto
         ("s3://", "names no bucket"),
         ("s3://key:password@bucket/runs", "may not hold a secret"),
         ("s3://bucket/runs?bogus=1", "cannot be used"),
+        ("gs://bucket/runs?bogus=1", "cannot be used"),
+        ("gs://", "names no bucket"),
     ],
 )
 def test_an_address_that_cannot_be_used_says_why(uri: str, why: str, s3: str) -> None:
@@ -83,6 +81,12 @@ def test_an_address_that_cannot_be_used_says_why(uri: str, why: str, s3: str) ->
 def test_a_bucket_that_is_not_there_is_named_at_once(s3: str) -> None:
     with pytest.raises(StorageError, match=r"^s3://nosuch/runs/a: there is no such bucket"):
         open_store("s3://nosuch/runs").write("a", b"x")
+
+
+def test_a_bucket_of_google_s_that_is_not_there_is_named_too(gcs: str) -> None:
+    uri = storage.gcs_address(gcs, "runs").replace(BUCKET, "nosuch")
+    with pytest.raises(StorageError, match=r"^gs://nosuch/runs/a\?.*: there is no such bucket; make it"):
+        open_store(uri).write("a", b"x")
 
 
 def denied(call: str, path: str) -> None:
