@@ -72,6 +72,7 @@ def _export(pick: TrialResult, spec: JobSpec, experiment: Experiment) -> tuple[l
     try:
         folder = replace(spec, role=f"export-{pick.trial}").folder
         bring_run(folder)
+        folder.bring(folder.results_file, folder.confirmed_file)  # a LoRA's card tells what it measured
         if Path(spec.work_dir).is_dir():  # relative paths of the experiment are meant from there
             os.chdir(spec.work_dir)
         quiet_libraries()

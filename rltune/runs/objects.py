@@ -37,10 +37,26 @@ _FINAL = (
         ("INVALID_ACCESS_KEY", "SIGNATURE_DOES_NOT_MATCH", "INVALID_CLIENT_TOKEN", "UNRECOGNIZED_CLIENT"),
         "its credentials are not known there; put them right",
     ),
-    (("EXPIRED_TOKEN", "TOKEN_REFRESH_REQUIRED"), "its credentials have expired; get new ones"),
+    (("EXPIRED_TOKEN", "EXPIREDTOKEN", "TOKEN_REFRESH_REQUIRED"), "its credentials have expired; get new ones"),
     (("NO_SUCH_BUCKET", "BUCKET NOT FOUND"), NO_BUCKET),
+    (
+        ("HTTP STATUS 400", "HTTP STATUS 301", "AUTHORIZATIONHEADERMALFORMED"),
+        "the request is refused: its credentials have expired, or the bucket is in another region (AWS_REGION)",
+    ),
 )
 """What a file system says of a fault that another try would meet again -> what to tell the user."""
+_PASSING = (
+    (
+        ("SLOW_DOWN", "THROTTL", "TOO_MANY", "RESOURCE_EXHAUSTED", "HTTP STATUS 503", "HTTP STATUS 429"),
+        "the store wants fewer requests, and went on to; wait, or lower resources.concurrent: the same command resumes",
+    ),
+    (
+        ("INTERNAL_FAILURE", "HTTP STATUS 500", "HTTP STATUS 502", "HTTP STATUS 504"),
+        "the store has a fault of its own; wait, the same command resumes",
+    ),
+)
+"""The same of one that may pass, but did not."""
+_UNANSWERED = "the store does not answer; see to the network, the same command resumes"
 
 
 @dataclass(frozen=True)
@@ -142,12 +158,12 @@ class ObjectStore:
             except FileNotFoundError:
                 raise
             except OSError as error:
-                fault = _fault(error)
+                fault = _words(error, _FINAL)
                 if fault is None and wait_s is not None:
                     time.sleep(wait_s)
                     continue
                 said = " ".join(str(error).split())[:300]
-                what = fault or "the store does not answer; see to the network, the same command resumes"
+                what = fault or _words(error, _PASSING) or _UNANSWERED
                 raise StorageError(f"{self.at(key)}: {what} ({redact(said)})") from error
         raise AssertionError
 
@@ -206,7 +222,8 @@ def _s3(bucket: str, options: Mapping[str, str]) -> Any:
 
     endpoint = urlsplit(os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "")
     own = {"endpoint_override": endpoint.netloc, "scheme": endpoint.scheme} if endpoint.netloc else {}
-    given = {"request_timeout": TIMEOUT_S, "connect_timeout": 10.0, **own, **options}
+    # delayed: an object that is no checkpoint is one request, and not the three of an upload in parts
+    given = {"request_timeout": TIMEOUT_S, "connect_timeout": 10.0, "allow_delayed_open": True, **own, **options}
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     if "region" not in given:
         given["region"] = region or ("us-east-1" if "endpoint_override" in given else resolve_s3_region(bucket))
@@ -221,10 +238,10 @@ def _gcs(options: Mapping[str, str]) -> Any:
     return GcsFileSystem(**rest, anonymous=is_anonymous, retry_time_limit=timedelta(seconds=GCS_TRIES_S))
 
 
-def _fault(error: OSError) -> str | None:
-    """Return what to tell of an error that another try would meet again; None of one that may pass."""
+def _words(error: OSError, known: Sequence[tuple[Sequence[str], str]]) -> str | None:
+    """Return what to tell of an error, if it is among those that are known."""
     said = str(error).upper()
-    return next((words for signs, words in _FINAL if any(sign in said for sign in signs)), None)
+    return next((words for signs, words in known if any(sign in said for sign in signs)), None)
 
 
 def copied(store: ObjectStore, key: str, file: Path, entry: Entry) -> None:

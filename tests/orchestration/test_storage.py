@@ -14,6 +14,7 @@ import pytest
 from rltune.config.load import load_experiment
 from rltune.errors import StorageError, UserError
 from rltune.orchestration import campaign
+from rltune.orchestration.export_job import _export
 from rltune.orchestration.job import publish_report, run_trial
 from rltune.orchestration.job_spec import JobSpec
 from rltune.orchestration.trials import Abort, Trials
@@ -21,7 +22,7 @@ from rltune.runs import objects
 from rltune.runs.layout import BASE_TRIAL, RunFolder, TrialSpec
 from rltune.runs.lease import CLAIMS, Owner
 from rltune.runs.objects import ObjectStore, open_store
-from rltune.runs.record import read_run
+from rltune.runs.record import read_record, read_run
 from rltune.runs.remote import reader_folder, run_folder, worker_folder
 from rltune.runs.results import read_results
 from rltune.runs.rows import read_metrics
@@ -129,6 +130,26 @@ def test_a_run_on_object_storage_has_the_numbers_of_one_in_a_folder(
     assert not any("trainer.pt" in str(file) or ".npy" in str(file) for file in folder.path.rglob("*"))
     drive(path, storage)  # again: there is nothing left to do
     assert found(reader_folder(f"{storage}/tiny")) == expected
+
+
+@pytest.mark.long
+def test_a_worker_exports_from_the_bucket_alone(
+    in_a_folder: tuple[Path, list[dict[str, Any]]], machine: Callable[[str], None], storage: str
+) -> None:
+    """It has never seen the run, and the card that it writes tells what the trial measured."""
+    path, _ = in_a_folder
+    drive(path, storage)
+    folder, experiment = read_run(f"{storage}/tiny")
+    pick, record = read_results(folder.results_file)[-1], read_record(folder)
+    assert record is not None
+    machine("a worker's")
+    about = {"uri": f"{storage}/tiny", "begun": record.started}
+    spec = JobSpec("000", "/nowhere", {}, 0.0, str(path.parent), is_loopback=False, **about)
+    exported, fault = _export(pick, spec, experiment)
+    assert not fault
+    assert [one.trial for one in exported] == ["001"]
+    lying = open_store(f"{storage}/tiny").list("exports/001/")
+    assert {"exports/001/rltune.json", "exports/001/pytorch_lora_weights.safetensors"} <= lying.keys()
 
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, num_calls: int) -> list[str]:

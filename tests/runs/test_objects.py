@@ -1,6 +1,7 @@
 """What a store does, on a server of S3 on loopback; what a user is told of one that denies him, or does not answer."""
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,39 @@ def behind_faults(name: str) -> tuple[Faulty, ObjectStore]:
     own: Any = open_store(f"s3://{BUCKET}/{name}")
     faulty = Faulty(own._system)
     return faulty, ObjectStore(own.uri, faulty, own._root, waits_s=(0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "read", "listed"),
+    [
+        (403, "AccessDenied", "access is denied; give this machine cred", "access is denied; give this machine cred"),
+        (403, "InvalidAccessKeyId", "access is denied", "its credentials are not known there; put them right"),
+        (400, "ExpiredToken", "its credentials have expired, or", "its credentials have expired; get new ones"),
+        (400, "AuthorizationHeaderMalformed", "in another region", "in another region"),
+        (503, "SlowDown", "the store wants fewer requests", "the store wants fewer requests"),
+        (500, "InternalError", "the store has a fault of its own", "the store has a fault of its own"),
+    ],
+)
+def test_what_a_server_of_s3_says_is_told_in_words(
+    status: int, code: str, read: str, listed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it comes through pyarrow, which has more of it for a listing than for an object, where there is no body."""
+    for name, value in storage.environment("").items():
+        monkeypatch.setenv(name, value)
+    with storage.refusing_server(status, code) as (server, requests):
+        own: Any = open_store(f"s3://{BUCKET}/x?endpoint_override={server}&scheme=http")
+        store = ObjectStore(own.uri, own._system, own._root, waits_s=(0.0,))
+        for action, words in ((lambda: store.read("a"), read), (store.list, listed)):
+            requests.clear()
+            with pytest.raises(StorageError, match=re.escape(words)) as found:
+                action()
+            assert str(found.value).startswith(f"s3://{BUCKET}/x")
+            # what another try would meet again is not tried again
+            assert (len(requests) == 1) == (status < 500)
+        requests.clear()
+        with pytest.raises(StorageError):
+            store.write("a", b"x" * 1000)
+        assert set(requests) == {"PUT"}  # of one request, not of an upload in parts
 
 
 def test_what_fails_for_a_moment_is_tried_again(s3: str) -> None:
