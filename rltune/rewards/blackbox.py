@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -134,7 +134,7 @@ class HttpReward:
     retries: int = 3
     batch: int = 16
     format: Literal["png", "jpeg"] = "png"
-    headers_from: Mapping[str, str] = field(default_factory=dict)
+    headers_from: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         example = "the address of a server that scores images, as in 'http://127.0.0.1:8000/score'"
@@ -161,16 +161,17 @@ class HttpReward:
 
     def _check_headers(self) -> None:
         what = "reward 'http': headers_from must be a mapping of headers to names of environment variables"
-        if not isinstance(self.headers_from, Mapping):
-            raise UserError(f"{what}, got {type(self.headers_from).__name__}")
-        for header, name in self.headers_from.items():  # it may be the secret itself, and is not shown
+        names = self.headers_from or {}
+        if not isinstance(names, Mapping):
+            raise UserError(f"{what}, got {type(names).__name__}")
+        for header, name in names.items():  # it may be the secret itself, and is not shown
             if not all(
                 isinstance(text, str) and re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", text) for text in (header, name)
             ):
                 raise UserError(f"{what}, that of {header!r} is not")
         for header, value in self._headers.items():
             if not (value.isascii() and value.isprintable()):
-                raise UserError(f"{what}, and the value of {self.headers_from[header]} must be printable ASCII")
+                raise UserError(f"{what}, and the value of {names[header]} must be printable ASCII")
 
     @property
     def _address(self) -> Any:
@@ -178,7 +179,8 @@ class HttpReward:
 
     @property
     def _headers(self) -> dict[str, str]:
-        return {header: _read_variable(name, f"headers_from: {header}") for header, name in self.headers_from.items()}
+        names = self.headers_from or {}
+        return {header: _read_variable(name, f"headers_from: {header}") for header, name in names.items()}
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1], clipped and rounded to 8 bits as a PNG is -> ``(B,)`` float32, no gradient.

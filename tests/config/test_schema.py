@@ -7,6 +7,7 @@ import jsonschema
 import pytest
 
 from rltune.config.experiment import RunConfig
+from rltune.config.load import parse_experiment
 from rltune.config.schema import belongs_to_whole_sweep, json_schema, node_at, run_schema
 from rltune.config.words import describe, is_leaf, known_keys
 from rltune.config.yamlfile import read_yaml
@@ -31,6 +32,14 @@ def leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
             yield from leaves(item, (*path, key))
     elif not isinstance(value, list) and value is not None:
         yield path, value
+
+
+def empty(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from empty(item, (*path, key))
+    elif value is None:
+        yield path
 
 
 LEAVES = list(leaves(DEFAULTS))
@@ -74,6 +83,23 @@ def test_a_distribution_stands_where_nothing_is_the_default(key: str) -> None:
     assert not errors_of(nested(path, {"int": [1, 2]}))
     assert bool(errors_of(nested(path, {"float": [0.5, 2]}))) == (key in ("estimator.k", "optim.queries"))
     assert errors_of(nested(path, {"simplex": True}))
+
+
+def test_a_setting_that_is_nothing_when_left_out_can_be_set_to_null() -> None:
+    """In a file, after ``--set``, and in an editor."""
+    paths = list(empty(DEFAULTS))
+    assert {("optim", "queries"), ("constraints", "a", "max")} <= set(paths)
+    bounded = {"rewards": {"a": {}}, "constraints": {"a": {"min": 0}}}
+    for path in paths:
+        dotted = ".".join(path)
+        assert not errors_of(nested(path, None)), dotted
+        experiment = parse_experiment(bounded, overrides=[f"{dotted}=1", f"{dotted}=null"])
+        again = parse_experiment(experiment.to_yaml())
+        for one in (experiment, again):
+            value: Any = one.shared.model_dump()
+            for key in path:
+                value = value[key]
+            assert value is None, dotted
 
 
 @pytest.mark.parametrize(

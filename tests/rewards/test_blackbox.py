@@ -385,6 +385,7 @@ def test_a_wrong_option_is_named(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=f"^reward 'http': {said}$"):
         REWARDS.build("http", given)
     assert HttpReward(url="https://host:8443/score?model=a").batch == 16
+    assert HttpReward(url="http://127.0.0.1/", headers_from=None).headers_from is None
 
 
 def test_what_is_secret_is_sent_and_never_said(
