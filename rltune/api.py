@@ -6,11 +6,13 @@
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rltune.beside import beside
 from rltune.config.load import Experiment, load_experiment, parse_experiment
 from rltune.runs.layout import RunFolder
 from rltune.runs.run import Run
@@ -110,20 +112,8 @@ def _run(source: Source, storage: str | Path, address: str | None, watch: Watch 
     experiment = _loaded(source)
     check_kind(experiment, is_sweep=is_sweep)
 
-    @contextmanager
-    def display(folder: RunFolder, experiment: Experiment) -> Iterator[None]:
-        if watch is None:
-            yield
-            return
-        stop = threading.Event()
-        reader = StatusReader(folder, experiment)
-        thread = threading.Thread(target=_call_often, args=(watch, reader, stop), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+    def display(folder: RunFolder, experiment: Experiment) -> AbstractContextManager[None]:
+        return nullcontext() if watch is None else beside(partial(_call_often, watch, StatusReader(folder, experiment)))
 
     found = run_campaign(experiment, storage=storage, address=address, display=display)
     return Run(found.folder.where)

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "rltune"
-BASE = {"errors", "registry", "assets", "intervals", "records", "redaction", "canvas"}
+BASE = {"beside", "errors", "registry", "assets", "intervals", "records", "redaction", "canvas"}
 ALLOWED = {
     "__main__": {"cli"},
     "redaction": set(),
     "errors": {"redaction"},
     "registry": {"errors"},
     "assets": set(),
+    "beside": set(),
     "canvas": set(),
     "intervals": set(),
     "records": {"errors"},

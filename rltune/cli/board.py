@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from rltune.beside import beside
 from rltune.cli.live import LiveView
 from rltune.cli.notes import named, stop_line
 from rltune.cli.tables import progress_line
@@ -40,14 +42,8 @@ def watch(folder: RunFolder, experiment: Experiment) -> Iterator[None]:
         ):
             yield
         return
-    stop = threading.Event()
-    thread = threading.Thread(target=_print_lines, args=(reader, objectives, stop), daemon=True)
-    thread.start()
-    try:
+    with beside(partial(_print_lines, reader, objectives)):
         yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 class Steady:

@@ -7,10 +7,11 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from functools import cache
+from contextlib import AbstractContextManager
+from functools import cache, partial
 from typing import Any
 
+from rltune.beside import beside
 from rltune.config.load import Experiment
 from rltune.runs.layout import BASE_TRIAL, RunFolder
 from rltune.runs.status import RunStatus, StatusReader
@@ -62,18 +63,9 @@ def samples(status: RunStatus, experiment: Experiment) -> Iterator[Sample]:
                 yield "rltune_k", tags, float(k)
 
 
-@contextmanager
-def exported(folder: RunFolder, experiment: Experiment) -> Iterator[None]:
-    """Hand the figures of a run to Ray for as long as the block runs, and once at its end."""
-    stop = threading.Event()
-    reader = StatusReader(folder, experiment)
-    thread = threading.Thread(target=_export_often, args=(reader, experiment, stop), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+def exported(folder: RunFolder, experiment: Experiment) -> AbstractContextManager[None]:
+    """Hand the figures of a run to Ray for as long as a block runs, and once at its end."""
+    return beside(partial(_export_often, StatusReader(folder, experiment), experiment))
 
 
 def _export_often(reader: StatusReader, experiment: Experiment, stop: threading.Event) -> None:

@@ -2,9 +2,10 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
+from rltune.beside import beside
 from rltune.orchestration.nodes import Node, WorkerNeed, count_slots, describe
 from rltune.orchestration.workload import Workload
 from rltune.runs.events import note_event, read_events
@@ -76,22 +77,14 @@ class StartWatch:
     def _num_starts(self, trial: str) -> int:
         return sum(event.event == "worker_started" for event in read_events(self._folder.trial_events_file(trial)))
 
-    @contextmanager
-    def looking(self) -> Iterator[None]:
-        """Look now and then for as long as the block runs."""
-        over = threading.Event()
+    def looking(self) -> AbstractContextManager[None]:
+        """Look now and then for as long as a block runs."""
 
-        def look() -> None:
+        def look(over: threading.Event) -> None:
             while not over.wait(LOOK_S):
                 self.look()
 
-        thread = threading.Thread(target=look, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+        return beside(look)
 
 
 def start_watch(folder: RunFolder, workload: Workload) -> StartWatch:

@@ -4,9 +4,11 @@ import logging
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
+from rltune.beside import beside
 from rltune.config.load import Experiment
 from rltune.errors import UserError
 from rltune.report.drawing import to_svg
@@ -86,24 +88,17 @@ def figures(run: Gathered) -> Iterator[Figure]:
         yield from judge_figures(run, judge, hacked)
 
 
-@contextmanager
-def kept_current(folder: RunFolder, experiment: Experiment, shrink: Shrinker) -> Iterator[None]:
-    """Write the page again for as long as the block runs, whenever trials have ended since.
+def kept_current(folder: RunFolder, experiment: Experiment, shrink: Shrinker) -> AbstractContextManager[None]:
+    """Write the page again for as long as a block runs, whenever trials have ended since.
 
     What cannot be written costs that page and not the run.
     """
-    stop, known = threading.Event(), _size(folder.results_file)  # what is added before the thread runs is new to it
-    thread = threading.Thread(target=_write_often, args=(folder, experiment, shrink, stop, known), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    known = _size(folder.results_file)  # what is added before the thread runs is new to it
+    return beside(partial(_write_often, folder, experiment, shrink, known))
 
 
 def _write_often(
-    folder: RunFolder, experiment: Experiment, shrink: Shrinker, stop: threading.Event, known: int
+    folder: RunFolder, experiment: Experiment, shrink: Shrinker, known: int, stop: threading.Event
 ) -> None:
     wait_s = EVERY_S
     while not stop.wait(wait_s):

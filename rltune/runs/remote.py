@@ -6,9 +6,10 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
+from rltune.beside import beside
 from rltune.errors import RltuneError, UserError
 from rltune.runs.addresses import is_address, written
 from rltune.runs.copies import Copy, is_light
@@ -202,22 +203,14 @@ def at_work(folder: RunFolder, trial: str, *, base_key: str, is_main: bool) -> I
                 copy.publish(*own)
 
 
-@contextmanager
-def _often(action: Callable[[], None], every_s: float) -> Iterator[None]:
-    """Do something again and again while the block runs; what fails is tried again the next time."""
-    stop = threading.Event()
+def _often(action: Callable[[], None], every_s: float) -> AbstractContextManager[None]:
+    """Do something again and again while a block runs; what fails is tried again the next time."""
 
-    def loop() -> None:
-        while not stop.wait(every_s):
+    def loop(over: threading.Event) -> None:
+        while not over.wait(every_s):
             try:
                 action()
             except Exception:  # who needs it in time meets the fault himself, and says so
                 logger.debug("the run's storage could not be looked at", exc_info=True)
 
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    return beside(loop)
