@@ -12,7 +12,7 @@ Runs where trl 0.12.2, diffusers 0.31, transformers 4.46 and peft 0.13 are insta
   ``dtype`` (float32 or float64) and ``repeats``.
 
 For every K it writes ``gradient_K.safetensors`` (of -mean reward, under peft's key names) and ``images_K.safetensors``,
-and one ``timings.json`` with the median CPU and wall seconds of a step, if ``repeats`` is not 0.
+and one ``timings.json`` with the least CPU and wall seconds of a step, if ``repeats`` is not 0.
 
 The step is ``AlignPropTrainer.step()`` itself, on a trainer built offline: sampling with checkpointed network calls,
 decoding, reward, backward, clipping, AdamW. Given from outside are x_T, the adapters' values, and the prompt embeddings
@@ -27,7 +27,6 @@ B: images. C, H, W: latent channels, rows, columns. L, D: text tokens and width.
 
 import argparse
 import json
-import statistics
 import time
 import warnings
 from collections.abc import Sequence
@@ -179,14 +178,14 @@ class Bench:
         return self._gradient, self._images_B3HW
 
     def time(self, repeats: int) -> tuple[float, float]:
-        """Median CPU and wall seconds of further steps; ``gradient`` came before and has warmed up."""
+        """Least CPU and wall seconds of further steps; ``gradient`` came before and has warmed up."""
         cpu_s, wall_s = [], []
         for i in range(repeats):
             wall_start, cpu_start = time.perf_counter(), time.process_time()
             self._trainer.step(epoch=0, global_step=i)
             cpu_s.append(time.process_time() - cpu_start)
             wall_s.append(time.perf_counter() - wall_start)
-        return statistics.median(cpu_s), statistics.median(wall_s)
+        return min(cpu_s), min(wall_s)
 
     def _reward(self, images_B3HW: Tensor, prompts: Sequence[str], metadata: Any) -> tuple[Tensor, dict[str, Any]]:
         self._images_B3HW = images_B3HW.detach()
