@@ -29,6 +29,7 @@ PEFT_WEIGHT_FILE = "adapter_model.safetensors"
 PEFT_SETTINGS_FILE = "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
 NUM_NAMED = 3
+REMEDY = "take one that was trained on this model, or name the model that it was trained on"
 
 
 def find_lora_file(path: Path) -> Path:
@@ -70,7 +71,7 @@ def load_lora_file(model: ModelFamily, file: Path) -> frozenset[str]:
     except (ValueError, RuntimeError, KeyError, OSError, TypeError, AttributeError, IndexError) as error:
         first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         why = " ".join([first, *more[:1]])  # torch names every tensor of another shape, hundreds of them
-        raise UserError(f"{file}: not a LoRA that this base model can load ({why})") from error
+        raise UserError(f"{file}: not a LoRA that this base model can load ({why}); {REMEDY}") from error
     attached = {part: _adapter_values(network) for part, network in _networks(model).items()}
     _check_taken(file, tensors, {name: value for values in attached.values() for name, value in values.items()})
     for warning in [] if next(model.network.parameters()).is_meta else caught:  # of values that have no place there
@@ -148,12 +149,12 @@ def _check_taken(file: Path, tensors: Mapping[str, Tensor], attached: Mapping[st
     if len(stray) == len(held):
         raise UserError(
             f"{file}: not a LoRA that this base model can load: it has a place for none of its {len(held)} tensors "
-            f"({_few(stray)})"
+            f"({_few(stray)}); {REMEDY}"
         )
     if stray:
         raise UserError(
             f"{file}: a part would be missing: of its {len(held)} tensors, {len(stray)} have no place in this base "
-            f"model or are in a form that diffusers does not read ({_few(stray)})"
+            f"model or are in a form that diffusers does not read ({_few(stray)}); {REMEDY}"
         )
     bare = [name for name, value in attached.items() if name not in filled or taken[mark(value)] > 0]
     if bare:

@@ -205,18 +205,18 @@ REFUSED: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
     "another family's": (
         "kohya",
         lambda state: {name.replace("down_blocks_0", "down_blocks_7"): tensor for name, tensor in state.items()},
-        "a part would be missing: of its .* tensors, .* have no place in this base model",
+        "a part would be missing: of its .* tensors, .* have no place in this base model.*; take one that was trained",
     ),
     "of other widths": (
         "kohya",
         lambda state: {n: t.repeat(1, 3) if n.endswith("down.weight") else t for n, t in state.items()},
-        "not a LoRA that this base model can load .*size mismatch",
+        "not a LoRA that this base model can load .*size mismatch.*; take one that was trained",
     ),
     "kohya's dora": ("kohya", with_dora_scale, r"a form that diffusers does not read \(.*dora_scale"),
     "nothing fits": (
         "unprefixed",
         lambda state: {f"net.{name}": tensor for name, tensor in state.items()},
-        r"not a LoRA that this base model can load: it has a place for none of its \d+ tensors \(net\.",
+        r"this base model can load: it has a place for none of its \d+ tensors \(net\..*; take one that was trained",
     ),
     "half a layer": (
         "unprefixed",
