@@ -31,26 +31,15 @@ NEVER_S = 1e6
 """Between looks for more nodes: to grow would be to begin anew."""
 
 
-def run_confirmation(
-    chosen: Sequence[TrialResult],
-    folder: RunFolder,
-    experiment: Experiment,
-    spec: JobSpec,
-    *,
-    num_workers: int | tuple[int, int],
-) -> None:
-    """Measure what was not measured yet; rows are added to ``confirmed.jsonl`` one by one.
+Candidates = Sequence[Mapping[str, Any]]
+"""What is to be measured: a name, the experiment it is measured by, the checkpoints it is made of and their weights."""
 
-    Args:
-        chosen: Trials with their checkpoints; the base model goes without saying.
-        folder: The run.
-        experiment: Its experiment.
-        spec: Of the base model's trial: where the run is and what a worker takes.
-        num_workers: Of the job, which share the prompts; or how few and how many.
+
+def unconfirmed(chosen: Sequence[TrialResult], folder: RunFolder, experiment: Experiment) -> Candidates:
+    """Return what of a run's chosen trials was not measured yet; the base model goes without saying.
 
     Raises:
         UserError: The held-out prompts cannot be read.
-        RunError: It could not be measured.
     """
     found, record = comparable(read_confirmations(folder)), read_record(folder)
     own = with_own_prompts(experiment.shared, folder, record)
@@ -58,39 +47,22 @@ def run_confirmation(
         found = None  # measured on other prompts
     wanted = [(result.trial, result.checkpoint, dict(result.values)) for result in missing(chosen, found)]
     if not wanted:
-        return
+        return []
     if found is None:
         wanted.insert(0, (BASE_TRIAL, "", {}))
     asked = [experiment.concrete(values) if trial != BASE_TRIAL else experiment.shared for trial, _, values in wanted]
     configs = [settled(config, record).model_dump(mode="json") for config in asked]
-    jobs = [
+    return [
         {"name": trial, "config": config, "parts": [(config, checkpoint, 1.0)] if checkpoint else []}
         for (trial, checkpoint, _), config in zip(wanted, configs, strict=True)
     ]
-    _measure(jobs, folder, spec, num_workers)
 
 
-def run_mixtures(
-    mixtures: Sequence[Mixture],
-    trials: Mapping[str, TrialResult],
-    folder: RunFolder,
-    experiment: Experiment,
-    spec: JobSpec,
-    *,
-    num_workers: int | tuple[int, int],
-) -> None:
-    """Measure mixtures on the prompts and noise of the confirmation; rows are added to ``mixtures.jsonl`` one by one.
-
-    Args:
-        mixtures: What is wanted, without measurements.
-        trials: Their LoRAs.
-        folder: The run; arguments that follow are those of ``run_confirmation``.
-
-    Raises:
-        UserError: The held-out prompts cannot be read.
-        RunError: They could not be measured.
-    """
-    record, jobs = read_record(folder), []
+def mixed(
+    mixtures: Sequence[Mixture], trials: Mapping[str, TrialResult], folder: RunFolder, experiment: Experiment
+) -> Candidates:
+    """Return mixtures of the LoRAs of a run's ``trials``, which have no measurements yet."""
+    record, found = read_record(folder), []
     for mixture in mixtures:
         parts = [
             (
@@ -101,19 +73,29 @@ def run_mixtures(
             for trial, weight in mixture.weights.items()
         ]
         about = {"weights": dict(mixture.weights), "checkpoints": dict(mixture.checkpoints)}
-        jobs.append({"name": mixture.name, "config": parts[0][0], "parts": parts, "mixture": about})
-    if jobs:
-        _measure(jobs, folder, spec, num_workers)
+        found.append({"name": mixture.name, "config": parts[0][0], "parts": parts, "mixture": about})
+    return found
 
 
-def _measure(
-    jobs: Sequence[Mapping[str, Any]], folder: RunFolder, spec: JobSpec, num_workers: int | tuple[int, int]
-) -> None:
+def measure(candidates: Candidates, folder: RunFolder, spec: JobSpec, *, num_workers: int | tuple[int, int]) -> None:
+    """Measure on fresh prompts, all on the same and from the same noise; a row is added to the run as each is done.
+
+    Args:
+        candidates: Those of trials get their rows in ``confirmed.jsonl``, mixtures in ``mixtures.jsonl``.
+        folder: The run.
+        spec: Of the base model's trial: where the run is and what a worker takes.
+        num_workers: Of the job, which share the prompts; or how few and how many.
+
+    Raises:
+        RunError: They could not be measured.
+    """
+    if not candidates:
+        return
     folder.remove(folder.confirmation_failure_file)
     try:
         make_ray_job(
             _worker,
-            {"spec": spec, "jobs": jobs},
+            {"spec": spec, "jobs": candidates},
             spec,
             name="confirm",
             storage=folder.scratch_dir,

@@ -14,7 +14,7 @@ from rltune.errors import RunError
 from rltune.export.write import Exported
 from rltune.orchestration.claiming import claim_run
 from rltune.orchestration.cluster import Cluster
-from rltune.orchestration.confirm_job import run_confirmation, run_mixtures
+from rltune.orchestration.confirm_job import measure, mixed, unconfirmed
 from rltune.orchestration.executors.base import EXECUTORS
 from rltune.orchestration.export_job import export_on_workers
 from rltune.orchestration.job_spec import JobSpec
@@ -111,7 +111,8 @@ class Sweep:
             RunError: It could not be done; what the search measured stands.
         """
         with self._measuring() as (spec, workers):
-            run_confirmation(self.trials.chosen, self._folder, self.experiment, spec, num_workers=workers)
+            candidates = unconfirmed(self.trials.chosen, self._folder, self.experiment)
+            measure(candidates, self._folder, spec, num_workers=workers)
 
     @property
     def mixtures(self) -> list[Mixture]:
@@ -129,7 +130,8 @@ class Sweep:
         """
         trials = {result.trial: result for result in self.trials.results}
         with self._measuring() as (spec, workers):
-            run_mixtures(wanted, trials, self._folder, self.experiment, spec, num_workers=workers)
+            candidates = mixed(wanted, trials, self._folder, self.experiment)
+            measure(candidates, self._folder, spec, num_workers=workers)
 
     @contextmanager
     def _measuring(self) -> Iterator[tuple[JobSpec, int | tuple[int, int]]]:

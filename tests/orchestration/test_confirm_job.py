@@ -13,7 +13,7 @@ import ray.train
 from rltune.cli.main import app
 from rltune.config.load import Experiment
 from rltune.orchestration import confirm_job
-from rltune.orchestration.confirm_job import run_confirmation, run_mixtures
+from rltune.orchestration.confirm_job import measure, mixed, unconfirmed
 from rltune.orchestration.job_spec import JobSpec
 from rltune.orchestration.mixing import mixable, wanted_mixtures
 from rltune.runs.confirmations import comparable, read_confirmations
@@ -84,13 +84,15 @@ def test_mixtures_of_a_front_are_measured_once_and_exported(
     spec = JobSpec(BASE_TRIAL, str(folder.path), config, 0, str(Path.cwd()), True, False, "")
     searched = read_front(folder, asked)
     assert searched is not None
-    run_confirmation([row for row in searched.members if row.trial != BASE_TRIAL], folder, asked, spec, num_workers=1)
+    chosen = [row for row in searched.members if row.trial != BASE_TRIAL]
+    measure(unconfirmed(chosen, folder, asked), folder, spec, num_workers=1)
+    assert unconfirmed(chosen, folder, asked) == []
     front = read_front(folder, asked)
     assert front is not None
     parts = mixable(front, asked, lambda result: True)
     wanted = wanted_mixtures(*parts, folder)
     trials = {member.trial: member for member in front.members}
-    run_mixtures(wanted, trials, folder, asked, spec, num_workers=1)
+    measure(mixed(wanted, trials, folder, asked), folder, spec, num_workers=1)
     assert wanted_mixtures(*parts, folder) == []
     rows = {row.name: row for row in read_mixtures(folder)}
     assert list(rows) == [row.name for row in wanted]

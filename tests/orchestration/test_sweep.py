@@ -58,7 +58,8 @@ def test_what_was_chosen_is_measured_by_the_workers_that_are_there(
     rows = lambda: [{"Alive": True, "Resources": {"CPU": cpus, "GPU": cpus}} for cpus in alive]  # noqa: E731
     monkeypatch.setattr("ray.nodes", rows)
     asked: list[Any] = []
-    monkeypatch.setattr(sweep_module, "run_confirmation", lambda *_, num_workers: asked.append(num_workers))
+    monkeypatch.setattr(sweep_module, "unconfirmed", lambda *_: [])
+    monkeypatch.setattr(sweep_module, "measure", lambda *_, num_workers: asked.append(num_workers))
     monkeypatch.setattr(Trials, "chosen", [])
     folder = trials_of(tmp_path, resources={"gpus_per_worker": 0}).folder
     attached = sweep_of(folder, is_own=False, resources={"gpus_per_worker": 0})
