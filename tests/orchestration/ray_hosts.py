@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,14 +109,16 @@ class RayHosts:
 
 
 @contextmanager
-def ray_hosts() -> Iterator[RayHosts]:
-    """Bring the cluster up for as long as the block runs."""
+def ray_hosts(own_variables: Mapping[str, str] | None = None) -> Iterator[RayHosts]:
+    """Bring the cluster up for as long as the block runs; with variables, each host also keeps caches of its own."""
     root = Path(tempfile.mkdtemp(prefix="rlt-"))  # not pytest's: a socket's path must not be long
     own = [root / "ray", root / "private"]
     for folder in (*own, root / "shared"):
         folder.mkdir()
     variables = processes.environment(pause_s=0.3) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     variables |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
+    if own_variables:
+        variables |= {**own_variables, "XDG_CACHE_HOME": str(root / "private")}
     try:
         with hosts(own) as found:
             for address in WORKERS:

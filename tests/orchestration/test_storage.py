@@ -4,6 +4,8 @@ between any two writes.
 
 import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +30,7 @@ from rltune.runs.results import read_results
 from rltune.runs.rows import read_metrics
 from rltune.runs.status import read_status
 from rltune.training.model_cache import ModelCache
+from tests.orchestration.processes import MAIN, environment
 from tests.orchestration.test_trials import trials_in
 from tests.storage import BUCKET
 
@@ -148,8 +151,17 @@ def test_a_worker_exports_from_the_bucket_alone(
     exported, fault = _export(pick, spec, experiment)
     assert not fault
     assert [one.trial for one in exported] == ["001"]
-    lying = open_store(f"{storage}/tiny").list("exports/001/")
-    assert {"exports/001/rltune.json", "exports/001/pytorch_lora_weights.safetensors"} <= lying.keys()
+    store = open_store(f"{storage}/tiny")
+    written = {"exports/001/rltune.json", "exports/001/pytorch_lora_weights.safetensors"}
+    assert written <= store.list("exports/001/").keys()
+    for key in written:
+        store.delete(key)
+    machine("a user's")
+    for words in (("export", f"{storage}/tiny", "--pick", "001"), ("evaluate", f"{storage}/tiny", "--pick", "001")):
+        done = subprocess.run([sys.executable, "-c", MAIN, *words], env=environment(), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "001" in done.stdout
+    assert written <= store.list("exports/001/").keys()
 
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, num_calls: int) -> list[str]:
