@@ -230,6 +230,8 @@ class Sweep:
                 name="tune",  # not the run's: Ray takes fewer names than file systems do
                 storage_path=str(self._folder.scratch_dir),
                 failure_config=tune.FailureConfig(max_failures=TUNE_FAILURES),
+                # Ray would have each gang write an empty one into that folder, which need not be on the gang's node
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 callbacks=[Recorder(on_end)],
                 verbose=0,
             ),

@@ -69,7 +69,7 @@ def test_a_trial_with_a_worker_on_each_host_works_in_a_bucket_under_both_executo
 ) -> None:
     """Each host has its own copies; the driver's has no place that a worker could see."""
     rows: dict[str, list[dict[str, Any]]] = {}
-    for executor in ("train", "warm"):
+    for executor in ("warm", "train"):
         # with a large eps Adam's step is nearly linear in the gradient, so that rounding does not become a whole lr
         path = write(
             name=executor,
