@@ -1,6 +1,7 @@
 """The gradient of the last K steps against TRL's ``AlignPropTrainer``.
 
-Runs only where ``RLTUNE_TRL_PYTHON`` is the path of a python with the versions that ``trl_step.py`` names.
+The comparison runs only where ``RLTUNE_TRL_PYTHON`` is the path of a python with the versions that ``trl_step.py``
+names.
 """
 
 import itertools
@@ -13,6 +14,7 @@ import torch
 from tests.benchmarks.against_trl import (
     TINY_CASES,
     TINY_KS,
+    bare_costs,
     gradient_difference,
     rltune_gradient,
     tiny_problem,
@@ -25,12 +27,10 @@ TRL_PYTHON = os.environ.get("RLTUNE_TRL_PYTHON")
 # that is off by one moves the whole gradient by more than a tenth, as the last test shows.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-4}
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(TRL_PYTHON is None, reason="RLTUNE_TRL_PYTHON names no python with TRL 0.12.2"),
-]
+pytestmark = pytest.mark.slow
 
 
+@pytest.mark.skipif(TRL_PYTHON is None, reason="RLTUNE_TRL_PYTHON names no python with TRL 0.12.2")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("prediction_type", "eta"), TINY_CASES)
 def test_gradient_is_that_of_trl(tmp_path: Path, prediction_type: str, eta: float, dtype: torch.dtype) -> None:
@@ -44,9 +44,18 @@ def test_gradient_is_that_of_trl(tmp_path: Path, prediction_type: str, eta: floa
         torch.testing.assert_close(ours.images_B3HW, theirs[k].images_B3HW, rtol=0, atol=TOLERANCE[dtype] / 10)
 
 
+@pytest.mark.long
 def test_the_comparison_would_see_a_k_that_is_off_by_one(tmp_path: Path) -> None:
     problem = tiny_problem(tmp_path, *TINY_CASES[0], torch.float64)
     gradients = [rltune_gradient(problem, k).gradient for k in range(1, max(TINY_KS) + 1)]
     for fewer, more in itertools.pairwise(gradients):
         whole, _ = gradient_difference(fewer, more)
         assert whole > 0.1
+
+
+def test_every_call_that_a_step_is_made_of_is_timed_alone(tmp_path: Path) -> None:
+    problem = tiny_problem(tmp_path, *TINY_CASES[0], torch.float32)
+    costs = bare_costs(problem, 1)
+    assert min(costs.forward, costs.forward_backward, costs.decode, costs.reward) > 0
+    rest = costs.decode + costs.reward
+    assert costs.sum(5, 2) == pytest.approx(3 * costs.forward + 2 * costs.forward_backward + rest)
