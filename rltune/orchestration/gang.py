@@ -91,15 +91,25 @@ class _WarmReporter:
 
 
 class WarmWorker:
-    """One data-parallel worker; lives as long as its gang."""
+    """One data-parallel worker; lives as long as its gang.
 
-    def __init__(self, rank: int, size: int) -> None:
+    Args:
+        run: Name of the run.
+        rank: Which of the gang's workers it is.
+        size: How many the gang has.
+    """
+
+    def __init__(self, run: str, rank: int, size: int) -> None:
         from rltune.training.model_cache import ModelCache
 
-        self._rank, self._size = rank, size
+        self._name, self._rank, self._size = f"{run}-worker-{rank}", rank, size
         self._cache = ModelCache()
         self._gate = _Gate()
         self._thread: threading.Thread | None = None
+
+    def __repr__(self) -> str:
+        """Return what Ray's dashboard and logs call it."""
+        return self._name
 
     def meet(self, backend: str, init_method: str) -> None:
         """Join the process group; alone, there is none to join."""
@@ -176,6 +186,10 @@ class WarmTrial(tune.Trainable):  # type: ignore[misc]  # ray has no types
         self._workers = _gang(self._spec)
         self._is_begun = False
 
+    def __repr__(self) -> str:
+        """Return what Ray's dashboard and logs call it: it goes on from trial to trial, so no trial's name."""
+        return f"{self._spec.config['name']}-gang"
+
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Give the gang its next trial."""
         self._spec = new_config[SPEC]
@@ -226,7 +240,7 @@ def _gang(spec: JobSpec) -> list[Any]:
             num_gpus=spec.num_gpus_per_worker,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank + 1),
         )
-        .remote(rank, resources.workers)
+        .remote(spec.config["name"], rank, resources.workers)
         for rank in range(resources.workers)
     ]
     if spec.is_loopback:

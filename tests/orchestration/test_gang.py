@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from rltune.config.experiment import RunConfig
-from rltune.orchestration.gang import WarmWorker
+from rltune.orchestration.gang import WarmTrial, WarmWorker
 from rltune.orchestration.job import CHECKPOINTS_KEPT
 from rltune.orchestration.job_spec import JobSpec
+from rltune.orchestration.tuning import SPEC
 from rltune.runs.layout import BASE_TRIAL
 from rltune.runs.rows import read_metrics
 from rltune.training.checkpoint import load_adapter, read_checkpoint_meta
@@ -36,7 +37,17 @@ def spec_of(make_config: Callable[..., RunConfig], tmp_path: Path) -> Callable[.
 
 @pytest.fixture
 def worker() -> WarmWorker:
-    return WarmWorker(rank=0, size=1)
+    return WarmWorker("mix", rank=0, size=1)
+
+
+def test_the_dashboard_calls_a_gang_and_its_workers_by_the_run_s_name(
+    worker: WarmWorker, spec_of: Callable[..., JobSpec]
+) -> None:
+    """Ray shows what ``repr`` returns once an actor has been made."""
+    assert repr(worker) == "mix-worker-0"
+    gang = WarmTrial.__new__(WarmTrial)
+    gang.reset_config({SPEC: spec_of("001", name="mix")})
+    assert repr(gang) == "mix-gang"
 
 
 def reports_of(worker: WarmWorker) -> list[dict[str, float]]:
