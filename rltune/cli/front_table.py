@@ -74,7 +74,7 @@ def _soup_tables(front: Front) -> list[RenderableType]:
     soups = front.soups.members if front.soups else ()
     measured, made = (Table(box=None, pad_edge=False, header_style="dim") for _ in range(2))
     for table in (measured, made):
-        table.add_column("soup")
+        table.add_column("soup" if any(soup.kind == "soup" for soup in soups) else "basis")
     for name in front.objectives.names:
         measured.add_column(name, justify="right")
     made.add_column("of trials")
@@ -91,12 +91,12 @@ def _of_soups(front: Front) -> list[str]:
     soups = front.soups
     if soups is None:
         return []
-    num, every = len(soups.members), len(soups.every)
+    num = len(soups.members)
     of_them = f"{num} of them are on the front" if num != 1 else "one of them is on the front"
     half = "" if soups.growth_half_width is None else f" {PLUS_MINUS} {soups.growth_half_width:.2g}"
     growth = soups.hypervolume - front.hypervolume
     return [
-        f"Soups: {every} mixtures of LoRAs of the front, not trained; {of_them}, by the numbers shown, so luck has "
+        f"{soups.words}; {of_them}, by the numbers shown, so luck has "
         f"raised these. With all of them the hypervolume is {soups.hypervolume:.4g}, {growth:+.2g}{half}."
     ]
 

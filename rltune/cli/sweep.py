@@ -99,8 +99,8 @@ def _printing(here: Path, written: list[Path], reported: list[Path]) -> Callable
                 _show_trained(event)
             case Confirming():
                 errors.print("measuring what was chosen again on fresh prompts")
-            case Mixing(num_soups, num_strengths):
-                what = [(num_soups, "soups"), (num_strengths, "strengths")]
+            case Mixing(num_soups, num_strengths, num_points):
+                what = [(num_soups, "soups"), (num_strengths, "strengths"), (num_points, "points")]
                 errors.print(f"measuring {' and '.join(f'{num} {name}' for num, name in what if num)} of its LoRAs")
             case NotConfirmed(why):
                 errors.print(marked("warning", "yellow", why), soft_wrap=True)

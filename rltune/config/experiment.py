@@ -18,6 +18,7 @@ WHOLE_SWEEP = (
     "model.revision",
     "model.config",
     "model.drop",
+    "model.adapter",
     "prompts.eval",
     "prompts.masks",
     "evaluate",

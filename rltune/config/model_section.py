@@ -34,7 +34,24 @@ class AdapterConfig(StrictModel):
     """What is optimised."""
 
     kind: Text = "lora"
-    """``lora``: one LoRA, as the section ``model.lora`` has it."""
+    """``lora``: one LoRA, as the section ``model.lora`` has it. ``basis``: such a LoRA for each reward of positive
+    weight, trained together so that any mix of them is good for that mix of the rewards."""
+
+
+class BasisConfig(StrictModel):
+    """The mixes that LoRAs of a basis are trained at, one drawn for every image (``model.adapter.kind: basis``)."""
+
+    concentration: Float = Field(0.6, ge=0.05, le=100)
+    """Of the Dirichlet distribution that weights are drawn from: 1 is even on the simplex, less is nearer its edges."""
+    corners: Float = Field(0.2, ge=0, le=1)
+    """Share of images that are trained on one reward alone, each as often."""
+    centre: Float = Field(0.1, ge=0, le=1)
+    """Share of images that are trained on all rewards equally; with ``corners`` 1 at most."""
+    least_strength: Float = Field(1.0, ge=0, le=1)
+    """Below 1, the LoRAs of an image are scaled by a strength drawn evenly from here to 1, so that a weaker set is
+    trained too."""
+    points: Int = Field(5, ge=2, le=21)
+    """Mixes along each edge of the simplex that a sweep measures at its end, of every basis on its front."""
 
 
 class ModelConfig(StrictModel):
@@ -57,3 +74,5 @@ class ModelConfig(StrictModel):
     """What is optimised."""
     lora: LoraConfig = LoraConfig()
     """The adapter that is trained."""
+    basis: BasisConfig = BasisConfig()
+    """The mixes that LoRAs of a basis are trained at."""

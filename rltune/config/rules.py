@@ -70,6 +70,7 @@ RULES = (
     Together(("sampler.rule", "sampler.eta")),
     Together(("sampler.guidance", "sampler.negative")),
     Together(("model.quantise", "model.lora.dora")),
+    Together(("model.basis.corners", "model.basis.centre")),
     Together(("optim.batch", "prompts.images_per_prompt"), divisors=("prompts.images_per_prompt",)),
     Together(("optim.batch", "optim.micro_batch", "mixture.method")),
     Together(("optim.steps", "optim.queries", "optim.batch")),

@@ -92,6 +92,17 @@ class Settings(StrictModel):
         return self.rewards[reward].reward or reward
 
     @property
+    def trained_rewards(self) -> tuple[str, ...]:
+        """The rewards of positive weight."""
+        return tuple(name for name, reward in self.rewards.items() if reward.weight > 0)
+
+    @property
+    def lora_rank(self) -> int:
+        """Rank of what is attached to a layer: of every LoRA that is trained, together."""
+        num_loras = len(self.trained_rewards) if self.model.adapter.kind == "basis" else 1
+        return num_loras * self.model.lora.rank
+
+    @property
     def weights(self) -> Mapping[str, float]:
         """Reward name -> weight."""
         return {name: reward.weight for name, reward in self.rewards.items()}

@@ -102,7 +102,7 @@ def add_lora(
         cast(Any, network).add_adapter(config, adapter_name=ADAPTER)
     for parameter in lora_parameters(network):
         parameter.data = parameter.data.float()
-    for layer in _lora_layers(network) if use_dora else ():
+    for layer in lora_layers(network) if use_dora else ():
         # peft's have the rounding of the base model's precision, so that they would change it
         magnitude = layer.lora_magnitude_vector[ADAPTER].weight
         magnitude.data = row_norms(layer.get_base_layer().weight.data.float()).reshape(magnitude.shape)
@@ -110,7 +110,7 @@ def add_lora(
 
 def remove_lora(network: nn.Module) -> None:
     """Take adapters off again; the network is left as it was before, the very same weights. None is fine too."""
-    if _lora_layers(network):
+    if lora_layers(network):
         cast(Any, network).unload_lora()
 
 
@@ -187,7 +187,7 @@ def _with_magnitude(weight: Tensor, update: Tensor, magnitude: Tensor) -> Tensor
 
 def adapted_weights(network: nn.Module) -> list[Tensor]:
     """Return the frozen weights that adapters belong to."""
-    return [layer.get_base_layer().weight for layer in _lora_layers(network)]
+    return [layer.get_base_layer().weight for layer in lora_layers(network)]
 
 
 def fold_scale(state: dict[str, Tensor], *, scale: float) -> dict[str, Tensor]:
@@ -201,7 +201,7 @@ def fold_scale(state: dict[str, Tensor], *, scale: float) -> dict[str, Tensor]:
 @contextmanager
 def adapters_off(network: nn.Module) -> Iterator[None]:
     """Run the network as the base model inside the block; adapters of any name, none is fine too."""
-    with _bypassed(_lora_layers(network)):
+    with _bypassed(lora_layers(network)):
         yield
 
 
@@ -213,7 +213,7 @@ def adapters_as_loaded(network: nn.Module) -> Iterator[None]:
     a network of the adapters' own precision nothing changes.
     """
     changed = []
-    for layer in _lora_layers(network):
+    for layer in lora_layers(network):
         dtype = precision_of(layer.get_base_layer())
         for name in list(layer.lora_A):
             a, b, scale = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
@@ -221,7 +221,7 @@ def adapters_as_loaded(network: nn.Module) -> Iterator[None]:
                 changed.append((layer, name, a.data, b.data, scale))
                 a.data, b.data, layer.scaling[name] = a.data.to(dtype), (b.data * scale).to(dtype), 1.0
     exact = []
-    for layer in _lora_layers(network):
+    for layer in lora_layers(network):
         for part in layer.lora_magnitude_vector.values():
             exact.append((part.weight, part.weight.data))
             part.weight.data = part.weight.data.to(precision_of(layer.get_base_layer()))
@@ -246,7 +246,7 @@ class MergedLora:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._layers = [layer for layer in _lora_layers(network) if _is_foldable(layer)]
+        self._layers = [layer for layer in lora_layers(network) if _is_foldable(layer)]
         self._merged = [_merged_weight(layer) for layer in self._layers]
 
     @contextmanager
@@ -264,7 +264,8 @@ class MergedLora:
                 base.weight.data = weight
 
 
-def _lora_layers(network: nn.Module) -> list[Any]:
+def lora_layers(network: nn.Module) -> list[Any]:
+    """Return peft's layers."""
     return [module for module in network.modules() if isinstance(module, LoraLayer)]
 
 

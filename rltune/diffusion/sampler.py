@@ -94,14 +94,14 @@ def frozen_denoiser(
     device: torch.device,
     *,
     use_bf16: bool,
-    switches: Switches = LORA_SWITCHES,
+    switches: Switches | None = LORA_SWITCHES,
 ) -> Denoiser:
     """Return the same network for steps without gradient, as fast as it goes for the adapters' present values.
 
-    Adapters are merged into the weights where their ``switches`` can, the same function to rounding. ``use_bf16`` runs
-    in bfloat16 by autocast besides.
+    Adapters are merged into the weights where their ``switches`` can, the same function to rounding; not where there
+    are none. ``use_bf16`` runs in bfloat16 by autocast besides.
     """
-    merged = switches.merged(network)
+    merged = None if switches is None else switches.merged(network)
 
     def run(x_BCHW: Tensor, t: Tensor) -> Tensor:
         swapped: AbstractContextManager[None] = nullcontext() if merged is None else merged.swapped_in()
@@ -152,10 +152,17 @@ class Sampler:
         """Steps that adapters have a part in: what an estimator chooses from."""
         return self.table.num_steps - self.num_base_steps
 
-    def open(self, prompts: Sequence[str], x_BCHW: Tensor, noise: StepNoise | None) -> "Chain":
+    def open(
+        self,
+        prompts: Sequence[str],
+        x_BCHW: Tensor,
+        noise: StepNoise | None,
+        strengths_BM: Tensor | None = None,
+    ) -> "Chain":
         """Return the chain of a batch as it stands after the base model's steps; ``x_BCHW`` is x_T.
 
-        Where prompts come with pictures (``Canvas``), their given parts are kept to.
+        Where prompts come with pictures (``Canvas``), their given parts are kept to. ``strengths_BM`` are every image's
+        own strengths of what is trained, where it is a basis.
 
         Raises:
             UserError: The picture of a prompt is gone, or is not what it was.
@@ -176,7 +183,8 @@ class Sampler:
             gradient=self.guidance_gradient,
             told=known or (),
         )
-        chain = Chain(self, denoise, self.table, x_BCHW, noise, rows, blend, keys)
+        denoise = self.switches.bound(denoise, strengths_BM)
+        chain = Chain(self, denoise, self.table, x_BCHW, noise, rows, blend, keys, strengths_BM)
         if self.num_base_steps == 0:
             return chain
         off, in_half = self.switches.off(self.model.network), in_bf16(x_BCHW.device, enabled=self.use_bf16_prefix)
@@ -220,6 +228,8 @@ class Chain:
     """The part of the latents that is given."""
     keys: tuple[bytes, ...] = ()
     """Of the images, where adapters share the steps."""
+    strengths_BM: Tensor | None = None
+    """Every image's own of what is trained."""
 
     @property
     def drawn_B1HW(self) -> Tensor | None:
@@ -253,7 +263,7 @@ class Chain:
                 sampler.model.network,
                 self.x_BCHW.device,
                 use_bf16=sampler.use_bf16_prefix,
-                switches=sampler.switches,
+                switches=sampler.switches if self.strengths_BM is None else None,
             )
         return run_chain(
             self.denoise,

@@ -1,12 +1,16 @@
 """What a chain asks of whatever is trained on its network: to be off for a while, and to be merged where it can be."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rltune.diffusion.lora import MergedLora, adapters_off
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""As in ``chain.py``."""
 
 
 class Merged(Protocol):
@@ -18,14 +22,24 @@ class Merged(Protocol):
 
 
 class Switches(Protocol):
-    """How a chain turns what is trained off, and merges it."""
+    """How a chain turns what is trained off, merges it, and gives every image its own strengths of it.
+
+    B: images. M: of what an adapter has several.
+    """
 
     def off(self, network: nn.Module) -> AbstractContextManager[None]:
         """Run the network as the base model inside the block, also where nothing is attached to it."""
         ...
 
     def merged(self, network: nn.Module) -> Merged | None:
-        """Return what runs faster without gradient, the same function to rounding; None where nothing does."""
+        """Return what runs faster without gradient, the same function to rounding; None where nothing does.
+
+        It knows one strength for all images.
+        """
+        ...
+
+    def bound(self, denoise: Denoiser, strengths_BM: Tensor | None) -> Denoiser:
+        """Return the network with strengths of every image's own; with None those that it is attached with."""
         ...
 
 
@@ -40,6 +54,11 @@ class LoraSwitches:
         """Merge them into the weights; not into those of a lower precision than float32, that rounds them away."""
         dtype = next(network.parameters()).dtype
         return MergedLora(network) if dtype in (torch.float32, torch.float64) else None
+
+    def bound(self, denoise: Denoiser, strengths_BM: Tensor | None) -> Denoiser:
+        """Return it as it is: a LoRA has one strength."""
+        assert strengths_BM is None
+        return denoise
 
 
 LORA_SWITCHES = LoraSwitches()

@@ -122,13 +122,13 @@ def _score(round: Round, x_BCHW: Tensor, batch: Batch, *, is_counted: bool) -> M
     rho = round.regularisers.flatness_image
     if rho > 0:
         probe_B3HW = image_B3HW.detach().requires_grad_()
-        plain = round.mixture(probe_B3HW, batch.prompts)
+        plain = round.score(probe_B3HW, batch)
         (slope_B3HW,) = torch.autograd.grad(plain.total_B.sum(), probe_B3HW)
         norm_B111 = torch.linalg.vector_norm(slope_B3HW.flatten(1), dim=1).view(-1, 1, 1, 1)
         image_B3HW = image_B3HW - rho * slope_B3HW / (norm_B111 + TINY)
         round.tally.num_queries += len(batch.prompts)
     round.tally.num_queries += len(batch.prompts)
-    score = round.mixture(image_B3HW, batch.prompts)
+    score = round.score(image_B3HW, batch)
     if is_counted:
         round.tally.add(plain if rho > 0 else score)
     return score

@@ -19,6 +19,16 @@ from rltune.rewards.mixture import Mixture, MixtureScore
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """What every image of a batch is trained at, where an adapter is to serve many mixes of the rewards."""
+
+    weights: Mapping[str, Tensor]
+    """Reward -> its weight in each image's loss, ``(B,)``; together 1."""
+    strengths_BM: Tensor
+    """Of the adapter's M parts."""
+
+
+@dataclass(frozen=True)
 class Batch:
     """What one worker trains on in one micro-batch."""
 
@@ -28,6 +38,8 @@ class Batch:
     noise: StepNoise | None = None
     extra_noise: StepNoise | None = None
     """Copy number -> noise_BCHW, for estimators that add noise of their own."""
+    drawn: Drawn | None = None
+    """None: every image at the weights of the experiment."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,14 @@ class Round:
     def open(self, batch: Batch) -> Chain:
         """Return the chain of a batch as it stands after the base model's steps."""
         self.tally.num_calls += len(batch.prompts) * self.sampler.num_base_steps
-        return self.sampler.open(batch.prompts, batch.x_BCHW, batch.noise)
+        strengths_BM = None if batch.drawn is None else batch.drawn.strengths_BM
+        return self.sampler.open(batch.prompts, batch.x_BCHW, batch.noise, strengths_BM)
+
+    def score(self, images_B3HW: Tensor, batch: Batch) -> MixtureScore:
+        """Return what the mixture says of a batch's images, at the weights that they were drawn with."""
+        if batch.drawn is None:
+            return self.mixture(images_B3HW, batch.prompts)
+        return self.mixture(images_B3HW, batch.prompts, batch.drawn.weights)
 
     def drift_B(self, chain: Chain, step: int, x_BCHW: Tensor, f_BCHW: Tensor) -> Tensor:
         """Return the mean squared distance of a network output from the base model's at the same input, ``(B,)``.

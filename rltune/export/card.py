@@ -99,6 +99,26 @@ def card_of(
     )
 
 
+def strength_of_basis(trial: str, weights: Mapping[str, float], part: str) -> str:
+    """Return how the strengths of LoRAs that were trained together are set.
+
+    Args:
+        trial: Whose they are.
+        weights: Reward -> weight, as the trial was measured.
+        part: The reward that this one is for; empty for their sum.
+    """
+    own = ", ".join(f"{name} {weight:.3g}" for name, weight in weights.items())
+    if not part:
+        return f"load at weight 1.0: {len(weights)} LoRAs that were trained together are summed in it, {own}"
+    names, folders = list(weights), ", ".join(f"{trial}-{name}" for name in weights)
+    return (
+        f"one of {len(weights)} LoRAs that were trained together ({folders}): load all of them, each under an adapter "
+        f"name, and set strengths that are at least 0 and sum to 1, pipeline.set_adapters({names}, "
+        f"{[round(weight, 3) for weight in weights.values()]}); those move along the front. The figures are of all of "
+        f"them at {own}"
+    )
+
+
 def roles(config: RunConfig) -> list[dict[str, Any]]:
     """Return every reward and judge, its weight in training, and the licence of the weights that it reads."""
     judges = {name: RewardConfig(weight=0.0) for name in config.evaluate.judges if name not in JUDGES}

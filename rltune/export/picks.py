@@ -13,8 +13,8 @@ from rltune.runs.results import TrialResult, read_results
 
 
 def pick_soup(pick: str, folder: RunFolder) -> Mixture | None:
-    """Return the soup of that name; None where there is none."""
-    return next((row for row in reversed(read_mixtures(folder)) if row.is_soup and row.name == pick), None)
+    """Return the soup, or the point of a basis, of that name; None where there is none."""
+    return next((row for row in reversed(read_mixtures(folder)) if row.is_on_front and row.name == pick), None)
 
 
 def pick_trial(pick: str, folder: RunFolder, experiment: Experiment) -> TrialResult:

@@ -85,12 +85,15 @@ def _body(card: Mapping[str, Any], *, has_base: bool) -> Iterator[str]:
     by = f"rltune {plain(card['rltune'])}"
     trained = ", ".join(plain(row["name"]) for row in card["rewards"] if row["weight"])
     how = f"mixed by {by} of {len(soup['weights'])} LoRAs, not trained" if soup else f"trained by {by} on {trained}"
+    if soup and soup["method"] == "basis":
+        how = f"the sum of {len(soup['weights'])} LoRAs that were trained together by {by}"
     yield f"# LoRA {plain(title)}\n"
     yield f"A LoRA for {plain(base)}{revision}, {how}. It has no trigger word: prompts are those of the base model.\n"
     yield "![samples with the LoRA](samples.png)\n"
     if has_base:
         yield "The base model's images of the same prompts and noise:\n\n![samples of the base model](base.png)\n"
-    yield "## Use\n\nLoad it at weight 1: its scale is in the weights.\n"
+    use = f"{card['strength']}." if "basis" in card else "load it at weight 1: its scale is in the weights."
+    yield f"## Use\n\n{use[0].upper()}{use[1:]}\n"
     for name, what in card["formats"].items():
         yield f"- {plain(name)}: {', '.join(f'`{file}`' for file in what['files'][:3])}"
     yield (
@@ -154,6 +157,7 @@ def _effect(card: Mapping[str, Any]) -> Iterator[str]:
 
 WAYS = {
     "exact": "Its update is the sum of theirs by these weights.",
+    "basis": "It is the sum, by these weights, of LoRAs that were trained together, one for each reward.",
     "factors": "Its factors are the sums of theirs by these weights, as AlignProp mixes LoRAs.",
 }
 

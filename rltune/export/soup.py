@@ -110,7 +110,8 @@ def _of_run(mixture: Mixture, trials: Mapping[str, TrialResult], folder: RunFold
 
     def layers_of(model: ModelFamily) -> Layers:
         loras = [
-            trained_member(model, configs[trial], folder.path / mixture.checkpoints[trial]) for trial in mixture.weights
+            trained_member(model, configs[trial], folder.path / mixture.checkpoints[trial], tuple(mixture.mix.values()))
+            for trial in mixture.weights
         ]
         return merged(loras, tuple(mixture.weights.values()), "exact")[0]
 
@@ -119,12 +120,13 @@ def _of_run(mixture: Mixture, trials: Mapping[str, TrialResult], folder: RunFold
         mixture.name,
         folder.exports_dir / mixture.name,
         folder.name,
-        mixture.weights,
-        {trial: dict(trials[trial].values) for trial in mixture.weights},
+        mixture.mix or mixture.weights,
+        {name: dict(trials[first if mixture.mix else name].values) for name in mixture.mix or mixture.weights},
         figures_of(mixture.metrics, found.base.metrics, mixture.num_prompts),
         mixture.num_prompts,
         mixture.num_prompts - mixture.num_reused,
         measured_again(trials[first], folder, configs[first]),
+        method="basis" if mixture.mix else "exact",
         date=max(trials[trial].ended_at for trial in mixture.weights),
     )
     return _source(made, asked[first], configs[first], layers_of)

@@ -1,20 +1,23 @@
 """Trials of a run as LoRA files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment
 from rltune.diffusion.families.base import ModelFamily
 from rltune.errors import RunError
 from rltune.export.base import DEFAULT_FORMATS, Adapter
-from rltune.export.card import card_of
+from rltune.export.card import card_of, strength_of_basis
+from rltune.export.effect import Effect
 from rltune.export.write import Exported, Source, export_sources
 from rltune.redaction import redact
 from rltune.runs.layout import RunFolder
 from rltune.runs.record import read_record, settled, with_own_prompts
 from rltune.runs.results import TrialResult
 from rltune.training.adapters.base import adapter_of
+from rltune.training.adapters.lora import attach_values
 from rltune.training.checkpoint import load_adapter
 
 
@@ -32,15 +35,19 @@ def export_trials(
         UserError: A format is unknown; nothing was written.
         RunError: Some failed; the message names each with its reason.
     """
-    sources = {f"trial {result.trial}": partial(_source_of, result, folder, experiment) for result in picks}
+    sources = {}
+    for result in picks:
+        sources[f"trial {result.trial}"] = partial(_source_of, result, folder, experiment)
+        for part in adapter_of(experiment.concrete(result.values)).names:
+            sources[f"trial {result.trial}, {part}"] = partial(_source_of, result, folder, experiment, part=part)
     try:
         export_sources(sources, on_export, formats)
     finally:
         folder.publish(folder.exports_dir)
 
 
-def _source_of(result: TrialResult, folder: RunFolder, experiment: Experiment) -> Source:
-    """Return a trial as what is exported.
+def _source_of(result: TrialResult, folder: RunFolder, experiment: Experiment, *, part: str = "") -> Source:
+    """Return a trial as what is exported, or one of the LoRAs that it consists of.
 
     Raises:
         RunError: Its checkpoint is gone, or the run's prompts are.
@@ -55,19 +62,20 @@ def _source_of(result: TrialResult, folder: RunFolder, experiment: Experiment) -
 
     def attach(model: ModelFamily) -> Adapter:
         kind, state = adapter_of(config), load_adapter(checkpoint)
-        adapter = Adapter.of(kind.exported(model, state), about=_about(result, folder, asked))
-        kind.restore(model, state)
-        return adapter
+        values = kind.parts(model, state)[part] if part else kind.exported(model, state)
+        attach_values(model, values)
+        return Adapter.of(values, about=_about(result, folder, asked))
 
-    return Source(
-        result.trial,
-        folder.exports_dir / result.trial,
-        config,
-        attach,
-        lambda prompts, effect, formats: card_of(
-            result, folder, asked, settled=config, prompts=prompts, effect=effect, formats=formats
-        ),
-    )
+    def card(prompts: Sequence[str], effect: Effect, formats: Mapping[str, Any]) -> dict[str, Any]:
+        told = card_of(result, folder, asked, settled=config, prompts=prompts, effect=effect, formats=formats)
+        names = adapter_of(config).names
+        if not names:
+            return told
+        own = {name: config.weights[name] / sum(config.weights[each] for each in names) for name in names}
+        return {**told, "basis": own, "strength": strength_of_basis(result.trial, own, part)}
+
+    name = f"{result.trial}-{part}" if part else result.trial
+    return Source(name, folder.exports_dir / name, config, attach, card)
 
 
 def _about(result: TrialResult, folder: RunFolder, asked: RunConfig) -> dict[str, str]:

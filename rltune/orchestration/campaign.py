@@ -265,8 +265,8 @@ def _run(planned: Plan, cluster: Cluster, notify: Notify, display: Display, shri
         try:
             sweep.confirm()
             if mixtures := sweep.mixtures:
-                num_soups = sum(mixture.is_soup for mixture in mixtures)
-                notify(Mixing(num_soups, len(mixtures) - num_soups))
+                num_soups, num_points = sum(row.is_soup for row in mixtures), sum(bool(row.mix) for row in mixtures)
+                notify(Mixing(num_soups, len(mixtures) - num_soups - num_points, num_points))
                 sweep.mix(mixtures)
         except RunError as error:  # the search stands without it
             notify(NotConfirmed(str(error)))

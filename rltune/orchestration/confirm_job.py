@@ -72,7 +72,7 @@ def mixed(
             )
             for trial, weight in mixture.weights.items()
         ]
-        about = {"weights": dict(mixture.weights), "checkpoints": dict(mixture.checkpoints)}
+        about = {"weights": dict(mixture.weights), "checkpoints": dict(mixture.checkpoints), "mix": dict(mixture.mix)}
         found.append({"name": mixture.name, "config": parts[0][0], "parts": parts, "mixture": about})
     return found
 
@@ -137,13 +137,16 @@ def _worker(config: dict[str, Any]) -> None:
 
     candidates = [
         Candidate(
-            name, own(job["config"]), [Part(own(of), folder.path / at, weight) for of, at, weight in job["parts"]]
+            name,
+            own(job["config"]),
+            [Part(own(of), folder.path / at, weight) for of, at, weight in job["parts"]],
+            tuple(job.get("mixture", {}).get("mix", {}).values()),
         )
         for name, job in jobs.items()
     ]
     fresh = fresh_prompts(candidates[0].config)
 
-    def take(name: str, metrics: dict[str, float], values: dict[str, list[float]]) -> None:
+    def take(name: str, metrics: dict[str, float], values: dict[str, list[float]], foreseen: dict[str, float]) -> None:
         if not is_main:
             return
         about = jobs[name].get("mixture")
@@ -158,7 +161,7 @@ def _worker(config: dict[str, Any]) -> None:
             checkpoint = next((at for _, at, _ in jobs[name]["parts"]), "")
             row: Confirmation | Mixture = Confirmation(name, checkpoint, **measured)
         else:
-            row = Mixture(name, **about, **measured)
+            row = Mixture(name, **about, foreseen=foreseen, **measured)
         file = folder.confirmed_file if about is None else folder.mixtures_file
         append_line(file, json.dumps(to_record(asdict(row)), allow_nan=False))
         folder.publish(file)

@@ -1,12 +1,12 @@
-"""What a sweep mixes at its end: soups of the best LoRAs of its front, and each of them at other strengths."""
+"""What a run mixes at its end: soups of the best LoRAs of its front, each of them at other strengths, and bases."""
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement
 
 from rltune.config.load import Experiment
 from rltune.export.picks import best_picks
 from rltune.runs.confirmations import comparable, read_confirmations
-from rltune.runs.layout import RunFolder
+from rltune.runs.layout import BASE_TRIAL, RunFolder
 from rltune.runs.mixtures import Mixture, read_mixtures, same_prompts
 from rltune.runs.objectives import Front
 from rltune.runs.results import TrialResult
@@ -33,6 +33,34 @@ def mixable(
     picks = [result for result in best_picks(front) if is_comparable(result)]
     plain = [result for result in picks if not experiment.concrete(result.values).model.lora.dora]
     return plain if asked.soup else [], picks if asked.strengths else []
+
+
+def wanted_points(
+    front: Front, experiment: Experiment, folder: RunFolder, is_comparable: Callable[[TrialResult], bool]
+) -> list[Mixture]:
+    """Return the points of the bases on a front that are not measured yet: a grid on the simplex, named by the weights.
+
+    Every basis is a member at the weights of its own rewards, which is no other point.
+    """
+    if front.fresh is None or experiment.shared.model.adapter.kind != "basis":
+        return []
+    known = same_prompts(read_mixtures(folder), comparable(read_confirmations(folder)))
+    done = {row.made_of for row in known}
+    wanted = []
+    for trial in front.members:
+        if trial.trial == BASE_TRIAL or not is_comparable(trial):
+            continue
+        config = experiment.concrete(trial.values)
+        names, steps = config.trained_rewards, config.model.basis.points - 1
+        total = sum(config.weights[name] for name in names)
+        own = tuple(round(config.weights[name] / total, 9) for name in names)
+        for chosen in combinations_with_replacement(range(len(names)), steps):
+            mix = {name: chosen.count(i) / steps for i, name in enumerate(names)}
+            called = f"{trial.trial}@{','.join(f'{weight:.3g}' for weight in mix.values())}"
+            made = Mixture(called, {trial.trial: 1.0}, {trial.trial: trial.checkpoint}, mix=mix)
+            if made.made_of not in done and tuple(round(weight, 9) for weight in mix.values()) != own:
+                wanted.append(made)
+    return wanted
 
 
 def wanted_mixtures(

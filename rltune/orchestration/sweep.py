@@ -19,7 +19,7 @@ from rltune.orchestration.executors.base import EXECUTORS
 from rltune.orchestration.export_job import export_on_workers
 from rltune.orchestration.job_spec import JobSpec
 from rltune.orchestration.loopback import forget_meetings
-from rltune.orchestration.mixing import mixable, wanted_mixtures
+from rltune.orchestration.mixing import mixable, wanted_mixtures, wanted_points
 from rltune.orchestration.nodes import count_slots, read_nodes
 from rltune.orchestration.plan import Plan
 from rltune.orchestration.trials import Abort, Trials
@@ -116,11 +116,14 @@ class Sweep:
 
     @property
     def mixtures(self) -> list[Mixture]:
-        """What ``sweep`` of the experiment asks to be mixed from the front and was not measured yet."""
+        """What is to be mixed from the front and was not measured yet: what ``sweep`` asks for, and points of bases."""
         front = self.trials.front()
-        if front is None or not self.experiment.is_searched:
+        if front is None:
             return []
-        return wanted_mixtures(*mixable(front, self.experiment, self.trials.shares_base), self._folder)
+        points = wanted_points(front, self.experiment, self._folder, self.trials.shares_base)
+        if not self.experiment.is_searched:
+            return points
+        return points + wanted_mixtures(*mixable(front, self.experiment, self.trials.shares_base), self._folder)
 
     def mix(self, wanted: Sequence[Mixture]) -> None:
         """Measure mixtures as ``confirm`` measures what was chosen, and add soups to the front.

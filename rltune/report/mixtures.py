@@ -18,7 +18,7 @@ Curve = Sequence[tuple[float, Gain]]
 
 def slid(run: Gathered) -> list[str]:
     """Return the trials that were measured at several strengths, as they were measured."""
-    rows = (row for row in run.mixtures if not row.is_soup)
+    rows = (row for row in run.mixtures if not row.is_on_front)
     return [trial for trial in dict.fromkeys(next(iter(row.weights)) for row in rows) if trial in run.fresh]
 
 
@@ -40,7 +40,9 @@ def strength_figures(run: Gathered) -> Iterator[Figure]:
 
 def _curve(run: Gathered, trial: str, name: str) -> Curve:
     """Return the gain in something along the strengths of a LoRA, from 0, the base model."""
-    measured = {next(iter(row.weights.values())): row for row in run.mixtures if set(row.weights) == {trial}}
+    measured = {
+        next(iter(row.weights.values())): row for row in run.mixtures if set(row.weights) == {trial} and not row.mix
+    }
     gains = {strength: run.fresh_gain(row.metrics, name) for strength, row in measured.items()}
     gains[1.0] = run.gain(run.fresh[trial], name)
     base = Gain(run.fresh[BASE_TRIAL].metrics[f"eval/{name}"], 0.0, None)

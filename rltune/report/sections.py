@@ -141,7 +141,7 @@ def _soups(run: Gathered) -> Markup | None:
     half = "" if soups.growth_half_width is None else f" \N{PLUS-MINUS SIGN} {soups.growth_half_width:.2g}"
     num = len(soups.members)
     note = (
-        f"Soups: {len(soups.every)} mixtures of LoRAs of the front, not trained. Nothing has beaten {num} of them, by "
+        f"{soups.words}. Nothing has beaten {num} of them, by "
         "the numbers shown, so luck has raised these. With all of them the hypervolume is "
         f"{soups.hypervolume:.4g}, {soups.hypervolume - run.front.hypervolume:+.2g}{half}. "
         "A LoRA of one: rltune export RUN --pick NAME."
@@ -321,7 +321,9 @@ def _legend(run: Gathered) -> Markup:
         (Dot(7, 7, 3.2, "trial"), "other trials"),
     ]
     if run.front.soups and run.front.soups.members:
-        entries.insert(3, (Dot(7, 7, 4.5, "soup", is_square=True), "soup: a mixture of two"))
+        kinds = {soup.kind for soup in run.front.soups.members}
+        what = "soup: a mixture of two" if "soup" in kinds else "basis: LoRAs trained together, at other weights"
+        entries.insert(3, (Dot(7, 7, 4.5, "soup", is_square=True), what))
     if any(not run.shown(row).is_feasible for row in run.trained):
         entries.append((Dot(7, 7, 3.2, "trial", is_hollow=True), "breaks a constraint"))
     nodes: list[Node] = [tag("span", _mark(dot), text) for dot, text in entries]

@@ -173,8 +173,15 @@ class Mixture:
         """Whether every reward that carries weight is differentiable."""
         return all(reward.is_differentiable for name, reward in self.rewards.items() if self.weights[name] > 0)
 
-    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> MixtureScore:
+    def __call__(
+        self, images_B3HW: Tensor, prompts: Sequence[str], weights: Mapping[str, Tensor] | None = None
+    ) -> MixtureScore:
         """Score RGB in [0, 1]. Rewards run in float32 whatever autocast is on; weight 0 runs without gradient.
+
+        Args:
+            images_B3HW: What is scored.
+            prompts: What they were drawn for.
+            weights: Weights ``(B,)`` of every image's own, of the rewards that carry weight; together 1.
 
         Raises:
             ValueError: The batch is malformed, or a reward answers in another shape than ``(B,)``.
@@ -183,6 +190,7 @@ class Mixture:
         check_batch(images_B3HW, prompts)
         check_finite(images_B3HW, prompts)
         images_B3HW = images_B3HW.float()  # once, so that every reward is given the same tensor
+        used = self.weights if weights is None else weights
         raw: dict[str, Tensor] = {}
         standardised: dict[str, Tensor] = {}
         with embeddings_kept():
@@ -199,11 +207,11 @@ class Mixture:
                 if name in self.trusts
             }
             with nullcontext() if not trust else torch.no_grad():
-                plain_B = self.scalarise(carried, self.weights, images_B3HW, self._base_scores)
+                plain_B = self.scalarise(carried, used, images_B3HW, self._base_scores)
             if not trust:
                 return MixtureScore(total_B=plain_B, raw=raw, standardised=standardised)
-            total_B = self.scalarise(carried, self.weights, images_B3HW, self._base_scores, trust)
-        each = [self.weights[name] * trust.get(name, torch.ones_like(plain_B)) for name in carried]
+            total_B = self.scalarise(carried, used, images_B3HW, self._base_scores, trust)
+        each = [used[name] * trust.get(name, torch.ones_like(plain_B)) for name in carried]
         return MixtureScore(total_B, raw, standardised, plain_B, torch.stack(each).sum(dim=0))
 
     def metrics(self, images_B3HW: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Scores = Mapping[str, Tensor]
+Weights = Mapping[str, float] | Mapping[str, Tensor]
 TRUSTED: Scores = MappingProxyType({})
 """Every reward as it is."""
 
@@ -31,7 +32,7 @@ class Scalarisation(Protocol):
     def __call__(
         self,
         scores: Scores,
-        weights: Mapping[str, float],
+        weights: Weights,
         images_B3HW: Tensor,
         base_scores: Scores,
         trust: Scores = TRUSTED,
@@ -40,7 +41,7 @@ class Scalarisation(Protocol):
 
         Args:
             scores: ``(B,)`` of every reward of positive weight.
-            weights: Of the same names.
+            weights: Of the same names; ``(B,)`` where every image has its own, which a sum and Chebyshev take.
             images_B3HW: What was scored.
             base_scores: ``(N,)`` of the same rewards on images of the base model.
             trust: ``(B,)`` weights, constants, of the terms of some of the rewards; of the others they are 1.
@@ -58,7 +59,7 @@ class WeightedSum:
     def __call__(
         self,
         scores: Scores,
-        weights: Mapping[str, float],
+        weights: Weights,
         images_B3HW: Tensor,
         base_scores: Scores,
         trust: Scores = TRUSTED,
@@ -89,7 +90,7 @@ class Chebyshev:
     def __call__(
         self,
         scores: Scores,
-        weights: Mapping[str, float],
+        weights: Weights,
         images_B3HW: Tensor,
         base_scores: Scores,
         trust: Scores = TRUSTED,
@@ -116,7 +117,7 @@ class WinRate:
     def __call__(
         self,
         scores: Scores,
-        weights: Mapping[str, float],
+        weights: Weights,
         images_B3HW: Tensor,
         base_scores: Scores,
         trust: Scores = TRUSTED,
@@ -143,7 +144,7 @@ class NonDominated:
     def __call__(
         self,
         scores: Scores,
-        weights: Mapping[str, float],
+        weights: Weights,
         images_B3HW: Tensor,
         base_scores: Scores,
         trust: Scores = TRUSTED,
@@ -179,7 +180,7 @@ class GradientBalance:
     def __call__(
         self,
         scores: Scores,
-        weights: Mapping[str, float],
+        weights: Weights,
         images_B3HW: Tensor,
         base_scores: Scores,
         trust: Scores = TRUSTED,

@@ -133,8 +133,9 @@ def front_as_dict(front: Front) -> dict[str, Any]:
 def _soup_as_dict(soup: Soup) -> dict[str, Any]:
     return {
         "trial": soup.name,
-        "kind": "soup",
+        "kind": soup.kind,
         "soup": dict(soup.weights),
+        **({"mix": dict(soup.mix)} if soup.mix else {}),
         "values": {},
         "metrics": dict(soup.result.metrics),
         "chosen_by": None,
@@ -162,10 +163,11 @@ def front_as_csv(front: Front) -> str:
     soups = front.soups.members if front.soups else ()
     head = ["trial", "kind", *(["soup"] if soups else []), *columns, *(["p_non_dominated"] if places else [])]
     writer.writerow([*head, "prompts", *paths])
+    kinds_of = {soup.name: soup.kind for soup in soups} | {BASE_TRIAL: "base"}
     rows = [(member, "", places.get(member.trial, "")) for member in front.members]
     rows += [(soup.result, soup.recipe, "" if (p := soup.non_dominated) is None else p) for soup in soups]
     for member, recipe, probable in rows:
-        kind = "base" if member.trial == BASE_TRIAL else "soup" if recipe else "trial"
+        kind = kinds_of.get(member.trial, "trial")
         metrics = [member.metrics.get(column, "") for column in columns]
         knobs = [member.values.get(path, "") for path in paths]
         about = [member.trial, kind, *([recipe] if soups else [])]

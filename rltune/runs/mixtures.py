@@ -38,16 +38,26 @@ class Mixture:
     """The prompts, in this order."""
     num_reused: int = 0
     """Of the prompts, those that trials had been chosen by."""
+    mix: Mapping[str, float] = field(default_factory=dict)
+    """Reward -> weight of its LoRA, of a point of a trial that is a basis; together 1."""
+    foreseen: Mapping[str, float] = field(default_factory=dict)
+    """``eval/NAME`` of such a point on the prompts and noise of the search, which trials are chosen by."""
+
+    @property
+    def is_on_front(self) -> bool:
+        """Whether it may be on the front, a soup or a point of a basis, and not a LoRA at another strength."""
+        return self.is_soup or bool(self.mix)
 
     @property
     def is_soup(self) -> bool:
-        """Whether it is of several LoRAs, and not of one at another strength."""
+        """Whether it is of several trials."""
         return len(self.weights) > 1
 
     @property
     def made_of(self) -> tuple[tuple[str, str, float], ...]:
-        """What tells it from others: trials, checkpoints and weights."""
-        return tuple(sorted((trial, self.checkpoints[trial], weight) for trial, weight in self.weights.items()))
+        """What tells it from others: trials, checkpoints and weights, rewards and the weights of their LoRAs."""
+        trials = sorted((trial, self.checkpoints[trial], weight) for trial, weight in self.weights.items())
+        return (*trials, *((reward, "", round(weight, 9)) for reward, weight in self.mix.items()))
 
     @property
     def row(self) -> Confirmation:
@@ -79,7 +89,7 @@ def reported_front(
     All soups are told of, and those are on the front that keep every constraint and that nothing else has beaten. They
     are picked by the very numbers that are reported of them, unlike members, whom the search has picked by others: luck
     has raised them. The hypervolume is free of that: it takes every soup in the place where it was to be expected
-    before it was measured, which is between its LoRAs.
+    before it was measured, which is between its LoRAs, and every point of a basis where the search's prompts have it.
     """
     front, found = confirmed_front(searched, experiment, confirmations), comparable(confirmations)
     if front is None or found is None:
@@ -87,7 +97,7 @@ def reported_front(
     rows = {
         row.name: row
         for row in same_prompts(mixtures, found)
-        if row.is_soup and all(f"eval/{name}" in row.metrics for name in front.objectives.names)
+        if row.is_on_front and all(f"eval/{name}" in row.metrics for name in front.objectives.names)
     }
     if not rows:
         return front
@@ -99,10 +109,16 @@ def reported_front(
     probable = _probabilities([point.trial for point in counted], gains)
     beaten = _beaten(front, [*counted, _result(found.base, experiment, found)])
     told = tuple(
-        Soup(soup, rows[soup.trial].weights, _broken(soup) or beaten[soup.trial], probable.get(soup.trial))
+        Soup(
+            soup,
+            rows[soup.trial].weights,
+            _broken(soup) or beaten[soup.trial],
+            probable.get(soup.trial),
+            rows[soup.trial].mix,
+        )
         for soup in results
     )
-    return replace(front, soups=_soups(front, searched, told, gains))
+    return replace(front, soups=_soups(front, searched, told, gains, rows))
 
 
 def _result(row: Mixture | Confirmation, experiment: Experiment, found: Confirmed) -> TrialResult:
@@ -134,13 +150,21 @@ def _probabilities(names: Sequence[str], gains: Mapping[str, Array]) -> dict[str
     return dict(zip(names, probable_N.tolist(), strict=False))
 
 
-def _soups(front: Front, searched: Front, told: tuple[Soup, ...], gains: Mapping[str, Array]) -> Soups:
+def _soups(
+    front: Front,
+    searched: Front,
+    told: tuple[Soup, ...],
+    gains: Mapping[str, Array],
+    rows: Mapping[str, Mixture],
+) -> Soups:
     """Return the soups with the hypervolume that they and the members cover together."""
     kept = [chosen for chosen, member in zip(front.chosen, front.members, strict=True) if member.is_feasible]
     places = dict(zip((member.trial for member in kept), searched.places_ND(kept), strict=True))
     num_members = len(places)
     for soup in told:
-        if soup.result.is_feasible and all(trial in places for trial in soup.weights):
+        if soup.mix and soup.result.is_feasible:
+            places[soup.name] = searched.places_ND([replace(soup.result, metrics=rows[soup.name].foreseen)])[0]
+        elif soup.result.is_feasible and all(trial in places for trial in soup.weights):
             parts = [weight * places[trial] for trial, weight in soup.weights.items()]
             places[soup.name] = np.sum(parts, axis=0)
     if not num_members:

@@ -61,7 +61,7 @@ class Fresh:
 
 @dataclass(frozen=True)
 class Soup:
-    """LoRAs of a run mixed without training, by fresh measurements."""
+    """LoRAs of a run mixed without training, or a basis of LoRAs at some weights, by fresh measurements."""
 
     result: TrialResult
     """What it measured; its name stands for a trial, and it has no settings of its own."""
@@ -71,6 +71,13 @@ class Soup:
     """Why it is not on the front; empty where it is."""
     non_dominated: float | None
     """How probable it is that no member, no other soup and not the base model is better by its true values."""
+    mix: Mapping[str, float] = field(default_factory=dict)
+    """Reward -> weight of its LoRA, where the trial is a basis."""
+
+    @property
+    def kind(self) -> str:
+        """``soup``, or ``basis`` for a point of one."""
+        return "basis" if self.mix else "soup"
 
     @property
     def name(self) -> str:
@@ -80,6 +87,10 @@ class Soup:
     @property
     def recipe(self) -> str:
         """What it is a mixture of."""
+        if self.mix:
+            return f"{', '.join(self.weights)} at " + " + ".join(
+                f"{part:.3g} {name}" for name, part in self.mix.items()
+            )
         return " + ".join(f"{weight:g} x {trial}" for trial, weight in self.weights.items())
 
 
@@ -90,11 +101,20 @@ class Soups:
     every: tuple[Soup, ...]
     """In the order in which they were measured."""
     hypervolume: float
-    """Of the members and every feasible soup, each in the place that the search foresaw: between its LoRAs."""
+    """Of the members and every feasible soup, each in the place that the search foresaw: between its LoRAs, or of a
+    basis, where it measured on the search's prompts."""
     half_width: float | None
     """Of its 95 % interval over prompts."""
     growth_half_width: float | None
     """Of the interval of how much that is more than the members' own; paired by prompt."""
+
+    @property
+    def words(self) -> str:
+        """What they are, and how many."""
+        points = sum(bool(soup.mix) for soup in self.every)
+        told = [f"Soups: {len(self.every) - points} mixtures of LoRAs of the front, not trained"]
+        bases = f"Bases: {points} points between LoRAs that were trained together"
+        return "; ".join([*(told if points < len(self.every) else []), *([bases] if points else [])])
 
     @property
     def members(self) -> tuple[Soup, ...]:

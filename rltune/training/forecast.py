@@ -138,7 +138,7 @@ def counts_of(config: RunConfig, model: ModelFamily, dtype: torch.dtype) -> Coun
     settings: dict[str, Any] = {
         "shape": image_shape(config, model),
         "batch": micro_batch(config),
-        "rank": config.model.lora.rank,
+        "rank": config.lora_rank,
         "targets": config.model.lora.targets,
         "guidance_scale": sampler.guidance_scale,
         "guidance_gradient": sampler.guidance_gradient,

@@ -342,4 +342,5 @@ def _draw_batch(run: Run, first: int, count: int) -> Batch:
         x_BCHW=x_BCHW,
         noise=None if run.sampler.table.is_deterministic else step_noise,
         extra_noise=extra_noise,
+        drawn=run.adapter.drawn(seed, numbers, device),
     )

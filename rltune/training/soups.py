@@ -15,6 +15,7 @@ from rltune.diffusion.sampler import Sampler
 from rltune.diffusion.soup import Layers, attach, factors_blended, interpolated, reduced
 from rltune.errors import UserError
 from rltune.training.adapters.base import adapter_of
+from rltune.training.adapters.basis import Basis
 from rltune.training.assessment import Prepare
 from rltune.training.checkpoint import load_adapter
 
@@ -36,10 +37,14 @@ def read_member(model: ModelFamily, path: Path) -> Layers:
     return read_lora(model, path)
 
 
-def trained_member(model: ModelFamily, config: RunConfig, checkpoint: Path) -> Layers:
-    """Return the adapters of a trial as a member of a soup; the model is without adapters afterwards."""
+def trained_member(model: ModelFamily, config: RunConfig, checkpoint: Path, mix: Sequence[float] = ()) -> Layers:
+    """Return the adapters of a trial as a member of a soup; the model is without adapters afterwards.
+
+    A basis is the sum of its LoRAs by the weights of ``mix``, or those of its rewards.
+    """
     remove_lora(model.network)
-    adapter_of(config).restore(model, load_adapter(checkpoint))
+    adapter = Basis(config, tuple(mix)) if mix else adapter_of(config)
+    adapter.restore(model, load_adapter(checkpoint))
     try:
         return attached_factors(model.network)
     finally:

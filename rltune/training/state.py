@@ -82,7 +82,7 @@ def evaluate(training: Training, progress: Progress) -> dict[str, float]:
     """Return the metrics on held-out prompts as they are now; images and values go into the trial's folder."""
     run, base = training.run, training.base
     start = time.perf_counter()
-    with memory_named(run, is_evaluation=True), _evaluated(training):
+    with memory_named(run, is_evaluation=True), _evaluated(training), run.adapter.measured(run.model.network):
         samples = sample_and_score(run.sampler, run.eval_images, run.rewards, run.workers, batch_size=run.eval_batch)
     judges, objectives = run.config.evaluate.judges, run.config.objective_names
     values = per_prompt(samples, base.samples, run.eval_images, judges, objectives)

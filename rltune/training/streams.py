@@ -29,6 +29,7 @@ class Stream(IntEnum):
     PROCESS = 11
     CONFIRM_LATENT = 12
     CONFIRM_STEP_NOISE = 13
+    BASIS = 14
 
 
 def generator(seed: int, stream: Stream, *keys: int) -> np.random.Generator:

@@ -39,7 +39,7 @@ def test_every_candidate_is_measured_by_itself(make_config: Make, tmp_path: Path
         Candidate("all", configs[0], [Part(configs[0], folders[0], 1.0), replace(halves[1], weight=0.0)]),
     ]
     candidates += [Candidate("off", configs[0], [replace(halves[0], weight=0.0)])]
-    confirm(candidates, lambda trial, metrics, values: rows.update({trial: (metrics, values)}))
+    confirm(candidates, lambda trial, metrics, values, _: rows.update({trial: (metrics, values)}))
     assert list(rows) == ["0", "base", "1", "soup", "all", "off"]
 
     scores, gains = {}, {}

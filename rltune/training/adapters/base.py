@@ -5,15 +5,18 @@ A new kind is one file in this room: a class that registers itself, takes an exp
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.switches import Switches
 from rltune.errors import UnknownNameError, UserError
+from rltune.estimators.base import Drawn
 from rltune.registry import Registry
 
 
@@ -40,6 +43,11 @@ class AdapterKind(Protocol):
     @property
     def switches(self) -> Switches:
         """How a chain turns it off, and merges it."""
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rewards that its LoRAs are for, where it consists of several."""
         ...
 
     def start(self, model: ModelFamily, *, seed: int) -> None:
@@ -74,12 +82,27 @@ class AdapterKind(Protocol):
         """
         ...
 
+    def drawn(self, seed: int, numbers: Sequence[int], device: torch.device) -> Drawn | None:
+        """Return what training images of these numbers are trained at; None where all are at the experiment's weights.
+
+        Each image's follows from the seed and its number alone, whatever worker it is on.
+        """
+        ...
+
+    def measured(self, network: nn.Module) -> AbstractContextManager[None]:
+        """Draw inside the block as ``restore`` would have it."""
+        ...
+
     def restore(self, model: ModelFamily, state: dict[str, Tensor]) -> None:
         """Attach what was trained, as it is drawn with and measured, to a model without adapters."""
         ...
 
     def exported(self, model: ModelFamily, state: Mapping[str, Tensor]) -> LoraValues:
         """Return the LoRA that has, at strength 1, the effect of ``restore``."""
+        ...
+
+    def parts(self, model: ModelFamily, state: Mapping[str, Tensor]) -> Mapping[str, LoraValues]:
+        """Return the LoRAs that it consists of, by their names; nothing where it is one."""
         ...
 
 

@@ -1,10 +1,12 @@
 """Low-rank adapters, ``model.lora``: what is trained where an experiment does not say."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rltune.config.experiment import RunConfig
@@ -29,6 +31,11 @@ class Lora:
         """Those of LoRAs."""
         return LORA_SWITCHES
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """None: it is one."""
+        return ()
+
     def start(self, model: ModelFamily, *, seed: int) -> None:
         """Attach it fresh, or as ``model.lora.start``."""
         attach_started_lora(model, self.config.model.lora, seed=seed)
@@ -49,16 +56,40 @@ class Lora:
         """Put in values of peft's key names."""
         load_lora_state(network, state)
 
+    def drawn(self, seed: int, numbers: Sequence[int], device: torch.device) -> None:
+        """Every image is at the experiment's weights."""
+
+    def measured(self, network: nn.Module) -> AbstractContextManager[None]:
+        """As it is."""
+        return nullcontext()
+
     def restore(self, model: ModelFamily, state: dict[str, Tensor]) -> None:
         """Attach it with these values."""
-        attach_lora(model, self.config.model.lora)
-        load_lora_state(model.network, state)
+        attach_values(model, self.exported(model, state))
 
     def exported(self, model: ModelFamily, state: Mapping[str, Tensor]) -> LoraValues:
         """Return itself."""
         lora = self.config.model.lora
         targets = model.lora_layers(lora.targets)
         return LoraValues(state, lora.rank, lora.alpha_value, targets, lora.rslora, lora.dora)
+
+    def parts(self, model: ModelFamily, state: Mapping[str, Tensor]) -> Mapping[str, LoraValues]:
+        """Return nothing: it is one."""
+        return {}
+
+
+def attach_values(model: ModelFamily, values: LoraValues) -> None:
+    """Attach a trained LoRA to a model without adapters."""
+    add_lora(
+        model.network,
+        rank=values.rank,
+        alpha=values.alpha,
+        targets=values.targets,
+        seed=0,
+        use_rslora=values.use_rslora,
+        use_dora=values.use_dora,
+    )
+    load_lora_state(model.network, dict(values.state))
 
 
 def attach_lora(model: ModelFamily, lora: LoraConfig, *, seed: int = 0) -> None:
