@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rltune.orchestration.mixing import STRENGTHS, mixable, wanted_mixtures
+from rltune.orchestration.mixing import STRENGTHS, mixable, wanted_mixtures, wanted_points
 from rltune.records import to_record
 from rltune.runs.fronts import read_front
 from rltune.runs.layout import BASE_TRIAL, RunFolder
@@ -70,3 +70,26 @@ def test_who_does_not_mix_is_left_out(tmp_path: Path) -> None:
     with_dora = replace(front, members=rows, chosen=rows, knee=rows[0])
     soup_of, at_strengths = mixable(with_dora, searched, lambda result: True)
     assert [[row.trial for row in rows] for rows in (soup_of, at_strengths)] == [["002"], ["001", "002"]]
+
+
+def test_the_points_of_a_basis_are_a_grid_without_its_own(tmp_path: Path) -> None:
+    rewards = {"brightness": {"weight": 3.0}, "smoothness": {"weight": 1.0}}
+    asked = experiment(model={"adapter": {"kind": "basis"}}, rewards=rewards)
+    rows = [result(BASE_TRIAL, 0.4, 0.0), *(result(trial, *point) for trial, point in TRIALS.items())]
+    folder = write_run(tmp_path / "slider", asked, rows)
+    for row in CONFIRMATIONS:
+        append_line(folder.confirmed_file, json.dumps(asdict(row)))
+    front = read_front(folder, asked)
+    assert front is not None
+    wanted = wanted_points(front, asked, folder, lambda result: result.trial == "001")
+    mixes = [(row.name, tuple(row.mix.values())) for row in wanted]
+    assert mixes == [
+        ("001@1,0", (1.0, 0.0)),  # and not at 3/4, where the trial itself was measured
+        ("001@0.5,0.5", (0.5, 0.5)),
+        ("001@0.25,0.75", (0.25, 0.75)),
+        ("001@0,1", (0.0, 1.0)),
+    ]
+    done = replace(wanted[1], num_prompts=4, prompts=CONFIRMATIONS[0].prompts)
+    append_line(folder.mixtures_file, json.dumps(to_record(asdict(done))))
+    assert wanted_points(front, asked, folder, lambda result: result.trial == "001") == [wanted[0], *wanted[2:]]
+    assert wanted_points(front, ASKED, folder, lambda result: True) == []

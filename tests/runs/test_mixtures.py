@@ -152,3 +152,34 @@ def test_a_run_is_read_with_its_soups_and_without(tmp_path: Path) -> None:
     assert soups is not None
     assert [soup.name for soup in soups.every] == ["soup-2"]
     assert read(where=["brightness > 0"]).soups is None  # a soup has no numbers of the search
+
+
+def point(name: str, brightness: float, drift: float, seen: tuple[float, float], share: float) -> Mixture:
+    row = mixture(name, brightness, drift, t001=1.0)
+    mix = {"brightness": share, "drift": 1 - share}
+    return replace(row, mix=mix, foreseen={"eval/brightness": seen[0], "eval/drift": seen[1]})
+
+
+def test_points_of_a_basis_are_members_of_their_own_kind_in_the_place_that_the_search_foresaw() -> None:
+    kept = point("001@0.25,0.75", 0.95, 0.2, (0.9, 0.3), 0.25)
+    lost = point("001@0.5,0.5", 0.5, 0.6, (0.6, 0.4), 0.5)
+    strength = mixture("001@0.5", 0.99, 0.05, t001=0.5)  # of a LoRA, which is on no front
+    front = front_with(kept, lost, strength)
+    assert front.soups is not None
+    assert [(row.name, row.kind, bool(row.beaten)) for row in front.soups.every] == [
+        ("001@0.25,0.75", "basis", False),
+        ("001@0.5,0.5", "basis", True),
+    ]
+    assert front.soups.every[0].recipe == "001 at 0.25 brightness + 0.75 drift"
+    assert front.soups.words == "Bases: 2 points between LoRAs that were trained together"
+    units = [(6.0, -0.5), (4.0, -0.1), (0.0, 0.0), (5.0, -0.3), (2.0, -0.4)]  # of the search: 001, 002, base, points
+    gains = [(values(*at)["brightness"] - BASE["brightness"], -values(*at)["drift"]) for at in TRIALS.values()]
+    gains.append((np.zeros(4), np.zeros(4)))
+    gains += [
+        (values(*at)["brightness"] - BASE["brightness"], -values(*at)["drift"]) for at in ((0.95, 0.2), (0.5, 0.6))
+    ]
+    gains_PND = np.stack([np.stack(pair, axis=1) / list(UNITS.values()) for pair in gains], axis=1)
+    assert front.soups.hypervolume == pytest.approx(fresh_volume(1 + np.array(units), gains_PND).value)
+    (row,) = [one for one in front_as_dict(front)["members"] if one["kind"] == "basis"]
+    assert row["mix"] == {"brightness": 0.25, "drift": 0.75}
+    assert "001@0.25,0.75,basis,001 at" in front_as_csv(front).replace('"', "")

@@ -102,3 +102,25 @@ def test_the_noise_is_fresh_even_where_prompts_are_not(make_config: Make) -> Non
 
 def test_how_much_is_confirmed_is_no_other_base_model(make_config: Make) -> None:
     assert base_key(on_five(make_config, evaluate={"confirm": 3})) == base_key(on_five(make_config))
+
+
+@pytest.mark.slow
+def test_a_point_of_a_basis_is_its_loras_at_those_weights(make_config: Make, tmp_path: Path) -> None:
+    config = on_five(make_config, model={"adapter": {"kind": "basis"}}, optim={"lr": 5e-2, "steps": 2})
+    reporter = train(config, tmp_path)
+    parts = [Part(config, reporter.latest(), 1.0)]
+    found: dict[str, tuple[dict[str, float], dict[str, float]]] = {}
+    candidates = [
+        Candidate("own", config, parts),
+        Candidate("same", config, parts, mix=(0.75, 0.25)),
+        Candidate("other", config, parts, mix=(0.0, 1.0)),
+    ]
+    confirm(candidates, lambda name, metrics, _, foreseen: found.update({name: (metrics, foreseen)}))
+    own, same, other = (found[name] for name in ("own", "same", "other"))
+    assert own[1] == {}
+    assert same[0] == own[0]
+    assert other[0]["eval/brightness"] != pytest.approx(own[0]["eval/brightness"], abs=1e-4)
+    last = {name: value for name, value in reporter.reports[-1].items() if name.startswith("eval/")}
+    # what the run itself measured on the prompts of the search; there as blocks of one adapter, here as one LoRA
+    assert same[1] == pytest.approx({name: last[name] for name in same[1]}, abs=1e-5)
+    assert set(same[1]) == set(last)

@@ -1,11 +1,14 @@
 """A basis of LoRAs in training: what is drawn, what is lost by a kill or two workers, what it is in files."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
+from peft.utils import set_peft_model_state_dict
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.chain import NO_GRADIENT
@@ -86,8 +89,9 @@ def test_a_mixture_at_weights_of_every_image_is_one_mixture_an_image(scalarise: 
 def test_a_killed_basis_goes_on_bitwise(
     make_config: Make, tmp_path: Path, base_dir: Path, precision: str, estimator: dict[str, Any]
 ) -> None:
-    config = make_config(model=BASIS, resources={"precision": precision}, mixture={"method": "chebyshev"})
-    config = config.model_copy(update={"estimator": make_config(estimator=estimator).estimator})
+    alone = {"k": None, "draw": None, **estimator}
+    sections = {"resources": {"precision": precision}, "mixture": {"method": "chebyshev"}}
+    config = make_config(model=BASIS, estimator=alone, **sections)
     whole = train(config, tmp_path / "whole", base_dir=base_dir)
     half = tmp_path / "half"
     checkpoint = tmp_path / "whole" / "checkpoints" / "step-000002"
@@ -128,9 +132,7 @@ def test_its_loras_at_the_strengths_of_an_image_draw_what_training_saw(make_conf
     parts = run.adapter.parts(fresh.model, state)
     assert list(parts) == ["brightness", "smoothness"]
     network: Any = fresh.model.network
-    from peft import LoraConfig
-    from peft.utils import set_peft_model_state_dict
-
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of one adapter beside another
     for name, values in parts.items():
         targets = list(values.targets)
         network.add_adapter(
