@@ -81,6 +81,8 @@ class Mixing:
 
     num_soups: int
     num_strengths: int
+    num_points: int = 0
+    """Of bases."""
 
 
 @dataclass(frozen=True)

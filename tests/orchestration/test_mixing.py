@@ -9,7 +9,7 @@ from rltune.records import to_record
 from rltune.runs.fronts import read_front
 from rltune.runs.layout import BASE_TRIAL, RunFolder
 from rltune.runs.store import append_line
-from tests.run_folders import VALUES, experiment, result, write_run
+from tests.run_folders import SEARCHED, VALUES, experiment, result, write_run
 from tests.runs.test_mixtures import CONFIRMATIONS, TRIALS
 
 ASKED = experiment(sweep={"soup": True, "strengths": True})
@@ -73,8 +73,7 @@ def test_who_does_not_mix_is_left_out(tmp_path: Path) -> None:
 
 
 def test_the_points_of_a_basis_are_a_grid_without_its_own(tmp_path: Path) -> None:
-    rewards = {"brightness": {"weight": 3.0}, "smoothness": {"weight": 1.0}}
-    asked = experiment(model={"adapter": {"kind": "basis"}}, rewards=rewards)
+    asked = experiment(model={**SEARCHED["model"], "adapter": {"kind": "basis"}})
     rows = [result(BASE_TRIAL, 0.4, 0.0), *(result(trial, *point) for trial, point in TRIALS.items())]
     folder = write_run(tmp_path / "slider", asked, rows)
     for row in CONFIRMATIONS:
@@ -84,9 +83,9 @@ def test_the_points_of_a_basis_are_a_grid_without_its_own(tmp_path: Path) -> Non
     wanted = wanted_points(front, asked, folder, lambda result: result.trial == "001")
     mixes = [(row.name, tuple(row.mix.values())) for row in wanted]
     assert mixes == [
-        ("001@1,0", (1.0, 0.0)),  # and not at 3/4, where the trial itself was measured
-        ("001@0.5,0.5", (0.5, 0.5)),
-        ("001@0.25,0.75", (0.25, 0.75)),
+        ("001@1,0", (1.0, 0.0)),
+        ("001@0.75,0.25", (0.75, 0.25)),
+        ("001@0.5,0.5", (0.5, 0.5)),  # and not a quarter, where the trial itself was measured
         ("001@0,1", (0.0, 1.0)),
     ]
     done = replace(wanted[1], num_prompts=4, prompts=CONFIRMATIONS[0].prompts)
