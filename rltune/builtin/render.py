@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rltune.builtin.scenes import GROUND_COLORS, MAX_OBJECTS, OBJECT_COLORS, SHAPES, SIZE_PX, TEXTURES, Scene
 
+SHADOW_PX = 3
+
 
 def render(scenes: Sequence[Scene]) -> Tensor:
     """The pictures, ``(B, 3, 64, 64)`` float32 RGB in [0, 1], on the CPU; row i depends on scene i alone."""
@@ -20,8 +22,8 @@ def render(scenes: Sequence[Scene]) -> Tensor:
     image_B3HW = _draw_ground(scenes, x_HW, y_HW, noise)
     objects = _Objects(scenes, x_HW, y_HW)
 
-    # A soft shadow is the same field moved by 3 px and blurred.
-    shifted_BKHW = torch.roll(objects.distance_BKHW, (3, 3), (2, 3))
+    # A soft shadow is the same field moved to the right and down, and blurred.
+    shifted_BKHW = torch.roll(objects.distance_BKHW, (SHADOW_PX, SHADOW_PX), (2, 3))
     shadow_B1HW = torch.sigmoid(-shifted_BKHW * SIZE_PX / 1.8).amax(1, keepdim=True)
     image_B3HW = image_B3HW * (1 - 0.45 * _flag(scenes, "has_shadow") * shadow_B1HW)
 
@@ -32,6 +34,18 @@ def render(scenes: Sequence[Scene]) -> Tensor:
         alpha_B1HW = (0.5 - objects.distance_BKHW[:, k, None] * SIZE_PX).clamp(0, 1)
         image_B3HW = image_B3HW * (1 - alpha_B1HW) + color_B3HW.clamp(0, 1) * alpha_B1HW
     return image_B3HW.clamp(0, 1)
+
+
+def object_masks(scenes: Sequence[Scene]) -> Tensor:
+    """Where objects are, and the shadows of those that throw one, bool ``(B, 1, 64, 64)``.
+
+    Wider by a pixel, and by 4 where a shadow fades: outside, a picture is that of its ground to 0.05.
+    """
+    y_HW, x_HW = torch.meshgrid(*[(torch.arange(SIZE_PX) + 0.5) / SIZE_PX] * 2, indexing="ij")
+    distance_BKHW = _Objects(scenes, x_HW, y_HW).distance_BKHW * SIZE_PX
+    shadow_BKHW = torch.roll(distance_BKHW, (SHADOW_PX, SHADOW_PX), (2, 3))
+    is_shadow_BKHW = (shadow_BKHW < 4) & (_flag(scenes, "has_shadow") > 0)
+    return ((distance_BKHW < 1) | is_shadow_BKHW).any(1, keepdim=True)
 
 
 class _Noise:

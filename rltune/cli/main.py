@@ -18,6 +18,7 @@ from rltune.cli.arguments import (
     StorageOption,
     at_home,
 )
+from rltune.cli.audit import audit
 from rltune.cli.doctor import doctor
 from rltune.cli.evaluate import evaluate
 from rltune.cli.export import export
@@ -40,7 +41,7 @@ app = typer.Typer(
 )
 builtin = typer.Typer(help="The built-in text-to-image model: its scenes and its recipe.", no_args_is_help=True)
 app.add_typer(builtin, name="builtin")
-rewards = typer.Typer(help="List the rewards that an experiment can name; check one.")
+rewards = typer.Typer(help="List the rewards that an experiment can name; check one, audit one.")
 app.add_typer(rewards, name="rewards")
 models = typer.Typer(help="Weights: which there are, which are on this machine, and fetching the others.")
 app.add_typer(models, name="models")
@@ -214,7 +215,7 @@ app.command()(doctor)
 
 @rewards.callback(invoke_without_command=True)
 def rewards_list(context: typer.Context) -> None:
-    """List the rewards that an experiment can name; ``check`` proves one."""
+    """List the rewards that an experiment can name; ``check`` proves one, ``audit`` says what it hangs on."""
     if context.invoked_subcommand is None:
         from rltune.cli.rewards import show_rewards
 
@@ -237,6 +238,9 @@ def rewards_check(
     from rltune.cli.rewards import check_reward
 
     check_reward(name, images=images or [], prompts=prompts or [], options=options or [], device=device)
+
+
+rewards.command()(audit)
 
 
 @app.command()

@@ -52,22 +52,13 @@ def check_reward(
         RunError: Its weights are not on this machine.
         RltuneError: It does not do what training asks; what has been printed says why.
     """
-    import torch
-
-    from rltune.config.sections import RewardConfig
-    from rltune.rewards.base import REWARDS
     from rltune.training.checking import prove
     from rltune.training.quiet import quiet_libraries
-    from rltune.training.rewards import build_reward
+    from rltune.training.rewards import build_reward, compares_images
 
     quiet_libraries()
-    section = RewardConfig(options=read_options(options))
-    if ":" in name:
-        section = section.model_copy(update={"reward": name})
-    else:
-        REWARDS.check(name, section.options)
-    batch, texts = _batch(images, prompts, sees_group=_sees_group(name, section))
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    section, where = section_of(name, options), device_of(device)
+    batch, texts = _batch(images, prompts, sees_group=compares_images(name, section))
     reward = build_reward(name, section).to(where)
     proof = prove(name, reward, batch.to(where), texts)
 
@@ -84,6 +75,29 @@ def check_reward(
     if proof.faults:
         raise RltuneError(f"reward {name!r}: " + "; ".join(proof.faults))
     console.print(marked("ok ", "green", "finite, in its range, and no image moves another's score"))
+
+
+def section_of(name: str, options: Sequence[str]) -> Any:
+    """Return the settings of a reward that is asked for by its name or as ``module:name``; loads nothing.
+
+    Raises:
+        UserError: There is no such reward, or an option is wrong.
+    """
+    from rltune.config.sections import RewardConfig
+    from rltune.rewards.base import REWARDS
+
+    section = RewardConfig(options=read_options(options))
+    if ":" in name:
+        return section.model_copy(update={"reward": name})
+    REWARDS.check(name, section.options)
+    return section
+
+
+def device_of(name: str | None) -> Any:
+    """Return a torch device by its name: without one, cuda where it is there."""
+    import torch
+
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _facts(name: str, proof: Any, batch: Any, device: Any) -> dict[str, str]:
@@ -127,31 +141,15 @@ def read_options(pairs: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _sees_group(name: str, section: Any) -> bool:
-    from rltune.training.rewards import compares_images
-
-    return compares_images(name, section)
-
-
 def _batch(images: Sequence[Path], prompts: Sequence[str], *, sees_group: bool) -> tuple[Any, list[str]]:
     """Return images ``(B, 3, H, W)`` and a prompt each: those given, or scenes of the built-in world."""
     import random
 
-    import torch
-
     from rltune.builtin.render import render
     from rltune.builtin.scenes import distinct_scenes
-    from rltune.rewards.references import read_image
 
     if images:
-        tensors = [read_image(path) for path in images]
-        if len({tensor.shape for tensor in tensors}) > 1:
-            sizes = ", ".join(f"{tensor.shape[2]} x {tensor.shape[1]}" for tensor in tensors)
-            raise UserError(f"--image: images must be of one size, got {sizes}; check one at a time")
-        if len(prompts) not in (1, len(images)):
-            raise UserError(f"--prompt: give one, or one an image ({len(images)}), got {len(prompts)}")
-        texts = list(prompts) if len(prompts) == len(images) else list(prompts) * len(images)
-        return torch.stack(tensors), texts
+        return read_images(images, prompts)
     scenes = distinct_scenes(0, 4, is_heldout=True)
     captions = [scene.caption(random.Random(i)) for i, scene in enumerate(scenes)]
     if sees_group:
@@ -161,3 +159,22 @@ def _batch(images: Sequence[Path], prompts: Sequence[str], *, sees_group: bool) 
             f"--prompt: without images there are 4 built-in scenes; give one prompt or 4, got {len(prompts)}"
         )
     return render(scenes), list(prompts) * (4 // len(prompts)) if prompts else captions
+
+
+def read_images(images: Sequence[Path], prompts: Sequence[str]) -> tuple[Any, list[str]]:
+    """Return image files as ``(B, 3, H, W)`` and a prompt each, of one for all or one for each.
+
+    Raises:
+        UserError: A file is no image, they differ in size, or the number of prompts is wrong.
+    """
+    import torch
+
+    from rltune.rewards.references import read_image
+
+    tensors = [read_image(path) for path in images]
+    if len({tensor.shape for tensor in tensors}) > 1:
+        sizes = ", ".join(f"{tensor.shape[2]} x {tensor.shape[1]}" for tensor in tensors)
+        raise UserError(f"--image: images must be of one size, got {sizes}; check one at a time")
+    if len(prompts) not in (1, len(images)):
+        raise UserError(f"--prompt: give one, or one an image ({len(images)}), got {len(prompts)}")
+    return torch.stack(tensors), list(prompts) if len(prompts) == len(images) else list(prompts) * len(images)
