@@ -30,6 +30,7 @@ def test_importing_it_loads_nothing() -> None:
     assert in_a_process(code) == "['rltune']\n"
 
 
+@pytest.mark.slow
 def test_a_run_is_opened_without_torch_or_ray(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "mix", experiment(), results=[result("000", 0.5, 0.0)])
     heavy = "{'torch', 'ray', 'optuna', 'diffusers', 'pandas'}"

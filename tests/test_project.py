@@ -161,6 +161,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: zipfile.ZipFile) ->
     assert {"rltune/py.typed", "rltune/builtin/weights/judge.safetensors", "rltune/builtin/prompts/train.txt"} <= inside
 
 
+@pytest.mark.slow
 def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
     place = f"rltune-{rltune.__version__}.dist-info"
     metadata = wheel.read(f"{place}/METADATA").decode()

@@ -27,7 +27,7 @@ def test_a_skip_on_the_list_and_an_expected_failure_pass(tmp_path: Path) -> None
     assert code == 0, text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("more", [(), ("-p", "xdist", "-n", "2")], ids=["in one process", "side by side"])
 def test_any_other_skip_fails_the_run(tmp_path: Path, more: tuple[str, ...]) -> None:
     code, text = run(

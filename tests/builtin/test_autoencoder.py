@@ -34,7 +34,7 @@ def test_warm_start_copies_the_outer_levels_bit_by_bit() -> None:
     assert len(copied) > 80
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_whitening_leaves_decoding_unchanged_and_makes_latents_white() -> None:
     torch.manual_seed(0)
     model = make_f8_autoencoder().eval()

@@ -94,6 +94,7 @@ def contents(folder: Path) -> dict[str, object]:
     return found
 
 
+@pytest.mark.long
 def test_the_build_leaves_figures_of_every_stage(whole: Path) -> None:
     figures = json.loads((whole / "weights" / "figures.json").read_text())
     assert set(figures) == {*STAGES, "samples", "shuffled", "reconstructions", "renders"}

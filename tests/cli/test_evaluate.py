@@ -98,7 +98,7 @@ def test_any_prompts_and_rewards_as_csv_and_json(call: Call, lora: Path, tmp_pat
     assert f"{figure['gain']:+.4g}" in out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_base_model_alone_and_a_lora_without_a_card(
     call: Call, lora: Path, config: RunConfig, tmp_path: Path
 ) -> None:

@@ -54,7 +54,7 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pick_that_is_not_there_is_said_at_once(folder: RunFolder) -> None:
     command = [sys.executable, "-c", WRONG_PICK, str(folder.path)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120)

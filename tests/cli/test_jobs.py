@@ -37,7 +37,7 @@ def submitted(server: FakeServer, name: str, run: Path | str) -> Any:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_submit_says_what_goes_up_and_what_comes_next(
     server: FakeServer, call: Call, tmp_path: Path, tiny_pipeline: Path
 ) -> None:
@@ -63,6 +63,7 @@ def test_submit_says_what_goes_up_and_what_comes_next(
     assert err.endswith("rltune-tiny succeeded\n")
 
 
+@pytest.mark.long
 def test_a_run_on_object_storage_is_fetched_by_its_job_and_by_its_address(
     server: FakeServer, call: Call, tmp_path: Path, s3: str
 ) -> None:
@@ -128,6 +129,7 @@ def test_stop_says_how_to_go_on(server: FakeServer, call: Call) -> None:
     assert call("stop", "nosuch")[0] == 2
 
 
+@pytest.mark.slow
 def test_fetch_brings_a_run_to_its_place(
     server: FakeServer, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

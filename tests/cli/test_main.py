@@ -39,6 +39,7 @@ print("imported:", sorted({"torch", "ray", "diffusers", "optuna", "numpy"} & set
 """
 
 
+@pytest.mark.long
 def test_help_of_every_command_imports_nothing_heavy() -> None:
     finished = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
@@ -163,7 +164,7 @@ def test_a_name_on_the_command_line_is_held_to_the_files_rule(
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.yaml"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_name_on_the_command_line_is_the_runs(call: Call, tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(FIXED)
@@ -260,6 +261,7 @@ def test_a_method_that_cannot_train_this_is_refused_before_anything_starts(
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.yaml"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -288,6 +290,7 @@ def test_a_folder_that_is_no_run_is_said_so(call: Call, tmp_path: Path, command:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_status_says_where_the_time_went(call: Call, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "mix", experiment(), [result(BASE_TRIAL, 0.5)], started=["001"])
     code, _, error = call("status", folder.path, "--usage")
@@ -308,6 +311,7 @@ def test_status_says_where_the_time_went(call: Call, tmp_path: Path) -> None:
     assert "utilisation 25%" in " ".join(call("status", folder.path)[1].split())
 
 
+@pytest.mark.slow
 def test_a_tracker_that_is_not_installed_is_said_before_anything_starts(
     call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,7 +362,7 @@ def test_options_reach_the_run(call: Call, monkeypatch: pytest.MonkeyPatch) -> N
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_printed_schema_accepts_the_shipped_experiments(call: Call) -> None:
     from rltune.config.yamlfile import read_yaml
 
@@ -411,7 +415,7 @@ except SystemExit:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_logged_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "hush-hush")
     finished = subprocess.run([sys.executable, "-c", LOGGING], capture_output=True, text=True, check=True, timeout=60)

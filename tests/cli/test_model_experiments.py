@@ -16,7 +16,7 @@ def test_each_file_is_tried_on_a_pipeline() -> None:
     assert {path.stem for path in FOLDER.glob("*.yaml")} == set(MODELS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", shared_out(MODELS, MODELS.keys() - {"sdxl", "flux1_schnell", "z_image_turbo"}))
 def test_a_plan_is_whole(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -82,3 +82,42 @@ def test_images_need_prompts_and_one_size(call: Call, picture: Path, tmp_path: P
     code, _, err = call("rewards", "check", "brightness", *both)
     assert code == 2
     assert "images must be of one size, got 53 x 37, 8 x 8" in err
+
+
+@pytest.mark.slow
+def test_an_audit_says_what_a_score_hangs_on_and_shows_it(call: Call, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    files: list[str | Path] = []
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / f"[{i}].png")
+        mask = np.zeros((20, 30), dtype=np.uint8)
+        mask[5:15, 6:18] = 255
+        Image.fromarray(mask).save(tmp_path / f"mask {i}.png")
+        files += ["--image", tmp_path / f"[{i}].png", "--mask", tmp_path / f"mask {i}.png"]
+    code, out, _ = call("rewards", "audit", "brightness", *files, "--prompt", "a [cat]", "-o", tmp_path / "audit.png")
+    assert code == 0
+    assert out.count("another image") == 3
+    assert "20% of the pixels" in out
+    assert "20% of the squared gradient" in out  # of the mean of all pixels
+    with Image.open(tmp_path / "audit.png") as picture:
+        assert picture.height > 5 * 128
+    code, _, err = call("rewards", "audit", "brightness", *files[:2], "--prompt", "a cat")
+    assert code == 2
+    assert "--mask: give one an image (1), got 0" in err
+    Image.new("L", (8, 8)).save(tmp_path / "mask 2.png")
+    code, _, err = call("rewards", "audit", "brightness", *files, "--prompt", "a cat")
+    assert code == 2
+    assert "mask 2.png must be as large as its image, 30 x 20, got 8 x 8" in err
+    code, _, err = call("rewards", "audit", "brightness", "--prompt", "a cat")
+    assert code == 2
+    assert "the built-in scenes have theirs" in err
+
+
+@pytest.mark.slow
+def test_an_audit_of_built_in_scenes(call: Call) -> None:
+    code, out, _ = call("rewards", "audit", "compressibility")
+    assert code == 0
+    assert "of the squared gradient" in out
+    code, _, err = call("rewards", "audit", "diversity_pixels")
+    assert code == 2
+    assert "compares the images of a prompt" in err

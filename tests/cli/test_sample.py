@@ -69,6 +69,7 @@ def cells(page: Path, *, num_rows: int, num_images: int, size_px: int) -> dict[t
     return found
 
 
+@pytest.mark.long
 def test_the_grid_shows_base_and_loras_on_the_same_noise(
     make_config: Config, loras: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,7 +153,7 @@ def test_base_steps_must_leave_something_to_the_lora(loras: list[Path], tmp_path
     assert not (tmp_path / "grid.png").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_held_out_prompts_are_drawn_when_none_are_given(
     loras: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,6 +165,7 @@ def test_held_out_prompts_are_drawn_when_none_are_given(
     ]
 
 
+@pytest.mark.slow
 def test_a_base_model_alone_needs_no_run(tiny_pipeline: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     draw([], tmp_path / "grid.png", base=str(tiny_pipeline), num_steps=2, num_images=1)
     assert len(cells(tmp_path / "grid.png", num_rows=1, num_images=1, size_px=16)) == 2
@@ -171,7 +173,7 @@ def test_a_base_model_alone_needs_no_run(tiny_pipeline: Path, tmp_path: Path, ca
     assert caplog.messages == [told]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_lora_without_a_card_is_drawn_on_the_base_that_is_named(
     loras: list[Path], tiny_pipeline: Path, tmp_path: Path
 ) -> None:
@@ -199,7 +201,7 @@ def test_what_holds_no_lora_is_refused(loras: list[Path], tiny_pipeline: Path, t
             draw([path], tmp_path / "grid.png", base=str(tiny_pipeline))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("content", [b"", b"no tensors at all", None], ids=["empty", "text", "other tensors"])
 def test_a_file_that_is_no_lora_is_refused(tiny_pipeline: Path, tmp_path: Path, content: bytes | None) -> None:
     from safetensors.torch import save_file

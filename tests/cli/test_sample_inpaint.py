@@ -34,7 +34,7 @@ def draw(loras: list[Path], output: Path, **options: Any) -> None:
     sample_grid(loras, options.pop("prompts", ["a snail"]), output, **{**chosen, **options})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_image_that_is_named_is_shown_with_its_hole_and_filled(
     make_config: Config, image: Path, tmp_path: Path
 ) -> None:
@@ -49,7 +49,7 @@ def test_an_image_that_is_named_is_shown_with_its_hole_and_filled(
     assert len(pictures) == 5  # given, and two of each model
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_card_of_a_run_brings_its_pictures(make_config: Config, image: Path, tmp_path: Path) -> None:
     config = make_config(task="inpaint", prompts={"train": str(tmp_path), "eval": str(tmp_path)})
     lora = export(config, tmp_path / "001", seed=0)

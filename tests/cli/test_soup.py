@@ -59,6 +59,7 @@ def test_every_method_s_end_is_a_lora_and_points_are_written(call: Call, loras: 
     assert f"-> {tmp_path}" in out
 
 
+@pytest.mark.long
 def test_one_lora_is_slid_against_the_base_model_and_exported(call: Call, loras: list[Path], tmp_path: Path) -> None:
     arguments = ["--weights", "0,1", "--weights", "1.25,0", "--rewards", "brightness,drift", "--export", "--rank", "1"]
     code, out, err = call("soup", loras[0], *arguments, "-o", tmp_path / "soup")

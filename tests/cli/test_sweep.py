@@ -44,7 +44,7 @@ def plan_of(text: str) -> dict[str, str]:
     return {line[:11].strip(): line[13:] for line in text.splitlines()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "path",
     # those of single models are planned on their pipelines in test_model_experiments too
@@ -73,7 +73,7 @@ def test_the_plan_says_where_a_setting_is_searched_and_what_comes_first(
     assert plan["first"] == "3 point(s) of the file"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_cannot_be_started_from_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"search\.warm_start: not a run folder, .* got 'nowhere'"):
         dry_run(ROOT / "experiments" / "mix.yaml", tmp_path, "search.warm_start=nowhere", is_sweep=True)
@@ -100,7 +100,7 @@ def test_the_plan_says_what_will_be_done(tmp_path: Path, capsys: pytest.CaptureF
     assert plan["runs on"] == "a Ray cluster on this machine (loopback only)"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_fixed_k_and_no_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +117,7 @@ def test_a_fixed_k_and_no_gpu(
     assert plan["a trial"].endswith("; 1 worker with 1 CPU")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_plan_says_which_prompts_were_read_and_what_is_cut_off(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +180,7 @@ def write(folder: Path, text: str) -> Path:
     return folder / "x.yaml"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -196,6 +197,7 @@ def test_a_users_reward_can_be_planned(tmp_path: Path, own: str, capsys: pytest.
     assert plan_of(capsys.readouterr().err)["objectives"].startswith("mine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -237,7 +239,7 @@ def test_a_users_reward_that_cannot_serve_is_refused_before_anything_starts(
         dry_run(path, tmp_path / "runs", is_sweep="choice" in text)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("each", "calibration"), [(2, 32), (3, 33)])
 def test_the_plan_counts_the_images_that_groups_are_calibrated_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], each: int, calibration: int
@@ -292,6 +294,7 @@ def test_the_plan_names_published_weights_that_are_not_here(
     )
 
 
+@pytest.mark.slow
 def test_files_of_one_repository_are_counted_together(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], missing: set[str]
 ) -> None:
@@ -372,6 +375,7 @@ def test_what_names_need_is_read_without_building_them() -> None:
     assert known.rewards_without_gradient == ("callable", "faithful", "faithful_exact", "http", "jpeg_bytes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rewards", "message"),
     [

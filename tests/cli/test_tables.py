@@ -184,7 +184,7 @@ def test_the_front_has_every_number(folder: RunFolder, width: int) -> None:
     assert "003" not in text
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_knobs_that_do_not_fit_are_named_and_no_digit_is_cut(folder: RunFolder) -> None:
     view = status_view(read_status(folder, experiment()), ["brightness", "drift"])
     for width in range(60, 110):
@@ -198,7 +198,7 @@ def test_knobs_that_do_not_fit_are_named_and_no_digit_is_cut(folder: RunFolder) 
     assert not names
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_settings_of_a_front_are_shown_whole_at_any_width(folder: RunFolder) -> None:
     front = read_front(folder, experiment())
     assert front is not None

@@ -226,7 +226,7 @@ LEAVES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @given(values=st.fixed_dictionaries({}, optional=LEAVES))
 def test_any_value_survives_an_override_and_the_resolved_file(values: dict[str, Any]) -> None:
     overrides = [f"{path}={write_yaml({'x': value}).removeprefix('x:')}" for path, value in values.items()]

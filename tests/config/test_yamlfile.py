@@ -47,7 +47,7 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
     assert type(data["x"]) is type(value)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @given(data=st.dictionaries(TEXT, VALUES, max_size=4))
 def test_what_is_written_reads_back_equal(data: dict[str, Any]) -> None:
     assert read_yaml(write_yaml(data))[0] == data

@@ -49,6 +49,7 @@ def test_so_is_sdxl_s_with_both_text_encoders(tmp_path: Path) -> None:
             assert torch.equal(value, values[key].float() if value.is_floating_point() else values[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_both", [True, False])
 def test_the_usual_file_comes_first_and_a_variant_serves_where_it_is_missing(
     half: Path, tiny_pipeline: Path, tmp_path: Path, has_both: bool

@@ -53,6 +53,7 @@ def gradient(sampler: Sampler, x_BCHW: Tensor, weight: Callable[[Tensor], Tensor
     return [torch.zeros(()) if part is None else part for part in found]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("name", shared_out(PIPELINES, PIPELINES.keys() - set(FEW)))
 def test_the_gradient_is_the_same_and_less_is_stored(name: str, dtype: torch.dtype) -> None:

@@ -46,7 +46,7 @@ def drawn(model: ModelFamily, dtype: torch.dtype) -> tuple[Tensor, list[Tensor],
     return x, noises, torch.randn(2, 3, SIDE, SIDE, generator=generator, dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", shared_out(PIPELINES, PIPELINES.keys() - set(FEW)))
 def test_the_gradient_is_that_of_finite_differences_and_of_plain_autograd(name: str) -> None:
     """In float64 along a direction of random numbers with the gradient's signs, so that the slope is far from rounding.
@@ -100,7 +100,7 @@ def test_the_gradient_is_that_of_finite_differences_and_of_plain_autograd(name: 
     assert slope == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=0.02)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", shared_out(PIPELINES, PIPELINES.keys() - set(FEW)))
 def test_a_folder_of_it_loads_samples_and_carries_gradient_in_both_precisions(name: str, tmp_path: Path) -> None:
     made(PIPELINES[name]).save_pretrained(tmp_path / "model")

@@ -18,7 +18,7 @@ FILES = {
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_weights_in_the_precision_of_their_file_are_mapped(tiny_pipeline: Path) -> None:
     model = load_model(str(tiny_pipeline))
     model.encode_prompts(["a cat"])  # moves the encoder to where it runs and back
@@ -27,7 +27,7 @@ def test_weights_in_the_precision_of_their_file_are_mapped(tiny_pipeline: Path) 
         assert all(is_mapped(parameter, tiny_pipeline / file) for parameter in network.parameters()), component
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_adapters_and_merged_weights_leave_the_mapping_where_it_is(tiny_pipeline: Path) -> None:
     model, path = load_model(str(tiny_pipeline)), tiny_pipeline / FILES["unet"]
     content = path.read_bytes()

@@ -51,6 +51,7 @@ def test_a_fresh_adapter_changes_nothing_and_alone_requires_gradient(network: to
     assert {min(shape) for shape in shapes} == {3}
 
 
+@pytest.mark.slow
 def test_initial_values_follow_the_seed_and_leave_the_global_state_alone(network: torch.nn.Module) -> None:
     states = []
     for seed in (1, 1, 2):

@@ -146,7 +146,7 @@ def files(tiny_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_file_of_another_tool_is_drawn_as_that_tool_draws_it(

@@ -56,6 +56,7 @@ def predicted(model: ModelFamily, batch: int = 2) -> Tensor:
     return output
 
 
+@pytest.mark.long
 def test_the_exact_soup_is_what_diffusers_blends(model: ModelFamily, folders: list[Path], loras: list[Layers]) -> None:
     """Ranks 2 + 4 + 16, to float32 rounding."""
     base = predicted(model)

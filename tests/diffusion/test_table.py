@@ -58,7 +58,7 @@ def test_a_step_that_is_not_affine_is_refused(setting: dict[str, Any]) -> None:
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_no_signal_at_eta_1_all_noise_is_fresh() -> None:
     """x' = sqrt(a') x0 + sqrt(1 - a') n, x0 = -v; diffusers' own step takes the root of -1e-17 at 37 of these 100."""
     num_nan = 0

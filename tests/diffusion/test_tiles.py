@@ -57,7 +57,7 @@ def test_the_seam_is_a_straight_line_from_one_tile_to_the_next() -> None:
     torch.testing.assert_close(image[0, 0, 0], expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", shared_out(PIPELINES, PIPELINES.keys() - {"stable_diffusion", "qwen_image"}))
 def test_the_gradient_is_that_of_the_same_image_and_less_is_stored(name: str) -> None:
     torch.manual_seed(0)

@@ -190,6 +190,7 @@ def test_micro_batches_add_up_to_the_whole(name: str, options: dict[str, Any], d
         )
 
 
+@pytest.mark.slow
 @both_precisions
 @every_case
 def test_workers_add_up_to_one(name: str, options: dict[str, Any], dtype: torch.dtype) -> None:

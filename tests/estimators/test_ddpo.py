@@ -166,7 +166,7 @@ def expected_reward(toy: Toy, mean_T: float) -> Tensor:
     return SHAPE[0] * (LINEAR * mean - QUADRATIC * (mean**2 + variance))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_its_gradient_is_that_of_the_expected_reward() -> None:
     """Up to what it divides by: the rewards' spread, the steps and the latent's elements."""
     network = Affine().requires_grad_(False)

@@ -185,7 +185,7 @@ def test_trust_weighs_an_image_s_part_of_the_gradient(estimator: Estimator) -> N
     torch.testing.assert_close(gradient(trust), expected, **close)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("dtype", "use_bf16_prefix", "is_right"),
     [

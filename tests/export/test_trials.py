@@ -95,6 +95,7 @@ def exported(run: tuple[RunFolder, Experiment]) -> Exported:
     return exported
 
 
+@pytest.mark.slow
 def test_an_export_is_a_file_that_was_compared(exported: Exported, run: tuple[RunFolder, Experiment]) -> None:
     folder, _ = run
     assert exported.trial == "001"
@@ -142,6 +143,7 @@ def test_the_card_says_where_it_comes_from_and_what_it_scored(
     assert card["metrics"]["eval/brightness"] > card["base_metrics"]["eval/brightness"]
 
 
+@pytest.mark.slow
 def test_from_the_folder_alone_the_figures_of_its_card_come_back(
     exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,7 +189,7 @@ def test_a_checkpoint_that_is_gone_is_said_so(run: tuple[RunFolder, Experiment])
     assert not (folder.exports_dir / "007").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pick_that_fails_does_not_keep_the_others_from_being_written(
     run: tuple[RunFolder, Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,7 +254,7 @@ def formats(monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
     return ("weaker", "unwritten", "nested", "peft")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_file_that_fails_its_proof_does_not_stand_in_an_exports_place(
     run: tuple[RunFolder, Experiment], formats: tuple[str, ...]
 ) -> None:
@@ -345,7 +347,7 @@ def effect_by_hand(folder: RunFolder, experiment_: Experiment, place: Path) -> d
     return {"update": (added / held) ** 0.5, "image": float(np.abs(pictures[0] - pictures[1]).mean())}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_a_run_in_either_precision_exports(tiny_pipeline: Path, tmp_path: Path, precision: str) -> None:
     """In bfloat16 images of the same file are 0.02 from float32's, ten times what the comparison allows."""
@@ -389,7 +391,7 @@ def cut(grid: np.ndarray[Any, Any], count: int, height: int, width: int) -> np.n
     return cells.reshape(-1, height, width, 3)[:count]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", LIBRARIES)
 def test_a_lora_of_a_base_in_fewer_bits_is_proved_on_the_published_one(
     kind: str, tiny_pipeline: Path, tmp_path: Path

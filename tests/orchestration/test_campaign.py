@@ -88,6 +88,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:
     return found
 
 
+@pytest.mark.slow
 def test_the_stages_of_a_sweep_in_their_order(stage: Stage) -> None:
     stage.results += [result(f"00{i}", 0.5 + i / 10, 0.1 * i) for i in range(1, 5)]
     found = stage.run()
@@ -115,7 +116,7 @@ def test_a_front_that_cannot_be_measured_again_stands(stage: Stage) -> None:
     assert isinstance(stage.told[4], Found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_trials_that_are_left_are_an_interruption_and_are_gone_on_with(stage: Stage) -> None:
     stage.results += [result("001", 0.6, 0.1)]
     with pytest.raises(KeyboardInterrupt):
@@ -174,6 +175,7 @@ def test_a_single_run_is_its_one_trial(stage: Stage) -> None:
     assert isinstance(stage.told[1], Trained)
 
 
+@pytest.mark.slow
 def test_nothing_is_started_on_nodes_that_cannot_run_it(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     def check_nodes(nodes: Any, need: Any, folder: Path) -> None:
         assert (len(nodes), need.num_cpus, folder) == (1, 1, stage.storage / "mix")

@@ -75,7 +75,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray.train, "get_context", lambda: alone)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_mixtures_of_a_front_are_measured_once_and_exported(
     run: tuple[RunFolder, Experiment], in_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,7 +108,7 @@ def test_a_trial_waits_at_its_report_and_is_taken_up_where_it_was_left(
     assert [row["step"] for row in read_metrics(spec.folder.trial_dir("001") / "metrics.jsonl")] == list(range(1, 7))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_faulty_trial_says_why_and_the_next_one_runs(
     worker: WarmWorker, spec_of: Callable[..., JobSpec], tmp_path: Path
 ) -> None:

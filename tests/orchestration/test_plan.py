@@ -33,6 +33,7 @@ def faults_of(tmp_path: Path, text: str, nodes: list[Node]) -> list[str]:
     return [str(fault) for fault in raised.value.faults]
 
 
+@pytest.mark.slow
 def test_a_sound_experiment_is_planned_and_nothing_is_written(tmp_path: Path) -> None:
     found = plan_of(tmp_path, GOOD, [Node(4)])
     assert (found.workload.num_trials, found.workload.num_concurrent) == (1, 2)
@@ -50,6 +51,7 @@ def test_faults_of_options_prompts_and_nodes_come_together(tmp_path: Path) -> No
     assert "resources: a trial needs 8 workers with 1 CPU each, and the cluster has room for 4" in faults[2]
 
 
+@pytest.mark.slow
 def test_nodes_come_only_to_a_cluster_that_is_attached_to(tmp_path: Path) -> None:
     text = GOOD + "resources: {nodes: autoscale, concurrent: 3, gpus_per_worker: 0, workers: 2}\n"
     (fault,) = faults_of(tmp_path, text, [Node(1)])
@@ -59,7 +61,7 @@ def test_nodes_come_only_to_a_cluster_that_is_attached_to(tmp_path: Path) -> Non
     assert plan_of(tmp_path, text, [Node(1)], is_attached=True).workload.num_slots == 6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_cannot_go_on_is_refused_before_anything_starts(tmp_path: Path) -> None:
     first = plan_of(tmp_path, GOOD, [Node(4)])
     claim_run(first.folder, first.experiment, precision=first.workload.precision)
@@ -84,6 +86,7 @@ def test_the_memory_of_a_worker_is_foreseen_and_what_does_not_fit_is_refused(tmp
     assert "the smallest GPU has 1.0; " in str(fault)
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_largest_settings_that_are_searched(tmp_path: Path) -> None:
     searched = GOOD + "model: {lora: {rank: {choice: [2, 256, 4]}}}\n"
     found = [

@@ -23,7 +23,7 @@ from tests.orchestration.processes import (
     write_experiment,
 )
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.long]
 
 
 @dataclass(frozen=True)

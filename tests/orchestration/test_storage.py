@@ -114,7 +114,7 @@ def storage(request: pytest.FixtureRequest) -> str:
     return f"s3://{BUCKET}/{request.node.name}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_on_object_storage_has_the_numbers_of_one_in_a_folder(
     in_a_folder: tuple[Path, list[dict[str, Any]]], machine: Callable[[str], None], storage: str
 ) -> None:

@@ -50,6 +50,7 @@ def test_a_budget_that_is_spent_starts_nothing(
     assert sweep.trials.over.startswith(f"stop.{next(iter(stop))}: ")
 
 
+@pytest.mark.slow
 def test_what_was_chosen_is_measured_by_the_workers_that_are_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_trial_that_falls_behind_is_recorded_as_what_it_was_at_its_step(tmp_pa
     assert trials.num_left == 7
 
 
+@pytest.mark.slow
 def test_where_that_checkpoint_is_gone_the_trial_is_what_its_newest_says(tmp_path: Path) -> None:
     trials = trials_of(tmp_path, stop={"diverged": 0.5})
     spec = suggest(trials)
@@ -146,6 +147,7 @@ def test_of_a_trials_checkpoints_the_one_file_that_counts_is_read(
     assert [Path(name).parts[-2:] for name in hashed] == [("checkpoint_0010", ADAPTER_FILE)]
 
 
+@pytest.mark.slow
 def test_a_trial_without_a_whole_checkpoint_failed(tmp_path: Path) -> None:
     trials = trials_of(tmp_path)
     spec = suggest(trials)
@@ -170,6 +172,7 @@ def test_a_checkpoint_written_in_haste_is_no_result(tmp_path: Path) -> None:
     assert found[0].endswith("checkpoint_0005")
 
 
+@pytest.mark.slow
 def test_rungs_are_rebuilt_from_the_folder(tmp_path: Path) -> None:
     search = {**SEARCH, "prune": True, "reduction": 2}
     trials = trials_of(tmp_path, search=search)
@@ -218,6 +221,7 @@ def test_rules_decide_the_same_live_and_rebuilt_where_another_step_is_selected(
     assert decisions == expected
 
 
+@pytest.mark.slow
 def test_time_that_is_over_starts_nothing_and_stops_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trials = trials_of(tmp_path, stop={"hours": 1.0})
     spec = suggest(trials)
@@ -335,7 +339,7 @@ def test_a_disk_that_fails_a_trial_ends_the_run_and_is_no_failure(tmp_path: Path
 NO_WEIGHT = {"rewards.brightness.weight": 0.0, "rewards.smoothness.weight": 0.0}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_suggestion_that_is_no_valid_run_is_a_failed_trial_and_the_next_is_dealt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

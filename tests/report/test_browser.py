@@ -64,7 +64,7 @@ def css(browser: "Chrome", selector: str) -> list[Any]:
     return browser.find_elements("css selector", selector)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_click_on_a_point_shows_its_pictures_beside_the_base_models(browser: "Chrome", tmp_path: Path) -> None:
     wanted = asked(12, FOUR[:3], prompts=["</script><b>", "two", "three", "four"])
     page = write_report(write_synthetic(tmp_path / "mix", wanted), wanted).as_uri()
@@ -120,6 +120,7 @@ def test_a_thousand_trials_leave_room_for_their_pictures(thousand: Path) -> None
     assert 1_000_000 < size < 10_000_000 - BUDGET
 
 
+@pytest.mark.slow
 def test_a_thousand_trials_are_soon_there(browser: "Chrome", thousand: Path) -> None:
     assert cpu_s(browser, thousand) < 2.0
 

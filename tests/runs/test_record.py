@@ -163,7 +163,7 @@ def test_nothing_that_a_run_leaves_has_its_secret(left: Left) -> None:
     assert SECRET not in left.log
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_trial_says_what_it_was_trained_with(left: Left) -> None:
     told = json.loads(left.folder.config_file("001").read_text())
     record = read_record(left.folder)

@@ -153,7 +153,7 @@ SPOILT: dict[str, Any] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how", SPOILT)
 def test_a_study_that_disagrees_is_written_anew(tmp_path: Path, how: str) -> None:
     study_file(tmp_path).update(RESULTS)
@@ -164,7 +164,7 @@ def test_a_study_that_disagrees_is_written_anew(tmp_path: Path, how: str) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["study.db"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_lock_is_waited_for_but_not_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -66,7 +66,7 @@ def test_it_asks_near_the_best_knobs_for_all_kinds_of_weights(best: float) -> No
     assert (np.min(drawn, axis=0) < 0.1).all()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_keeps_to_where_constraints_hold() -> None:
     """Higher learning rates are better up to 1e-2, and break the constraint above 1e-3."""
     search = Search(asked(), OBJECTIVES)
@@ -246,7 +246,7 @@ def test_every_kind_of_setting_is_drawn_over_its_whole_range() -> None:
     assert best["float"] == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_a_stopped_trial_reached_is_taken_for_its_share_of_the_steps() -> None:
     """Stopped trials are poor at every rate; ended ones say which rate is best, and the two do not contradict."""
     results = []

@@ -23,6 +23,7 @@ def on_five(make_config: Make, **sections: object) -> RunConfig:
     return make_config(prompts={"eval": HELD_OUT}, evaluate=asked, **sections)
 
 
+@pytest.mark.long
 def test_every_candidate_is_measured_by_itself(make_config: Make, tmp_path: Path) -> None:
     sections = [{"optim": {"lr": 5e-2, "steps": 2}}, {"model": {"lora": {"rank": 4, "alpha": 2}}, "seed": 4}]
     configs = [on_five(make_config, **section) for section in sections]
@@ -89,6 +90,7 @@ def mixed_by_hand(configs: list[RunConfig], folders: list[Path]) -> np.ndarray:
     ]
 
 
+@pytest.mark.slow
 def test_the_noise_is_fresh_even_where_prompts_are_not(make_config: Make) -> None:
     run = build_run(on_five(make_config, evaluate={"prompts": 5}))
     fresh = fresh_images(run)
@@ -104,7 +106,7 @@ def test_how_much_is_confirmed_is_no_other_base_model(make_config: Make) -> None
     assert base_key(on_five(make_config, evaluate={"confirm": 3})) == base_key(on_five(make_config))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_point_of_a_basis_is_its_loras_at_those_weights(make_config: Make, tmp_path: Path) -> None:
     config = on_five(make_config, model={"adapter": {"kind": "basis"}}, optim={"lr": 5e-2, "steps": 2})
     reporter = train(config, tmp_path)

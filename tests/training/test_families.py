@@ -14,6 +14,7 @@ FAST = ("stable_diffusion", "z_image", "sana_sprint")
 """Run each time: one that is as ever, one with texts of their own lengths, one that draws every step anew."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shared_out(PIPELINES, PIPELINES.keys() - set(FAST)))
 def test_a_run_that_is_killed_and_resumed_is_bitwise_the_uninterrupted_one(
     name: str, make_config: Make, tmp_path: Path

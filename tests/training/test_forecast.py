@@ -58,7 +58,7 @@ def test_blocks_are_counted_in_checkpoints_where_the_run_would_put_them_there(ma
     assert not forecast(never, outline, **settings, room_gib=0.1).has_blocks
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_setting_that_is_proposed_makes_it_smaller(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TILE_PX", 16)  # what the tiny pipeline draws
     config = make_config(optim={"batch": 4}, sampler={"height": 32, "width": 32})

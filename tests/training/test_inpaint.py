@@ -104,7 +104,7 @@ def test_it_trains_in_bfloat16_too(make: Make, is_told: bool, tmp_path: Path) ->
     assert np.isfinite(report["eval/brightness"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["drtune", "refl", "draft_lv"])
 def test_one_step_at_a_time_gives_the_gradient_of_all_at_once(make: Make, name: str, tmp_path: Path) -> None:
     """What is given takes its part out of the gradient, whichever way it is computed."""
@@ -116,6 +116,7 @@ def test_one_step_at_a_time_gives_the_gradient_of_all_at_once(make: Make, name: 
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_of_what_is_drawn_alone(make: Make) -> None:
     """A sum over given latents does not depend on the adapters."""
     run = build_run(make())

@@ -41,6 +41,7 @@ def test_a_run_reports_the_base_then_every_evaluation(make_config: Make, tmp_pat
     assert (tmp_path / "trial" / "samples" / "step-000005.png").is_file()
 
 
+@pytest.mark.slow
 def test_the_trained_reward_rises(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     config = make_config(rewards={"brightness": {}}, optim={"steps": 12, "lr": 2e-2}, evaluate={"every": 12})
     reporter = train(config, tmp_path, base_dir=base_dir)
@@ -56,6 +57,7 @@ def test_learning_rate_zero_changes_nothing(make_config: Make, tmp_path: Path, b
     assert last["eval/brightness"] == first["eval/brightness"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_bitwise_like_one_that_never_was(
     make_config: Make, tmp_path: Path, base_dir: Path
 ) -> None:
@@ -99,7 +101,7 @@ def test_micro_batches_add_up_to_the_whole_batch(make_config: Make, tmp_path: Pa
         assert split.reports[-1][name] == pytest.approx(whole.reports[-1][name], abs=1e-2 * gain + 1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_happens_to_a_run_is_noted(make_config: Make, tmp_path: Path, base_dir: Path) -> None:
     config = make_config(optim={"steps": 4}, evaluate={"every": 2})
     train(config, tmp_path, base_dir=base_dir)
@@ -109,7 +111,7 @@ def test_what_happens_to_a_run_is_noted(make_config: Make, tmp_path: Path, base_
     assert noted == [*first, ("loaded", None), ("first_step", 2), ("reported", 4), ("trained", None)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_base_run_reports_the_base_model_once(make_config: Make, tmp_path: Path) -> None:
     reporter = FolderReporter(tmp_path / "checkpoints")
     base_run(make_config(), trial_dir=tmp_path / "trial", base_dir=tmp_path / "base", reporter=reporter)
@@ -141,7 +143,7 @@ def test_a_target_without_layers_beside_one_that_has_some_ends_a_run(make_config
         )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_reward_without_gradient_is_measured_but_not_trained_on(make_config: Make, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"one with a positive weight has no gradient, which alignprop needs"):
         train(make_config(rewards={"opaque": {"weight": 1.0}}), tmp_path)

@@ -118,7 +118,7 @@ def test_the_mode_reaches_the_estimator(
     assert [(round.is_serial, round.sampler.num_kept) for round in rounds] == [(is_serial, num_kept)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_round_has_prompts_noise_and_draws_of_its_own(
     make_config: Make, tmp_path: Path, base_dir: Path, rounds: list[Round]
 ) -> None:

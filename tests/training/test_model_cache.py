@@ -64,7 +64,7 @@ def test_a_run_after_another_is_bitwise_the_same_as_alone(
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_base_model_is_measured_without_the_adapters_of_the_run_before(make_config: Make, tmp_path: Path) -> None:
     cache = ModelCache()
     train_on(cache, make_config(optim={"lr": 5e-2}), tmp_path / "other")
@@ -128,6 +128,7 @@ def test_a_decoder_may_have_a_precision_of_its_own(make_config: Make, precision:
     assert next(whole.network.parameters()).dtype != network_dtype
 
 
+@pytest.mark.slow
 def test_a_base_is_quantised_unless_it_is_loaded_to_prove_an_export(
     make_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,7 +76,7 @@ def test_one_image_that_does_not_fit_is_not_told_to_be_fewer(
         train(config, tmp_path, base_dir=base_dir)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_evaluation_that_does_not_fit_says_so(
     make_config: Make, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -439,7 +439,7 @@ def test_methods_differ(make_config: Make, folder: Path, base_dir: Path) -> None
             assert not is_equal(folder / method, folder / other), (method, other)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "method",
     [*(pytest.param(name, marks=pytest.mark.long) for name in ("sum", "chebyshev")), "win_rate", "gradient_balance"],
@@ -453,7 +453,7 @@ def test_micro_batches_of_a_mixture_add_up_to_the_whole_batch(
     assert difference(folder / "whole", folder / "split") < 1e-4  # float32, convolutions over another number of images
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cap_that_is_the_worst_of_every_image_is_no_fault(make_config: Make, folder: Path, base_dir: Path) -> None:
     rewards = {"brightness": {"loss": "hinge", "target": -9.0}, "smoothness": {}}
     config = short(make_config, rewards, mixture={"method": "chebyshev", "rho": 0.0})

@@ -139,6 +139,7 @@ def test_who_keeps_everything_checkpoints_no_block_unless_told_to(
         assert any("forward" in vars(block) for block in blocks_of(run.model.network)) == is_on
 
 
+@pytest.mark.slow
 def test_blocks_that_nobody_names_cannot_be_checkpointed(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(resources={"checkpoint_blocks": True})
     run = setup.build_run(config)

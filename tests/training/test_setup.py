@@ -97,6 +97,7 @@ def test_a_run_embeds_the_groups_that_it_draws_from(make_config: Make, tmp_path:
 # ---- the sampler
 
 
+@pytest.mark.slow
 def test_what_shapes_the_chain_reaches_the_sampler(make_config: Make) -> None:
     config = make_config(
         sampler={"steps": 5, "base_steps": 2, "guidance": 3.5, "eta": 0.5, "negative": "blurry"},

@@ -81,6 +81,7 @@ def test_a_mixture_at_weights_of_every_image_is_one_mixture_an_image(scalarise: 
         torch.testing.assert_close(together[i : i + 1], alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "estimator",
@@ -115,6 +116,7 @@ def test_two_workers_train_what_one_trains(make_config: Make, tmp_path: Path) ->
         assert {name: other[name] for name in RESULTS} == pytest.approx({name: one[name] for name in RESULTS}, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_its_loras_at_the_strengths_of_an_image_draw_what_training_saw(make_config: Make, precision: str) -> None:
     """The whole network, with guidance: peft runs the parts beside one another, training ran them as blocks of one."""

@@ -52,6 +52,7 @@ def assert_near(found: Tensor, expected: Tensor, precision: str) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4 if precision == "fp32" else 0.2)
 
 
+@pytest.mark.slow
 @every_kind
 @both_precisions
 def test_it_changes_nothing_at_first_and_depends_on_its_seed_alone(
@@ -76,6 +77,7 @@ def test_it_changes_nothing_at_first_and_depends_on_its_seed_alone(
     assert_near(drawn(run), base, precision)
 
 
+@pytest.mark.slow
 @every_kind
 @both_precisions
 def test_off_is_the_base_model_and_the_prefix_is_the_same_function(
@@ -94,6 +96,7 @@ def test_off_is_the_base_model_and_the_prefix_is_the_same_function(
     assert_near(drawn(run), whole, precision)
 
 
+@pytest.mark.slow
 @every_kind
 def test_every_parameter_gets_gradient(begin: Callable[..., Run], kind: str) -> None:
     run = trained(begin(kind))
@@ -102,6 +105,7 @@ def test_every_parameter_gets_gradient(begin: Callable[..., Run], kind: str) -> 
     assert all(gradient is not None and float(gradient.norm()) > 0 for gradient in gradients)
 
 
+@pytest.mark.slow
 @every_kind
 @both_precisions
 def test_its_state_comes_back_bit_for_bit_and_anothers_is_refused(
@@ -116,6 +120,7 @@ def test_its_state_comes_back_bit_for_bit_and_anothers_is_refused(
         other.adapter.load_state(other.model.network, {"odd": torch.zeros(1)})
 
 
+@pytest.mark.slow
 @every_kind
 @both_precisions
 def test_what_is_exported_is_what_is_restored(
