@@ -95,12 +95,15 @@ class Trials:
 
     @property
     def chosen(self) -> list[TrialResult]:
-        """What was picked by its own measurements, which luck has raised: the front of a search, or a checkpoint."""
+        """What was picked by its own measurements, which luck has raised: the front of a search, or a checkpoint.
+
+        A basis is measured again in any case, with its points.
+        """
         if self.experiment.is_searched:
             front = self.search_front()
             return [member for member in front.members if member.trial != BASE_TRIAL] if front else []
-        is_selected = self._shared.evaluate.select != "last"
-        return [result for result in self._results if result.is_ok and result.trial != BASE_TRIAL and is_selected]
+        is_wanted = self._shared.evaluate.select != "last" or self._shared.model.adapter.kind == "basis"
+        return [result for result in self._results if result.is_ok and result.trial != BASE_TRIAL and is_wanted]
 
     @property
     def nearest(self) -> TrialResult | None:

@@ -407,13 +407,16 @@ def test_a_trial_waits_for_a_base_model_that_is_measured_as_it_is(tmp_path: Path
     assert {spec.waits_for_base for spec in specs} == {True, False}
 
 
-@pytest.mark.parametrize(("select", "chosen"), [("brightness", ["001"]), ("last", [])])
-def test_of_a_single_run_a_selected_checkpoint_is_what_is_measured_again(
-    tmp_path: Path, select: str, chosen: list[str]
+@pytest.mark.parametrize(
+    ("kind", "select", "chosen"),
+    [("lora", "brightness", ["001"]), ("lora", "last", []), ("basis", "last", ["001"])],
+)
+def test_of_a_single_run_a_selected_checkpoint_or_a_basis_is_what_is_measured_again(
+    tmp_path: Path, kind: str, select: str, chosen: list[str]
 ) -> None:
-    fixed = {"model": {"lora": {"rank": 4}}, "optim": {"lr": 1e-3, "steps": 10, "batch": 4}}
-    sections = {**fixed, "rewards": {"brightness": {}}, "evaluate": {"every": 5, "select": select}}
-    trials = trials_of(tmp_path, **sections)
+    fixed = {"model": {"lora": {"rank": 4}, "adapter": {"kind": kind}}, "optim": {"lr": 1e-3, "steps": 10, "batch": 4}}
+    rewards = {"brightness": {}, **({"smoothness": {}} if kind == "basis" else {})}
+    trials = trials_of(tmp_path, **fixed, rewards=rewards, evaluate={"every": 5, "select": select})
     finish(trials, -0.4)  # dominated by the base model: chosen all the same
     assert [result.trial for result in trials.chosen] == chosen
 
