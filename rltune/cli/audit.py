@@ -9,7 +9,6 @@ import typer
 from rich.table import Table
 
 from rltune.cli.arguments import at_home
-from rltune.cli.rewards import device_of, read_images, section_of
 from rltune.cli.terminal import console, marked
 from rltune.errors import UserError
 
@@ -42,6 +41,7 @@ def audit(
 ) -> None:
     """Replace the object or the ground of images, or of 64 built-in scenes, and say what the scores hang on."""
     from rltune.cli.output_file import check_output, save_picture
+    from rltune.cli.rewards import device_of, section_of
     from rltune.rewards.audit import audit as measured
     from rltune.training.quiet import quiet_libraries
     from rltune.training.rewards import build_reward
@@ -66,6 +66,7 @@ def _batch(images: Sequence[Path], masks: Sequence[Path], prompts: Sequence[str]
 
     from rltune.builtin.render import object_masks, render
     from rltune.builtin.scenes import distinct_scenes
+    from rltune.cli.rewards import read_images
     from rltune.rewards.references import read_image
 
     if len(masks) != len(images):
