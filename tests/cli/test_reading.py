@@ -50,6 +50,7 @@ def test_neither_ray_nor_torch_is_loaded(tmp_path: Path, command: tuple[str, ...
         assert ODD in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_reads_as_one_in_a_folder(
     call: Call, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

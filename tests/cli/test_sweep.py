@@ -307,6 +307,7 @@ def test_files_of_one_repository_are_counted_together(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rewards", "is_told"),
     [

@@ -4,6 +4,7 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -95,6 +96,7 @@ def some_point(space: Experiment, rng: random.Random) -> dict[str, Any]:
     return space.active(values)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(raw=spaces(), seed=st.integers(0, 2**16))
 def test_what_is_accepted_can_be_dealt(raw: dict[str, Any], seed: int) -> None:

@@ -193,6 +193,7 @@ def test_a_network_without_adapters_may_have_them_off(network: torch.nn.Module) 
         assert output(network).shape == (1, 4, 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
 @pytest.mark.parametrize(("rank", "alpha", "targets"), [(1, 1.0, "attention"), (3, 7.0, "all")])

@@ -58,6 +58,7 @@ def with_adapters(model: ModelFamily) -> ModelFamily:
     return model
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_rounded_weights(kind: Kind) -> None:
     """Written into a network of plain numbers, which peft adapts alike."""
     model, plain = family(), family()

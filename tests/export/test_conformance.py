@@ -102,6 +102,7 @@ def test_formats_share_a_folder(written: Written) -> None:
     assert sorted(files) == sorted(file for file in written.folder.rglob("*") if file.is_file())
 
 
+@pytest.mark.slow
 @every_format
 def test_a_reload_gives_the_images_of_the_adapter(written: Written, name: str) -> None:
     if is_refused(written, name):

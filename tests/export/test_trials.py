@@ -104,6 +104,7 @@ def test_an_export_is_a_file_that_was_compared(exported: Exported, run: tuple[Ru
     assert 0 <= exported.difference < 2e-5  # float32, the same network
 
 
+@pytest.mark.slow
 def test_the_card_says_where_it_comes_from_and_what_it_scored(
     exported: Exported, run: tuple[RunFolder, Experiment], tiny_pipeline: Path
 ) -> None:

@@ -372,6 +372,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, float]]:
     close_session()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hub_cache")
 @pytest.mark.parametrize("status", [200, 401, 404, 503])
 def test_a_hub_that_answers_is_there(hub: dict[str, float], no_pause: list[float], status: int) -> None:

@@ -108,6 +108,7 @@ def behind_faults(name: str) -> tuple[Faulty, ObjectStore]:
     return faulty, ObjectStore(own.uri, faulty, own._root, waits_s=(0.0, 0.0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("status", "code", "read", "listed"),
     [

@@ -44,6 +44,7 @@ def test_the_allocator_of_this_machine_is_understood() -> None:
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", MEMORY, ids=["gpu", "python", "cpu", "windows"])
 def test_a_step_that_does_not_fit_says_with_how_many_images_and_what_to_lower(
     make_config: Make, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch, error: Exception

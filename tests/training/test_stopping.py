@@ -129,6 +129,7 @@ def stopped_by_one(config: Any, root: Path, *, base_dir: Path, resume_from: Path
     trained_until(config, root, base_dir, after, resume_from)
 
 
+@pytest.mark.slow
 def test_one_worker_that_is_asked_to_stop_is_enough(make_config: Make, tmp_path: Path) -> None:
     config = make_config(resources={"workers": 2}, optim={"steps": 3})
     root = tmp_path / "two"
