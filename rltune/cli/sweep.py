@@ -313,8 +313,8 @@ def print_plan(plan: Plan, cluster: Cluster | None) -> None:
         **_prompts(experiment, inputs),
         "searched": _searched(experiment),
         "trials": f"the base model and {work.num_trials} trained, {work.num_concurrent} at a time",
-        "a trial": f"{work.num_steps} steps of {work.images_per_step} images, {work.num_evaluations} evaluations of "
-        f"{work.images_per_evaluation}; {_workers(work)}",
+        "a trial": f"{work.num_steps} steps of {work.images_per_step} images, {work.num_evaluations} "
+        f"evaluation{'s' if work.num_evaluations > 1 else ''} of {work.images_per_evaluation}; {_workers(work)}",
         "images": f"{work.num_images:,} in all",
         **_memory(plan),
         **_duration(plan),

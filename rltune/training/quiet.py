@@ -9,6 +9,7 @@ def quiet_imports() -> None:
     """Keep libraries from telling of one another while they are imported, in this process and those it starts."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # of a class that this torchao no longer has
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # of how torchao registers its types
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a package that it does without
 
 
 def quiet_libraries() -> None:

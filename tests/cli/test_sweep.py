@@ -151,7 +151,7 @@ def test_the_plan_of_an_estimator_without_k(
     dry_run(tmp_path / "x.yaml", tmp_path / "runs", is_sweep="choice" in section)
     plan = plan_of(capsys.readouterr().err)
     assert plan["method"] == method
-    assert plan["a trial"].startswith("3 steps of 4 images, 1 evaluations of 32")  # 100 rounds, were it not for queries
+    assert plan["a trial"].startswith("3 steps of 4 images, 1 evaluation of 32")  # 100 rounds, were it not for queries
 
 
 OWN = """
