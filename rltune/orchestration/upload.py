@@ -1,14 +1,15 @@
 """What goes up with a submitted experiment: a small folder that the job runs in, and never weights.
 
-It holds the experiment with its overrides, prompt files with their pictures, and the user's own modules. Files below
-the current folder keep their place; prompt files from elsewhere go to ``inputs/`` and are renamed in the experiment.
+It holds the experiment with its overrides, prompt files with their pictures, reference pictures of rewards, and the
+user's own modules. Files below the current folder keep their place; prompt files and reference pictures from elsewhere
+go to ``inputs/`` and are renamed in the experiment.
 """
 
 import ast
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from rltune.config.load import Experiment
 from rltune.config.prompts_section import BUILTIN_PROMPTS
 from rltune.config.yamlfile import write_yaml
 from rltune.errors import ExperimentError, Fault
+from rltune.rewards.references import picture_files
 from rltune.training.canvases import SETS, Pictured, prompt_set
+from rltune.training.rewards import PICTURES, is_own
 
 MAX_MIB = 200.0
 """Ray takes 512 MiB at the most, and keeps what goes up in the head's memory."""
@@ -56,10 +59,12 @@ def stage(experiment: Experiment, folder: Path) -> Upload:
     moved, sources = _prompt_files(experiment, here, faults)
     sources |= {path: path.relative_to(here) for path in _own_code(experiment.raw, here)}
     sources |= {path: path.relative_to(here) for path in _references(experiment, here)}
+    pictured, pictures = _reward_pictures(experiment, here)
+    copies = {target: path for path, target in sources.items()} | pictures
     notes = _check_rest(experiment, faults, here)
-    size = sum(path.stat().st_size for path in sources)
+    size = sum(path.stat().st_size for path in copies.values())
     if size > MAX_MIB * 2**20:
-        largest = max(sources, key=lambda path: path.stat().st_size)
+        largest = max(copies.values(), key=lambda path: path.stat().st_size)
         faults.append(
             Fault(
                 "prompts",
@@ -69,11 +74,13 @@ def stage(experiment: Experiment, folder: Path) -> Upload:
         )
     if faults:
         raise ExperimentError(experiment.source, faults)
-    for path, target in sources.items():
+    for target, path in copies.items():
         (folder / target).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, folder / target)
     name = f"{experiment.shared.name}.yaml"
     raw = {**experiment.raw, "prompts": _renamed(experiment.raw.get("prompts"), moved)} if moved else experiment.raw
+    for reward in _with_pictures(experiment) if pictured else ():
+        raw = _replaced(raw, ("rewards", reward, "options", PICTURES), pictured)
     (folder / name).write_text(write_yaml(raw), encoding="utf-8")
     files = tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))
     return Upload(folder, name, files, sum((folder / file).stat().st_size for file in files), notes)
@@ -109,6 +116,33 @@ def _pictures(prompts: tuple[str, ...]) -> Iterator[Path]:
         if isinstance(prompt, Canvas) and isinstance(prompt.source, Pictured):
             named = (prompt.source.image, prompt.source.mask)
             yield from (Path(os.path.normpath(name)) for name in named if os.path.isabs(name))
+
+
+def _with_pictures(experiment: Experiment) -> list[str]:
+    """Return the rewards that are given pictures."""
+    rewards = experiment.shared.rewards.items()
+    return [name for name, section in rewards if PICTURES in section.options and not is_own(name, section)]
+
+
+def _reward_pictures(experiment: Experiment, here: Path) -> tuple[dict[str, str], dict[Path, Path]]:
+    """Return how pictures that rewards compare with are called up there, where that differs, and places -> files."""
+    moved: dict[str, str] = {}
+    files: dict[Path, Path] = {}
+    for reward in _with_pictures(experiment):
+        for _, source in _texts(experiment.raw["rewards"][reward]["options"][PICTURES]):
+            path = Path(os.path.abspath(Path(source).expanduser()))
+            is_below = path.is_relative_to(here)
+            root, place = (here, Path()) if is_below else (Path(path.anchor), Path("inputs") / "pictures")
+            if not is_below or Path(source).is_absolute():
+                moved[source] = str(place / path.relative_to(root))
+            files |= {place / file.relative_to(root): file for file in picture_files(str(path)) if file.is_file()}
+    return moved, files
+
+
+def _replaced(raw: Mapping[str, Any], path: Sequence[str], names: Mapping[str, str]) -> dict[str, Any]:
+    """Return settings with what stands at a path renamed."""
+    key, *rest = path
+    return {**raw, key: _replaced(raw[key], rest, names) if rest else _renamed(raw[key], names)}
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -167,6 +201,8 @@ def _check_rest(experiment: Experiment, faults: list[Fault], here: Path) -> tupl
     for where, text in _texts(experiment.raw):
         path = Path(text).expanduser()
         if text == "builtin" or not WEIGHTS_OR_RUNS.fullmatch(where) or not path.exists():
+            continue
+        if any(where.startswith(f"rewards.{reward}.options.{PICTURES}") for reward in _with_pictures(experiment)):
             continue
         if path.is_absolute():
             notes.append(f"{where}: {text} must be there on every node")

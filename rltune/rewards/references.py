@@ -58,7 +58,7 @@ def _scenes() -> Iterator[tuple[Tensor, Sequence[str]]]:
 
 
 def _pictures(folder: Path) -> Iterator[tuple[Tensor, Sequence[str]]]:
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+    paths = pictures_in(folder)
     if not paths:
         raise UserError(
             f"reference: {str(folder)!r} is neither 'builtin' nor a safetensors file nor a folder that holds images "
@@ -67,6 +67,17 @@ def _pictures(folder: Path) -> Iterator[tuple[Tensor, Sequence[str]]]:
     for path in paths:
         caption = path.with_suffix(".txt")
         yield read_image(path)[None], [caption.read_text().strip() if caption.is_file() else ""]
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Return the image files of a folder, by name."""
+    return sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+
+
+def picture_files(images: str | Sequence[str]) -> tuple[Path, ...]:
+    """Return the files that ``images`` names, folders by the pictures in them; nothing is said of what is not there."""
+    paths = [Path(name).expanduser() for name in ([images] if isinstance(images, str) else images)]
+    return tuple(file for path in paths for file in (pictures_in(path) if path.is_dir() else [path]))
 
 
 def read_image(path: Path) -> Tensor:

@@ -17,8 +17,10 @@ from rltune.config.distributions import Choice
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment
 from rltune.rewards.base import REWARDS
+from rltune.rewards.references import picture_files
 from rltune.runs.metrics import JUDGES
 from rltune.runs.record import Pin
+from rltune.training.rewards import PICTURES
 
 WEIGHTS_OPTIONS = ("weights", "head", "model", "clip", "vocab")
 """Options of registered rewards that may name a file or folder of the user's."""
@@ -104,7 +106,9 @@ def _reward_pins(experiment: Experiment, name: str) -> Iterator[Pin]:
     for option, value in section.options.items():
         for given in _candidates(experiment, f"{place}.options.{option}", value):
             setting = f"{place}.options.{option}"
-            if option == "function" and isinstance(given, str) and ":" in given:
+            if option == PICTURES and not is_own:
+                yield _picture_pin(setting, given)
+            elif option == "function" and isinstance(given, str) and ":" in given:
                 yield _code_pin(setting, given)
             elif isinstance(given, str) and given and (is_own or option in WEIGHTS_OPTIONS):
                 path = Path(given).expanduser()
@@ -113,6 +117,15 @@ def _reward_pins(experiment: Experiment, name: str) -> Iterator[Pin]:
     for given in _candidates(experiment, f"{place}.trust.reference", section.trust.reference):
         if given is not None and given != "builtin":
             yield _pin(f"{place}.trust.reference", given, Path(given).expanduser(), _files(Path(given).expanduser()))
+
+
+def _picture_pin(setting: str, given: str | Sequence[str]) -> Pin:
+    """Pin pictures by what they hold, in their order, whatever they are called."""
+    files = [path.absolute() for path in picture_files(given) if path.is_file()]
+    rows: dict[str, list[Any]] = {str(file): [*_stamp(file), _sha256(file)] for file in files}
+    root = os.path.commonpath([file.parent for file in files]) if files else ""
+    named = given if isinstance(given, str) else ", ".join(given)
+    return Pin(setting, named, _digest({"": [rows[str(file)][3] for file in files]}) if files else "", root, rows)
 
 
 def _candidates(experiment: Experiment, path: str, value: Any) -> Sequence[Any]:
@@ -207,7 +220,7 @@ def _pin(setting: str, named: str, path: Path, files: Sequence[Path]) -> Pin:
     return Pin(setting, named, _digest(names) if names else "", str(root), rows)
 
 
-def _digest(content: Mapping[str, str]) -> str:
+def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

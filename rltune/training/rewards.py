@@ -23,6 +23,8 @@ FILE_OPTIONS = frozenset({"weights", "head", "vocab"})
 """Options of registered rewards that are paths of files."""
 FOLDER_OPTIONS = frozenset({"model", "clip"})
 """Those that are folders, or names of published models."""
+PICTURES = "images"
+"""The one that is files of pictures, or a folder of them."""
 
 
 def build_rewards(config: RunConfig, judges: tuple[str, ...], device: torch.device) -> dict[str, Reward]:

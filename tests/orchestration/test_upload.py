@@ -127,6 +127,50 @@ def test_references_from_elsewhere_stay_there(here: Path, there: Path, tmp_path:
     assert stage(written(rewards=rewards), there).files == ("mix.yaml",)
 
 
+def rare(images: Any) -> dict[str, Any]:
+    return {"rare": {"reward": "centroid", "weight": 1.0, "options": {"images": images}}}
+
+
+def test_pictures_of_a_reward_go_up_where_the_experiment_finds_them(
+    here: Path, there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in (here / "seen", tmp_path / "elsewhere", tmp_path / "other"):
+        folder.mkdir()
+        for name in ("a", "b"):
+            Image.new("RGB", (8, 8), "red").save(folder / f"{name}.png")
+        write(folder / "notes.txt")
+    inside = [str(here / "seen" / "a.png"), "seen/b.png"]
+    outside = [str(tmp_path / "elsewhere" / "a.png"), "../elsewhere/b.png", str(tmp_path / "other" / "a.png")]
+    found = stage(written(rewards=rare(inside + outside)), there)
+    assert len(found.files) == 1 + 5
+    assert {"seen/a.png", "seen/b.png"} < set(found.files)
+    assert found.notes == ()
+    monkeypatch.chdir(there)
+    again = load_experiment("mix.yaml", must_find_files=False).shared.rewards["rare"].options["images"]
+    assert again[:2] == ["seen/a.png", "seen/b.png"]
+    assert len(set(again)) == 5
+    assert all(not Path(name).is_absolute() and Path(name).is_file() for name in again)
+
+
+@pytest.mark.parametrize("is_outside", [False, True])
+def test_a_folder_of_pictures_goes_up_with_them_alone(
+    here: Path, there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_outside: bool
+) -> None:
+    folder = (tmp_path if is_outside else here) / "seen"
+    folder.mkdir()
+    Image.new("RGB", (8, 8), "red").save(folder / "a.png")
+    write(folder / "large.bin")
+    other = here / "b.png"
+    Image.new("RGB", (8, 8), "blue").save(other)
+    named = str(folder) if is_outside else "seen"
+    found = stage(written(rewards=rare({"choice": [named, "b.png"]})), there)
+    assert len(found.files) == 3
+    monkeypatch.chdir(there)
+    kind = load_experiment("mix.yaml", must_find_files=False).space["rewards.rare.options.images"]
+    assert isinstance(kind, Choice)
+    assert (kind.options[1], [path.name for path in Path(str(kind.options[0])).iterdir()]) == ("b.png", ["a.png"])
+
+
 def test_weights_never_go_up(here: Path, there: Path, tmp_path: Path) -> None:
     write(here / "models" / "sd" / "model_index.json", "{}")
     head = write(tmp_path / "head.pth")

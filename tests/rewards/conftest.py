@@ -52,6 +52,16 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pictures of 32 px."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for seed in range(2):
+        levels = np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(levels).save(folder / f"{seed}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def clip_l_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with the embedding of CLIP-L, which LAION's head reads."""
     return save_clip(tmp_path_factory.mktemp("clip_l"), LAION_WIDTHS[0])
@@ -261,6 +271,7 @@ def scoring_server() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def reward_options(
     clip_folder: Path,
+    picture_folder: Path,
     clip_l_folder: Path,
     head_file: Path,
     laion_head_file: Path,
@@ -280,6 +291,7 @@ def reward_options(
         "aesthetic": {"clip": str(clip_folder), "head": str(head_file)},
         "laion_aesthetic": {"clip": str(clip_l_folder), "head": str(laion_head_file)},
         "alignment": {"model": str(clip_folder)},
+        "centroid": {"model": str(clip_folder), "images": str(picture_folder)},
         "clip_score": {"model": str(clip_folder)},
         "hpsv2": {"weights": str(hps_files[0])},
         "hpsv2_1": {"weights": str(hps_files[1])},

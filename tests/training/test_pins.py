@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from PIL import Image
+
 from rltune.config.load import load_experiment
 from rltune.config.model_section import LoraConfig
 from rltune.runs.record import Pin
@@ -43,3 +45,31 @@ def test_a_checkpoint_in_one_file_is_pinned_with_its_settings(tiny_pipeline: Pat
     models = [shared.model.model_copy(update=update) for update in updates]
     keys = {base_key(shared.model_copy(update={"model": model}), named) for model in models}
     assert len(keys) == 3  # the adapter has no part in what is measured of the base model
+
+
+def test_pictures_of_a_reward_are_pinned_by_what_they_show(tmp_path: Path) -> None:
+    files = [tmp_path / "a.png", tmp_path / "seen" / "b.png"]
+    files[1].parent.mkdir()
+    for i, file in enumerate(files):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(file)
+    setting = "rewards.centroid.options.images"
+
+    def key(images: str) -> str:
+        pins = pins_of(tmp_path / "x.yaml", f"rewards: {{centroid: {{options: {{images: {images}}}}}}}")
+        named = digests_for(load_experiment(tmp_path / "x.yaml", must_find_files=False).shared, list(pins.values()))
+        assert named[setting] == pins[setting].digest
+        return base_key(load_experiment(tmp_path / "x.yaml", must_find_files=False).shared, named)
+
+    both, alone = f"[{files[0]}, {files[1]}]", str(files[1].parent)
+    first = key(both)
+    assert key(alone) == key(str(files[1])) != first
+    assert key(f"[{files[1]}, {files[0]}]") != first
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(files[0].read_bytes())
+    assert key(f"[{copy}, {files[1]}]") == first
+    Image.new("RGB", (8, 8), "white").save(files[1])
+    assert key(both) != first
+    assert key(alone) != first
+    pins = pins_of(tmp_path / "x.yaml", f"rewards: {{centroid: {{options: {{images: {both}}}}}}}")
+    assert list(pins[setting].files) == [str(file) for file in files]
+    assert pins[setting].path == str(tmp_path)
