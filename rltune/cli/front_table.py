@@ -288,8 +288,9 @@ def _gain_notes(measured: Measured) -> list[str]:
             "Bold where it excludes zero."
         ]
     if reused == 0:
-        parts.append("They are fresh: the checkpoint was selected by others.")
-    elif reused:
+        by = "the checkpoint was selected by others" if measured.is_selected else "nothing was selected by them"
+        parts.append(f"They are fresh: {by}.")
+    elif reused and measured.is_selected:
         what = "The noise is fresh, but the checkpoint was selected by these prompts, since prompts.eval holds too few"
         parts.append(f"{what} others: luck with prompts has raised it.")
     elif measured.is_selected and reused is None:

@@ -194,7 +194,7 @@ def _policy_clashes(config: Settings) -> Iterator[Clash]:
         key = "flatness_weights" if config.regularize.flatness_weights else "flatness_image"
         what = f"{name} has no gradient of the reward to be flat in, got {getattr(config.regularize, key)}"
         yield Clash(f"regularize.{key}", what, "set it to 0", ("estimator.name",))
-    if config.mixture.method in ("non_dominated", "gradient_balance"):
+    if config.mixture.method in ("non_dominated", "gradient_balance", "min_norm"):
         what = f"weighs gradients of rewards, of which {name} uses none, got {config.mixture.method!r}"
         yield Clash("mixture.method", what, "take sum, chebyshev or win_rate", ("estimator.name",))
     if config.resources.prefix_precision != "same":

@@ -119,10 +119,11 @@ class RewardConfig(StrictModel):
 class MixtureConfig(StrictModel):
     """How several rewards become one number."""
 
-    method: Literal["sum", "chebyshev", "win_rate", "non_dominated", "gradient_balance"] = "sum"
+    method: Literal["sum", "chebyshev", "win_rate", "non_dominated", "gradient_balance", "min_norm"] = "sum"
     """What is raised. ``sum``: the weighted sum. ``chebyshev``: the reward that lags behind most. ``win_rate``: how
     often an image beats the base model's. ``non_dominated``: the sum, over those images of a batch that no other
-    beats in every reward. ``gradient_balance``: the sum, with weights as shares of the image gradient."""
+    beats in every reward. ``gradient_balance``: the sum, with weights as shares of the image gradient. ``min_norm``:
+    all at once, along the shortest mix of their image gradients, whatever their weights (MGDA)."""
     ideal: Float = 3.0
     """What every reward should come to under ``chebyshev``, in standard deviations of the base model."""
     rho: Float = Field(0.05, ge=0)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Protocol
 
+import numpy as np
 import torch
+from scipy.optimize import nnls  # type: ignore[import-untyped]
 from torch import Tensor
 
 Scores = Mapping[str, Tensor]
@@ -200,10 +202,69 @@ class GradientBalance:
                 pull_B3HW = trust[name][:, None, None, None] * pull_B3HW
             mixed_B3HW = mixed_B3HW + pull_B3HW
             length_B = length_B + weights[name] * norm_B
-        slope_B3HW = mixed_B3HW * length_B[:, None, None, None]
-        # zero in value, with the balanced gradient as its slope: the rewards are not passed through a second time
-        carrier_B = ((images_B3HW - images_B3HW.detach()) * slope_B3HW).sum(dim=(1, 2, 3))
-        return total_B.detach() + carrier_B
+        return _with_slope(total_B, images_B3HW, mixed_B3HW * length_B[:, None, None, None])
+
+
+def _with_slope(total_B: Tensor, images_B3HW: Tensor, slope_B3HW: Tensor) -> Tensor:
+    """Return the same numbers with another gradient; the rewards are not passed through a second time."""
+    zero_B = ((images_B3HW - images_B3HW.detach()) * slope_B3HW).sum(dim=(1, 2, 3))
+    return total_B.detach() + zero_B
+
+
+@dataclass(frozen=True)
+class MinNorm:
+    """The weighted sum, with the shortest mix of the rewards' image gradients as its gradient, whatever the weights.
+
+    Of all ``sum_k a_k g_k`` with a on the simplex, the shortest rises at least by its own squared length along every
+    g_k, so that no reward is paid for with another; it is zero where no direction raises all (MGDA: Desideri, 2012,
+    Comptes Rendus Mathematique 350; Sener and Koltun, arXiv:1810.04650). Solved for every image, exactly. A reward
+    without slope at an image, such as one past its hinge, has no say there; a trusted one's pull counts by its trust.
+    """
+
+    sees_batch: ClassVar[bool] = False
+    needs_gradient: ClassVar[bool] = True
+
+    def __call__(
+        self,
+        scores: Scores,
+        weights: Weights,
+        images_B3HW: Tensor,
+        base_scores: Scores,
+        trust: Scores = TRUSTED,
+    ) -> Tensor:
+        """Return the weighted sum ``(B,)`` with that gradient; the graph of the rewards is not needed again."""
+        total_B = WeightedSum()(scores, weights, images_B3HW, base_scores, trust)
+        if not (torch.is_grad_enabled() and images_B3HW.requires_grad):
+            return total_B
+        slopes = {
+            name: torch.autograd.grad(score_B.sum(), images_B3HW, retain_graph=True)[0]
+            for name, score_B in scores.items()
+        }
+        shares_BK = min_norm_shares(torch.stack([slope.flatten(1) for slope in slopes.values()], dim=1))
+        pulls = [
+            _trusted(trust, name, share_B)[:, None, None, None] * slopes[name]
+            for name, share_B in zip(slopes, shares_BK.to(images_B3HW).unbind(dim=1), strict=True)
+        ]
+        return _with_slope(total_B, images_B3HW, torch.stack(pulls).sum(dim=0))
+
+
+def min_norm_shares(slopes_BKN: Tensor) -> Tensor:
+    """Return the shares ``(B, K)`` of which ``sum_k a_k g_k`` is shortest for every image, float64 on the CPU.
+
+    0 for a slope that is 0. The least of ``|s sum_k a_k g_k|^2 + (s - 1)^2`` over s >= 0 grows with the length of the
+    mix, so that the least over all ``u = s a >= 0`` has the proportions of the shares: a least squares problem without
+    negative parts (Lawson and Hanson, 1974, chapter 23).
+    """
+    factors_BKK = torch.linalg.qr(slopes_BKN.detach().double().cpu().mT, mode="r").R  # all of their lengths and angles
+    shares_BK = np.zeros(slopes_BKN.shape[:2])
+    for factor, shares in zip(factors_BKK.numpy(), shares_BK, strict=True):
+        lengths = np.linalg.norm(factor, axis=0)
+        sloped = np.flatnonzero(lengths)
+        if len(sloped):
+            a = factor[:, sloped] / lengths.max()
+            u, _ = nnls(np.vstack([a, np.ones(len(sloped))]), np.append(np.zeros(len(a)), 1.0))
+            shares[sloped] = u / u.sum()
+    return torch.from_numpy(shares_BK)
 
 
 SCALARISATIONS: Mapping[str, Callable[..., Scalarisation]] = {
@@ -212,5 +273,6 @@ SCALARISATIONS: Mapping[str, Callable[..., Scalarisation]] = {
     "win_rate": WinRate,
     "non_dominated": NonDominated,
     "gradient_balance": GradientBalance,
+    "min_norm": MinNorm,
 }
 """What ``mixture.method`` names."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rltune.config.adapter_clashes import adapter_clashes
 from rltune.config.clashes import group_clashes
 from rltune.config.experiment import RunConfig
 from rltune.config.rules import Known
@@ -175,7 +176,9 @@ def check_options(config: RunConfig) -> None:
     # what a name says of a registered reward, only its code says of the user's own
     own = {config.kind_of(name) for name, section in config.rewards.items() if is_own(name, section)}
     compared = {config.kind_of(name) for name, section in config.rewards.items() if compares_images(name, section)}
-    for clash in group_clashes(config, Known(group_rewards=tuple(own & compared))):
+    policies = () if estimator.needs_gradient else (config.estimator.name,)
+    known = Known(group_rewards=tuple(own & compared), policy_estimators=policies)
+    for clash in (*group_clashes(config, known), *adapter_clashes(config, known)):
         raise UserError(f"{clash.where}: {clash.what}; {clash.remedy}")
 
 

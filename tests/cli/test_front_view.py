@@ -129,7 +129,9 @@ def test_the_files_say_what_the_numbers_are() -> None:
     ("num_reused", "is_selected", "said", "not_said"),
     [
         (0, True, "They are fresh: the checkpoint was selected by others.", "luck"),
+        (0, False, "They are fresh: nothing was selected by them.", "others"),
         (4, True, "the checkpoint was selected by these prompts", "They are fresh"),
+        (4, False, "95 % interval over the 4 prompts", "selected"),
         (None, True, "The checkpoint was selected by these very numbers: luck has raised them.", "fresh"),
         (None, False, "95 % interval over the 4 prompts", "luck"),
     ],

@@ -445,8 +445,8 @@ WHOLE: list[tuple[str, list[str]]] = [
     (
         "rewards: {aesthetic: }\nmixture: {method: chebishev, rho: -1}",
         [
-            "mixture.method: must be 'sum', 'chebyshev', 'win_rate', 'non_dominated' or 'gradient_balance', "
-            "got 'chebishev'; did you mean 'chebyshev'?",
+            "mixture.method: must be 'sum', 'chebyshev', 'win_rate', 'non_dominated', 'gradient_balance' or "
+            "'min_norm', got 'chebishev'; did you mean 'chebyshev'?",
             "mixture.rho: must be a number, at least 0, got -1",
         ],
     ),
@@ -458,7 +458,7 @@ WHOLE: list[tuple[str, list[str]]] = [
                 "take sum, chebyshev or win_rate"
             ],
         )
-        for method in ("non_dominated", "gradient_balance")
+        for method in ("non_dominated", "gradient_balance", "min_norm")
     ),
     (
         "rewards: {aesthetic: }\nmixture: {method: non_dominated}\noptim: {batch: 8, micro_batch: 4}",
@@ -611,12 +611,12 @@ def test_a_file_without_usable_content_is_answered_in_words(text: str, expected:
         "constraints: {b: {min: 0}}",
         "rewards: {aesthetic_z: {reward: aesthetic}}",
         "rewards: {aesthetic: {trust: {reference: builtin}}, alignment: }\n"
-        "mixture: {method: {choice: [sum, chebyshev, win_rate, non_dominated, gradient_balance]}}",
+        "mixture: {method: {choice: [sum, chebyshev, win_rate, non_dominated, gradient_balance, min_norm]}}",
         "rewards: {aesthetic: {trust: {reference: builtin}}, alignment: }\nsampler: {eta: 1}\n"
         "estimator: {name: ddpo}\nmixture: {method: win_rate}",
         "rewards: {aesthetic: }\nresources: {prefix_precision: bf16}\nestimator: {name: {choice: [refl, draft]}}",
         "rewards: {aesthetic: {relative: {positive: good, negative: bad, k: {float: [0, 1]}}}}\n"
-        "mixture: {method: {choice: [sum, chebyshev, win_rate, non_dominated, gradient_balance]}}",
+        "mixture: {method: {choice: [sum, chebyshev, win_rate, non_dominated, gradient_balance, min_norm]}}",
         "rewards: {aesthetic: }\nsampler: {eta: 1}\nestimator: {name: ddpo}\n"
         "mixture: {method: {choice: [sum, chebyshev, win_rate]}, rho: {float: [0, 1]}}",
     ],

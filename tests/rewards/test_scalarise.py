@@ -12,9 +12,11 @@ from rltune.rewards.scalarise import (
     SCALARISATIONS,
     Chebyshev,
     GradientBalance,
+    MinNorm,
     NonDominated,
     WeightedSum,
     WinRate,
+    min_norm_shares,
     non_dominated,
 )
 
@@ -117,10 +119,58 @@ def test_a_reward_that_is_flat_at_an_image_does_not_spoil_the_balance() -> None:
     torch.testing.assert_close(gradient, torch.full_like(images, 0.75 * 0.75), rtol=1e-12, atol=0)
 
 
-def test_without_gradient_a_balance_is_a_sum() -> None:
+@pytest.mark.parametrize("method", [GradientBalance(), MinNorm()])
+def test_without_gradient_a_balance_is_a_sum(method: GradientBalance | MinNorm) -> None:
     images = make_images().detach()
     values = {name: images.sum(dim=(1, 2, 3)) for name in WEIGHTS}
-    assert torch.equal(GradientBalance()(values, WEIGHTS, images, {}), WeightedSum()(values, WEIGHTS, images, {}))
+    assert torch.equal(method(values, WEIGHTS, images, {}), WeightedSum()(values, WEIGHTS, images, {}))
+
+
+@pytest.mark.parametrize(
+    ("slopes", "shares"),
+    [
+        ([[1, 0], [0, 2]], [0.8, 0.2]),  # at right angles: shares as the other's squared length
+        ([[1, 0], [3, 1]], [1, 0]),  # the shorter one already raises the other
+        ([[1, 0], [-2, 0]], [2 / 3, 1 / 3]),  # against each other: nothing raises both
+        ([[0, 0], [3, 1]], [0, 1]),  # without slope, without a say
+        ([[0, 0], [0, 0]], [0, 0]),
+        ([[2e-30, 0], [0, 2e-30]], [0.5, 0.5]),
+        ([[1, 0], [0, 1], [2, 2]], [0.5, 0.5, 0]),
+    ],
+)
+def test_shares_of_the_shortest_mix(slopes: list[list[float]], shares: list[float]) -> None:
+    found = min_norm_shares(torch.tensor([slopes], dtype=torch.float64))
+    assert found[0].tolist() == pytest.approx(shares, abs=1e-12)
+
+
+def test_the_shortest_mix_is_shorter_than_others_and_raises_every_reward() -> None:
+    generator = torch.Generator().manual_seed(4)
+    slopes_BKN = torch.randn(40, 4, 7, generator=generator, dtype=torch.float64)
+    slopes_BKN = slopes_BKN * torch.rand(40, 4, 1, generator=generator, dtype=torch.float64) * 10 + 1
+    shares_BK = min_norm_shares(slopes_BKN)
+    torch.testing.assert_close(shares_BK.sum(dim=1), torch.ones(40, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert bool((shares_BK >= 0).all())
+    mix_BN = (shares_BK[:, :, None] * slopes_BKN).sum(dim=1)
+    length_B = mix_BN.square().sum(dim=1)
+    assert bool(((slopes_BKN * mix_BN[:, None]).sum(dim=2) >= length_B[:, None] - 1e-10).all())
+    others = torch.from_numpy(np.random.default_rng(0).dirichlet([1.0] * 4, size=2000))
+    lengths = torch.einsum("ok,bkn->obn", others, slopes_BKN).square().sum(dim=2)
+    assert bool((lengths.amin(dim=0) >= length_B - 1e-10).all())
+
+
+def test_min_norm_has_the_shortest_mix_as_its_gradient_and_the_sum_as_its_number() -> None:
+    images = make_images()
+    directions = torch.randn(2, *images.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    values = {name: (images * directions[k]).sum(dim=(1, 2, 3)) for k, name in enumerate(WEIGHTS)}
+    trust = torch.tensor([2.0, 1.2], dtype=torch.float64)
+    total = MinNorm()(values, WEIGHTS, images, {}, {"b": trust})
+    torch.testing.assert_close(total, WeightedSum()(values, WEIGHTS, images, {}, {"b": trust}), rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(total.sum(), images)
+    for i in range(2):
+        a, b = directions[0, i].flatten(), directions[1, i].flatten()
+        share = float(((b - a) @ b / (b - a).square().sum()).clamp(0, 1))  # of a: Sener and Koltun's two-task case
+        expected = share * directions[0, i] + float(trust[i]) * (1 - share) * directions[1, i]
+        torch.testing.assert_close(gradient[i], expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", SCALARISATIONS)

@@ -403,7 +403,7 @@ def test_a_reward_in_parts_is_the_same_to_rounding(make_config: Make, folder: Pa
 # ---- mixtures
 
 TWO: dict[str, Any] = {"brightness": {"weight": 0.75}, "smoothness": {"weight": 0.25}}
-METHODS = ("sum", "chebyshev", "win_rate", "non_dominated", "gradient_balance")
+METHODS = ("sum", "chebyshev", "win_rate", "non_dominated", "gradient_balance", "min_norm")
 
 
 @pytest.mark.slow
@@ -420,7 +420,7 @@ def test_a_mixture_trains_and_its_number_is_what_it_says(
     means = {name: row[f"train/{name}_z"] for name in TWO}
     assert (means["brightness"] == pytest.approx(row["train/brightness"], abs=1e-6)) == (not standardise)
     weighted = 0.75 * means["brightness"] + 0.25 * means["smoothness"]
-    if method in ("sum", "gradient_balance"):
+    if method in ("sum", "gradient_balance", "min_norm"):
         assert row["train/reward"] == pytest.approx(weighted, rel=1e-4, abs=1e-5)  # float32
     elif method == "chebyshev":
         # the least of two terms is below each, for every image and so on average
@@ -442,7 +442,11 @@ def test_methods_differ(make_config: Make, folder: Path, base_dir: Path) -> None
 @pytest.mark.long
 @pytest.mark.parametrize(
     "method",
-    [*(pytest.param(name, marks=pytest.mark.long) for name in ("sum", "chebyshev")), "win_rate", "gradient_balance"],
+    [
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("sum", "chebyshev", "min_norm")),
+        "win_rate",
+        "gradient_balance",
+    ],
 )
 def test_micro_batches_of_a_mixture_add_up_to_the_whole_batch(
     make_config: Make, folder: Path, base_dir: Path, method: str
@@ -673,6 +677,7 @@ def test_a_run_is_named_where_the_users_code_is_not(make_config: Make, folder: P
             marks=pytest.mark.long,
         ),
         ({"mine": {"reward": "my_rewards:redness", "micro_batch": 2}, "brightness": {}}, {"method": "win_rate"}),
+        pytest.param({"brightness": {}, "smoothness": {}}, {"method": "min_norm"}, marks=pytest.mark.long),
     ],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(

@@ -9,13 +9,18 @@ import pytest
 import torch
 from peft import LoraConfig
 from peft.utils import set_peft_model_state_dict
+from torch import Tensor
 
 from rltune.config.experiment import RunConfig
-from rltune.diffusion.chain import NO_GRADIENT
+from rltune.diffusion.chain import NO_GRADIENT, GradientPlan
+from rltune.diffusion.quantise import LIBRARIES
+from rltune.errors import UserError
 from rltune.rewards.mixture import Calibration, Mixture
 from rltune.rewards.scalarise import Chebyshev, WeightedSum
 from rltune.training.adapters.basis import Basis
-from rltune.training.setup import build_run
+from rltune.training.setup import Run, build_run
+from tests import tiny_families
+from tests.tiny_families import PIPELINES, shared_out
 from tests.training.runs import Make, adapters, metrics, train, train_in_processes
 
 CPU = torch.device("cpu")
@@ -116,16 +121,71 @@ def test_two_workers_train_what_one_trains(make_config: Make, tmp_path: Path) ->
         assert {name: other[name] for name in RESULTS} == pytest.approx({name: one[name] for name in RESULTS}, rel=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
-def test_its_loras_at_the_strengths_of_an_image_draw_what_training_saw(make_config: Make, precision: str) -> None:
-    """The whole network, with guidance: peft runs the parts beside one another, training ran them as blocks of one."""
-    run = build_run(make_config(model=BASIS, resources={"precision": precision}))
+def begun(config: RunConfig) -> Run:
+    """A run with a basis none of whose values is zero."""
+    run = build_run(config)
     assert isinstance(run.adapter, Basis)
     run.adapter.start(run.model, seed=0)
     generator = torch.Generator().manual_seed(5)
     for parameter in run.adapter.parameters(run.model.network):
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", shared_out(PIPELINES, PIPELINES.keys() - {"stable_diffusion", "flux", "z_image"}))
+def test_in_every_family_a_batch_of_mixes_is_a_loop_over_images(name: str, make_config: Make, tmp_path: Path) -> None:
+    check_mixes(name, make_config, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_so_it_is_where_the_base_is_in_fewer_bits(kind: str, make_config: Make, tmp_path: Path) -> None:
+    pytest.importorskip(LIBRARIES[kind], reason=f"{LIBRARIES[kind]}, of the extra quantise, is not installed")
+    check_mixes("sdxl", make_config, tmp_path, kind)
+
+
+def check_mixes(name: str, make_config: Make, tmp_path: Path, quantise: str = "none") -> None:
+    tiny_families.made(PIPELINES[name]).save_pretrained(tmp_path / "model")
+    model = {**BASIS, "base": str(tmp_path / "model"), "quantise": quantise}
+    run = begun(make_config(model=model, sampler={"steps": 2, "eta": 1.0, "height": 32, "width": 32, "guidance": 3.0}))
+    prompts, weights_BM = ("a cat", "two red birds on a blue branch"), torch.tensor([[0.0, 1.0], [0.9, 0.1]])
+    x_BCHW = torch.randn(2, *run.latent_shape, generator=torch.Generator().manual_seed(1))
+
+    def drawn(images: slice, strengths_BM: Tensor) -> tuple[Tensor, Tensor]:
+        chain = run.sampler.open(
+            prompts[images], x_BCHW[images], lambda k: torch.ones_like(x_BCHW[images]), strengths_BM
+        )
+        latents_BCHW = chain.run(GradientPlan.last(1, 2))
+        latents_BCHW.square().sum().backward()
+        parameters = run.adapter.parameters(run.model.network)
+        gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        for parameter in parameters:
+            parameter.grad = None
+        return latents_BCHW.detach(), gradient
+
+    together, slope = drawn(slice(0, 2), weights_BM)
+    alone = [drawn(slice(i, i + 1), weights_BM[i : i + 1]) for i in range(2)]
+    near = 1e-3 * float(together.abs().max())  # of another batch sums are in another order
+    torch.testing.assert_close(together, torch.cat([latents for latents, _ in alone]), rtol=0, atol=near)
+    whole = alone[0][1] + alone[1][1]
+    torch.testing.assert_close(slope, whole, rtol=0, atol=2e-3 * float(whole.abs().max()))
+    swapped, _ = drawn(slice(0, 2), weights_BM.flip(1))
+    assert float((swapped - together).abs().max()) > 20 * near
+
+
+def test_an_estimator_that_does_not_backpropagate_is_refused_without_the_command_too(make_config: Make) -> None:
+    estimator = {"name": "ddpo", "k": None, "draw": None}
+    config = make_config(model=BASIS, estimator=estimator, sampler={"eta": 1.0})
+    with pytest.raises(UserError, match=r"^model\.adapter\.kind: a basis weighs .* which ddpo does not take"):
+        build_run(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
+def test_its_loras_at_the_strengths_of_an_image_draw_what_training_saw(make_config: Make, precision: str) -> None:
+    """The whole network, with guidance: peft runs the parts beside one another, training ran them as blocks of one."""
+    run = begun(make_config(model=BASIS, resources={"precision": precision}))
     prompts, weights_BM = ("a cat", "two red birds"), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
     x_BCHW = torch.randn(2, *run.latent_shape, generator=torch.Generator().manual_seed(1))
     seen = run.sampler.open(prompts, x_BCHW, None, weights_BM).run(NO_GRADIENT)
