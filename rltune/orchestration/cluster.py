@@ -6,12 +6,13 @@ import signal
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from rltune.errors import RunError, UserError
 from rltune.orchestration.handshake import answers, check_cluster, check_kind, token_source
+from rltune.orchestration.head_watch import head_watched
 from rltune.orchestration.nodes import Node, read_nodes
 from rltune.orchestration.places import find_place, ray_s_temporary_folder, serves_python, token_folder
 from rltune.orchestration.ray_private import BEHAVIOUR, LOCAL, NEEDED, QUIET, address_file, init_options
@@ -120,7 +121,7 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
                 "was imported before rltune could say so; start Python anew, or call ray.init() first, which is then "
                 "used"
             )
-        with _quiet():
+        with _quiet(), head_watched(found) if found is not None else nullcontext():
             gcs_address = found or context.address_info["gcs_address"]
             yield _describe(gcs_address, is_own=found is None, dashboard=context.dashboard_url)
     finally:

@@ -50,6 +50,8 @@ LOCAL = {
 }
 """Of a cluster on one machine. Some of these variables are documented; a name that Ray does not read is no error, so
 that all of them are tested."""
+GCS_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s", 60.0
+"""Variable and default: how long a process of Ray looks for a head that has gone before it ends itself, from C++."""
 HEAD_NODE = "node:__internal_head__"
 """The resource that a cluster's head alone has: a way to keep a trial's driver off nodes that may go."""
 SNAPSHOT_FILE = "checkpoint_manager_snapshot.json"

@@ -107,7 +107,8 @@ def kill(processes: Sequence[subprocess.Popen[str]]) -> None:
         except ProcessLookupError:
             continue
     for process in processes:
-        process.communicate()
+        if process.stdout is None or not process.stdout.closed:  # whoever has read one to its end has closed it
+            process.communicate()
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import pytest
 
 from tests.orchestration import processes
 from tests.orchestration.hosts import HERE, Hosts, hosts, kill
-from tests.orchestration.processes import PATIENCE_S
+from tests.orchestration.processes import PATIENCE_S, descendants, name_of
 
 ADDRESS = f"{HERE}:6379"
 WORKERS = ("10.77.0.1", "10.77.0.2")
@@ -42,6 +42,8 @@ from ray.util.state import list_actors
 ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
 print("actors", json.dumps([row.class_name for row in list_actors(filters=[("state", "=", "ALIVE")])]))
 """
+RAY_S_OWN = {"_AutoscalingCoordinatorActor"}
+"""Actors that Ray starts once a cluster, for whoever uses it, and that take no resources."""
 
 
 @dataclass
@@ -98,14 +100,22 @@ class RayHosts:
             pytest.fail((self.root / "log").read_text())
         counting.kill()
 
+    def busy(self) -> list[str]:
+        """Return the addresses of the hosts on which workers of Ray Train are."""
+        found = {address: descendants(node.pid) for address, node in self._rays.items()}
+        return [address for address, pids in found.items() if any(map(_is_worker, pids))]
+
     def actors(self) -> list[str]:
-        """Return the classes of the actors that are alive."""
+        """Return the classes of the actors that are alive, without Ray's own."""
         process = self.hosts.start(
             HERE, [sys.executable, "-c", ACTORS, ADDRESS], env=self.environment, stdout=subprocess.PIPE
         )
         output, _ = process.communicate(timeout=PATIENCE_S)
-        found: list[str] = json.loads(output.partition("actors ")[2])
-        return found
+        return [name for name in json.loads(output.partition("actors ")[2]) if name not in RAY_S_OWN]
+
+
+def _is_worker(pid: int) -> bool:
+    return name_of(pid).startswith("ray::RayTrainWorker")
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 import ray
 
 from rltune.orchestration import ray_private
-from rltune.orchestration.ray_private import BEHAVIOUR, LOCAL, NEEDED, QUIET
+from rltune.orchestration.ray_private import BEHAVIOUR, GCS_PATIENCE, LOCAL, NEEDED, QUIET
 
 ADVICE = "find what has taken its place, and change rltune/orchestration/ray_private.py"
 
@@ -160,10 +160,11 @@ def read_variables() -> set[str]:
     text = " ".join(path.read_text(errors="replace") for name in folders for path in (package / name).rglob("*.py"))
     found = set(re.findall(r"\b(?:RAY|TUNE)_[A-Z0-9_]+\b", text))
     compiled = (package / "_raylet.so").read_bytes()
-    return found | {f"RAY_{name.decode()}" for name in re.findall(rb"\bworker_[a-z_]+_concurrency\b", compiled)}
+    names = re.findall(rb"\b(?:worker_[a-z_]+_concurrency|gcs_rpc_server_[a-z_]+_s)\b", compiled)
+    return found | {f"RAY_{name.decode()}" for name in names}
 
 
-@pytest.mark.parametrize("variable", [*NEEDED, *QUIET, *BEHAVIOUR, *LOCAL])
+@pytest.mark.parametrize("variable", [*NEEDED, *QUIET, *BEHAVIOUR, *LOCAL, GCS_PATIENCE[0]])
 def test_an_environment_variable(variable: str, read_variables: set[str]) -> None:
     if variable not in read_variables:
-        pytest.fail(f"Ray {ray.__version__} does not read {variable}, which is set where a cluster starts; {ADVICE}")
+        pytest.fail(f"Ray {ray.__version__} does not read {variable}, which rltune sets or reads itself; {ADVICE}")
