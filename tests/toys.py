@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from rltune.diffusion.sampler import Sampler
 from rltune.diffusion.table import ChainTable, read_ddim_table
 from rltune.estimators.base import Batch, Estimator, EstimatorState, Regularisers, Round, Setting, Stateful, Tally
 from rltune.rewards.mixture import MixtureScore
-from tests.tiny import SD15_SCHEDULE, tiny_unet
+from tests.tiny import SD15_SCHEDULE, byte_tokenizer, tiny_unet
 
 PROMPTS = ("a cat", "two red birds", "a dog", "one fox")
 CPU = torch.device("cpu")
@@ -43,7 +44,7 @@ class Call:
 class Toy:
     """A model family around a small network; notes every call."""
 
-    pipeline = None
+    pipeline: Any = None
     lora_prefix = "unet"
     size_px = (2, 2)
     is_guidance_linear = True
@@ -173,6 +174,13 @@ def unet_toy() -> Toy:
     network.double()
     fill(network, 0.1)
     return Toy(network, (4, 4, 4), (6, 32))
+
+
+def reading_toy() -> Toy:
+    """The same network with a tokenizer, so that its text has words; as many tokens as that reads."""
+    toy = Toy(unet_toy().network, (4, 4, 4), (16, 32))
+    toy.pipeline = SimpleNamespace(tokenizer=byte_tokenizer())
+    return toy
 
 
 def slope_of(images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:

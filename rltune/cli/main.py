@@ -180,6 +180,9 @@ def sample(
     base_steps: Annotated[
         int | None, typer.Option(min=0, help="First steps left to the base model; the run's, else 0.")
     ] = None,
+    attention: Annotated[
+        float | None, typer.Option(min=0, max=10, help="Strength of sampler.attention; the run's, else 0, off.")
+    ] = None,
     image: Annotated[Path | None, typer.Option(help="Image to fill, for inpainting.", callback=at_home)] = None,
     mask: Annotated[
         Path | None, typer.Option(help="Where to fill it, white, of the same size; else at random.", callback=at_home)
@@ -199,6 +202,7 @@ def sample(
         guidance=guidance,
         negative=negative,
         num_base_steps=base_steps,
+        attention=attention,
         image=image,
         mask=mask,
         num_images=images,

@@ -26,6 +26,7 @@ def sample_grid(
     guidance: float | None,
     negative: str | None = None,
     num_base_steps: int | None = None,
+    attention: float | None = None,
     image: Path | None = None,
     mask: Path | None = None,
     num_images: int,
@@ -35,7 +36,7 @@ def sample_grid(
 
     Raises:
         UserError: ``output`` cannot be written; a LoRA cannot be read, or was trained on another base model; no step is
-            left to the LoRAs.
+            left to the LoRAs, or the base model's attention cannot be edited.
     """
     from rltune.cli.output_file import check_output, save_picture
     from rltune.diffusion.lora_files import find_lora_file
@@ -54,6 +55,8 @@ def sample_grid(
     card = next((card for card in cards if card), None)
     update = {"steps": num_steps, "guidance": guidance, "negative": negative, "base_steps": num_base_steps}
     config = _config_of(card, files, base, {name: value for name, value in update.items() if value is not None})
+    if attention is not None:
+        config = _with_attention(config, attention)
     shown = _asked(config, prompts, image, mask, card or {})
     if any(isinstance(prompt, Canvas) for prompt in shown):
         config = config.model_copy(update={"task": "inpaint"})
@@ -98,6 +101,12 @@ def _asked(config: Any, prompts: Sequence[str], image: Path | None, mask: Path |
     # a card has the run's own prompts: the file they were in may be another by now, or elsewhere
     told = card.get("prompts") if config.task != "inpaint" else None
     return list(prompts or (told or prompt_set(config, "eval").prompts)[:NUM_DEFAULT_PROMPTS])
+
+
+def _with_attention(config: "RunConfig", strength: float) -> "RunConfig":
+    """Return the experiment with another strength of the edit of cross-attention."""
+    edit = config.sampler.attention.model_copy(update={"strength": strength})
+    return config.model_copy(update={"sampler": config.sampler.model_copy(update={"attention": edit})})
 
 
 def lora_labels(paths: Sequence[Path]) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rltune.config.adapter_clashes import adapter_clashes
+from rltune.config.attention_clashes import attention_clashes
 from rltune.config.options import option_clashes
 from rltune.config.prompts_section import BUILTIN_PROMPTS
 from rltune.config.rules import Clash, Known
@@ -17,7 +18,7 @@ def find_clashes(config: Settings, known: Known, *, must_find_files: bool) -> li
     clashes = [*_clashes(config), *_unknown_names(config, known)]
     clashes += [*_estimator_clashes(config, known), *group_clashes(config, known), *_taken_names(config, known)]
     clashes += [*_executor_clashes(config, known), *option_clashes(config, known), *_task_clashes(config, known)]
-    clashes += adapter_clashes(config, known)
+    clashes += [*adapter_clashes(config, known), *attention_clashes(config)]
     if must_find_files:
         clashes += _missing_files(config)
     return clashes

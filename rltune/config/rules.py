@@ -68,6 +68,9 @@ RULES = (
     Together(("sampler.steps", "sampler.base_steps", "estimator.k")),
     Together(("sampler.height", "sampler.width")),
     Together(("sampler.rule", "sampler.eta")),
+    Together(
+        ("sampler.steps", "sampler.attention.steps", "sampler.attention.strength", "sampler.attention.iterations")
+    ),
     Together(("sampler.guidance", "sampler.negative")),
     Together(("model.quantise", "model.lora.dora")),
     Together(("model.basis.corners", "model.basis.centre")),

@@ -1,13 +1,32 @@
 """The section ``sampler``: how an image is drawn. What it leaves open is the model's own: ``Experiment.settled``."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rltune.config.strict import Float, Int, StrictModel
+from rltune.config.strict import Float, Int, StrictModel, Text
 
 OWN = ("steps", "guidance", "embedded_guidance", "eta")
 """Settings that are the model's own where they are left out: ``Defaults`` of its family."""
+
+
+class AttentionConfig(StrictModel):
+    """An edit of cross-attention that lets the image look at all words of the prompt (Attention Regulation)."""
+
+    strength: Float = Field(0.0, ge=0, le=10)
+    """Factor of the edit; 0 is off, 1 the paper's."""
+    steps: Float = Field(0.5, ge=0, le=1)
+    """Share of the steps that are edited, the first ones."""
+    iterations: Int = Field(20, ge=0, le=1000)
+    """Steps of the search for the edit, in every layer at every edited step; 0 is off."""
+    layers: Literal["auto"] | Annotated[tuple[Text, ...], Field(min_length=1)] = "auto"
+    """Layers of cross-attention, by the beginnings of their names: ``[down_blocks.2, up_blocks.1]``. ``auto`` is the
+    innermost block of the way down and of the way up, which are these two in Stable Diffusion 1.x and 2.x."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is edited."""
+        return self.strength > 0 and self.iterations > 0 and self.steps > 0
 
 
 class SamplerConfig(StrictModel):
@@ -34,6 +53,9 @@ class SamplerConfig(StrictModel):
     base_steps: Int = Field(0, ge=0, le=999)
     """How many of the first steps the base model takes alone, without adapters, in training, evaluation and
     ``rltune sample``."""
+    attention: AttentionConfig = AttentionConfig()
+    """An edit of cross-attention that lets the image look at all words of the prompt, in training, evaluation and
+    ``rltune sample``; off by default."""
     height: Int | None = Field(None, ge=8, le=8192, multiple_of=8)
     """Image height in pixels; the model's own if left out."""
     width: Int | None = Field(None, ge=8, le=8192, multiple_of=8)

@@ -54,6 +54,10 @@ class RegularizeConfig(StrictModel):
 
     drift: Float = Field(0.0, ge=0)
     """Weight of the squared distance of the network's output from the base model's, over the steps that are trained."""
+    attention: Float = Field(0.0, ge=0)
+    """Weight of a loss on the maps of cross-attention in the trained steps: every word of the prompt that says what is
+    in the picture is to be looked at. Stable Diffusion 1.x and 2.x, SDXL and the built-in model alone;
+    ``sampler.attention.layers`` names the layers."""
     flatness_weights: Float = Field(0.0, ge=0, le=1)
     """RSA-FT: take the gradient after a step of this length uphill in the loss, in adapter weights. Doubles the
     cost."""

@@ -5,6 +5,7 @@ What diffusers keeps private of its networks is used here and nowhere else.
 
 import functools
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -54,13 +55,27 @@ def _run_by(runner: BlockRunner, forward: Forward) -> Forward:
     return run
 
 
-def checkpoint_blocks(network: nn.Module, *, enabled: bool) -> None:
+def checkpoint_blocks(network: nn.Module, *, enabled: bool, is_told: bool = False) -> None:
     """Let every block store its inputs alone for the backward pass, and compute it again there; or no longer so.
+
+    ``is_told`` is for networks whose layers read context variables that hold for a call alone (``attention.py``): a
+    block has those of its call again where backward runs it, which compiled code could not trace.
 
     The gradient is the same, bit for bit. A block costs one more run of itself. diffusers has a switch of its own,
     which loses Chroma's attention mask, and is as coarse as a level of the network in UNets.
     """
-    run_blocks_by(network, in_checkpoint if enabled else None)
+    runner = in_checkpoint_as_told if is_told else in_checkpoint
+    run_blocks_by(network, runner if enabled else None)
+
+
+def in_checkpoint_as_told(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run a block in a checkpoint, where it is run again with the context variables of now."""
+    held = copy_context()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return held.copy().run(forward, *args, **kwargs)
+
+    return in_checkpoint(run, args, kwargs)
 
 
 def in_checkpoint(forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rltune.diffusion.attention import Attended, AttentionPlan
 from rltune.diffusion.chain import NO_GRADIENT, Denoiser, GradientPlan, Observer, StepNoise, run_chain
 from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import EMBEDDED_GUIDANCE, Conditioning, ModelFamily, TextBatch
@@ -21,13 +22,14 @@ from rltune.diffusion.mix import Mix, image_keys, mixed_denoiser
 from rltune.diffusion.switches import LORA_SWITCHES, Switches
 from rltune.diffusion.table import ChainTable
 from rltune.diffusion.tiles import Tiling, decode_in_tiles
+from rltune.errors import UserError
 
 GuidanceGradient = Literal["both", "text", "text_rescaled"]
 """Which branches of classifier-free guidance carry gradient."""
 
 
 def guided_denoiser(
-    model: ModelFamily,
+    model: ModelFamily | Attended,
     rows: Sequence[Conditioning],
     negative: Conditioning,
     device: torch.device,
@@ -146,6 +148,8 @@ class Sampler:
     """How what is trained on the model is turned off, and merged."""
     mix: Mix | None = None
     """How several adapters share the steps, for chains without gradient; None runs those that are active."""
+    attention: AttentionPlan | None = None
+    """What becomes of the network's cross-attention; None leaves it alone."""
 
     @property
     def num_steps(self) -> int:
@@ -165,7 +169,8 @@ class Sampler:
         own strengths of what is trained, where it is a basis.
 
         Raises:
-            UserError: The picture of a prompt is gone, or is not what it was.
+            UserError: The picture of a prompt is gone, or is not what it was; or adapters share the steps of a chain
+                whose attention is regulated.
         """
         rows = self.embeddings.rows(prompts)
         given = given_of(prompts, self.size_px, x_BCHW.device)
@@ -173,9 +178,10 @@ class Sampler:
         blend = None if given is None or known else blend_of(self.model, given, x_BCHW, self.table)
         keys = () if self.mix is None else tuple(image_keys(x_BCHW))
         x_BCHW = x_BCHW * self.table.init_scale
+        attended = self._attended()
         denoise = guided_denoiser(
-            self.model,
-            rows,
+            self.model if attended is None else attended,
+            rows if attended is None else attended.rows(rows, prompts),
             self.embeddings.negative(self.negative_prompt),
             x_BCHW.device,
             guidance_scale=self.guidance_scale,
@@ -184,7 +190,7 @@ class Sampler:
             told=known or (),
         )
         denoise = self.switches.bound(denoise, strengths_BM)
-        chain = Chain(self, denoise, self.table, x_BCHW, noise, rows, blend, keys, strengths_BM)
+        chain = Chain(self, denoise, self.table, x_BCHW, noise, rows, blend, keys, strengths_BM, attended)
         if self.num_base_steps == 0:
             return chain
         off, in_half = self.switches.off(self.model.network), in_bf16(x_BCHW.device, enabled=self.use_bf16_prefix)
@@ -192,6 +198,16 @@ class Sampler:
             head = self.table.part(0, self.num_base_steps)
             x_BCHW = run_chain(lambda x, t: denoise(x, t).to(x.dtype), x_BCHW, head, noise=noise, blend=blend)
         return chain.starting(self.num_base_steps, x_BCHW)
+
+    def _attended(self) -> Attended | None:
+        if self.attention is None or (self.mix is not None and self.attention.num_steps == 0):
+            return None
+        if self.mix is not None:
+            raise UserError(
+                "sampler.attention: the edit is one for all adapters of a step, got several that share it; mix their "
+                "weights, or sample without"
+            )
+        return Attended(self.model, self.attention, self.table.timesteps_T)
 
     def latents(self, prompts: Sequence[str], x_BCHW: Tensor, *, plan: GradientPlan, noise: StepNoise | None) -> Tensor:
         """Run the whole chain from x_T -> x_0 (B, C, H, W), differentiable as ``plan`` says of the adapters' steps."""
@@ -230,6 +246,8 @@ class Chain:
     """Of the images, where adapters share the steps."""
     strengths_BM: Tensor | None = None
     """Every image's own of what is trained."""
+    attended: Attended | None = None
+    """The model as it attends to words."""
 
     @property
     def drawn_B1HW(self) -> Tensor | None:

@@ -60,7 +60,7 @@ def descend(round: Round, accumulate: Callable[[], None]) -> None:
 def add_gradient(
     round: Round, plan: GradientPlan, chain: Chain, batch: Batch, *, share: float = 1.0, is_counted: bool = True
 ) -> Tensor:
-    """Add the gradient of ``-share * mean(reward)`` and of the drift penalty; return the result's latents, detached.
+    """Add the gradient of ``-share * mean(reward)`` and of the regularisers; return the result's latents, detached.
 
     Where the inputs of the active steps are detached, their graphs are independent: each hangs on the result by a
     number alone (``ChainTable.path_weight``). In serial mode they are built and freed one at a time against the one
@@ -79,7 +79,7 @@ def add_gradient(
     """
     if round.is_serial and plan.is_through_latent and len(plan.active) > 1:
         raise ValueError("serial mode needs a plan whose inputs are detached")
-    drift = round.regularisers.drift / (round.num_images * max(1, len(plan.active)))
+    num_outputs = round.num_images * max(1, len(plan.active))
     inputs: dict[int, Tensor] = {}
     penalties: list[Tensor] = []
 
@@ -87,8 +87,12 @@ def add_gradient(
         if step not in plan.active:
             return
         inputs[step] = x_BCHW.detach()
-        if drift > 0 and not round.is_serial:
-            penalties.append(drift * share * round.drift_B(chain, step, x_BCHW, f_BCHW).sum())
+        if not round.is_serial:
+            penalties.extend(penalise(step, x_BCHW, f_BCHW))
+
+    def penalise(step: int, x_BCHW: Tensor, f_BCHW: Tensor) -> list[Tensor]:
+        values = round.penalties_B(chain, step, x_BCHW, f_BCHW)
+        return [weight / num_outputs * share * value_B.sum() for weight, value_B in values]
 
     with round.timer.measure("sampling"):
         forward = replace(plan, active=frozenset()) if round.is_serial else plan
@@ -106,9 +110,7 @@ def add_gradient(
             for step in sorted(inputs, reverse=True):
                 f_BCHW = chain.predict(step, inputs[step])
                 surrogate = chain.table.path_weight(step, plan.scored) * (slope_BCHW * f_BCHW).sum()
-                if drift > 0:
-                    surrogate = surrogate + drift * share * round.drift_B(chain, step, inputs[step], f_BCHW).sum()
-                surrogate.backward()
+                torch.stack([surrogate, *penalise(step, inputs[step], f_BCHW)]).sum().backward()
     round.tally.num_active = len(inputs)
     num_run = chain.table.num_steps if plan.scored is None else plan.scored + 1
     num_again = len(inputs) if round.is_serial else max(0, len(inputs) - round.sampler.num_kept)

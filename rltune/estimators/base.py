@@ -52,6 +52,8 @@ class Regularisers:
     """rho_w of RSA-FT (arXiv:2603.21175): length of the step uphill in the loss at which the gradient is taken."""
     flatness_image: float = 0.0
     """rho of RSA-FT: L2 length, an image in [0, 1], of the step against the reward before it is scored."""
+    attention: float = 0.0
+    """Weight of the loss on maps of cross-attention (``diffusion/regulation.py``), the mean over the trained steps."""
 
 
 class Peers(Protocol):
@@ -148,6 +150,19 @@ class Round:
         if batch.drawn is None:
             return self.mixture(images_B3HW, batch.prompts)
         return self.mixture(images_B3HW, batch.prompts, batch.drawn.weights)
+
+    def penalties_B(self, chain: Chain, step: int, x_BCHW: Tensor, f_BCHW: Tensor) -> list[tuple[float, Tensor]]:
+        """Return the weight and the value, ``(B,)``, of each regulariser that is on; right after the network's call.
+
+        The network is not called again between that call at ``step``, with gradient, and this.
+        """
+        penalties = []
+        if self.regularisers.attention > 0:  # before drift, which calls the network
+            assert chain.attended is not None
+            penalties.append((self.regularisers.attention, chain.attended.loss_B()))
+        if self.regularisers.drift > 0:
+            penalties.append((self.regularisers.drift, self.drift_B(chain, step, x_BCHW, f_BCHW)))
+        return penalties
 
     def drift_B(self, chain: Chain, step: int, x_BCHW: Tensor, f_BCHW: Tensor) -> Tensor:
         """Return the mean squared distance of a network output from the base model's at the same input, ``(B,)``.

@@ -107,9 +107,8 @@ def policy_pass(round: Round, rollouts: Sequence[Rollout], steps: Sequence[int],
                 log_prob_B = rollout.log_prob_B(step, f_BCHW)
                 sampled_B = rollout.log_probs.setdefault(step, log_prob_B.detach())
                 loss_B = loss(rollout, step, log_prob_B, (log_prob_B - sampled_B).exp(), f_BCHW)
-                if round.regularisers.drift > 0:
-                    drift_B = round.drift_B(rollout.chain, step, rollout.states[step], f_BCHW)
-                    loss_B = loss_B + round.regularisers.drift * drift_B
+                for weight, value_B in round.penalties_B(rollout.chain, step, rollout.states[step], f_BCHW):
+                    loss_B = loss_B + weight * value_B
                 (loss_B.sum() / (round.num_images * len(steps))).backward()
                 round.tally.num_calls += 2 * len(loss_B)
     round.update(may_vanish=not is_first)  # every ratio may be clipped in a later pass

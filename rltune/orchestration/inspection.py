@@ -244,7 +244,7 @@ def _check_base(experiment: Experiment, faults: Faults, *, is_attached: bool) ->
         model = _outline(experiment.shared, is_attached=is_attached)
     if model is None:
         return None
-    for config in experiment.corners(("sampler",)):
+    for config in experiment.corners(("sampler", "regularize.attention")):
         with faults.noted():
             image_shape(config, model)
         with faults.noted():

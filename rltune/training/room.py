@@ -69,7 +69,7 @@ def _set_blocks(run: Run, config: RunConfig, step: Stored | None) -> bool:
             f"resources.checkpoint_blocks: {type(network).__name__} of {config.model.base!r} does not say what its "
             "blocks are; write auto or false"
         )
-    checkpoint_blocks(network, enabled=wanted)
+    checkpoint_blocks(network, enabled=wanted, is_told=run.sampler.attention is not None)
     return wanted
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from rltune.config.experiment import Context, RunConfig
 from rltune.config.sampling import OWN
 from rltune.config.validation import faults_of_run
+from rltune.diffusion.attention import AttentionPlan, attention_layers
 from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import Defaults, ModelFamily
 from rltune.diffusion.inpaint import Fills, check_encodes
@@ -47,6 +48,26 @@ def make_sampler(config: RunConfig, model: ModelFamily) -> Sampler:
         is_decoded_singly=is_large(config, model),
         use_bf16_prefix=config.resources.prefix_precision == "bf16",
         size_px=image_px(config, model),
+        attention=attention_plan(config, model, num_steps=numbers.steps),
+    )
+
+
+def attention_plan(config: RunConfig, model: ModelFamily, *, num_steps: int) -> AttentionPlan | None:
+    """Return what becomes of the cross-attention; None where it is left alone.
+
+    Raises:
+        UserError: The network has no layers of cross-attention, or none of the names asked for.
+    """
+    section, is_noted = config.sampler.attention, config.regularize.attention > 0
+    if not section.is_on and not is_noted:
+        return None
+    where = "sampler.attention" if section.is_on else "regularize.attention"
+    return AttentionPlan(
+        layers=attention_layers(model.network, section.layers, where=where, base=config.model.base),
+        num_steps=round(section.steps * num_steps) if section.is_on else 0,
+        iterations=section.iterations,
+        strength=section.strength,
+        is_noted=is_noted,
     )
 
 

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 NUM_CALIBRATION_IMAGES = 32
 """Images of the first training prompts, in turn, that the unit of a reward is measured on."""
 
-ADDED = ("embedded_guidance", "negative", "rule")
+ADDED = ("attention", "embedded_guidance", "negative", "rule")
 """Settings of the sampler that count for ``base_settings`` only where they are not the default."""
 
 EVAL_BATCH, EVAL_BATCH_LARGE = 16, 4
@@ -261,7 +261,7 @@ def base_settings(config: RunConfig, named: Mapping[str, str] | None = None) -> 
     }
     parts["sampler"]["base_steps"] = 0  # all steps are the base model's
     for name in ADDED:  # so that measurements keep the name they had before there were these
-        if parts["sampler"][name] == SamplerConfig.model_fields[name].default:
+        if getattr(config.sampler, name) == SamplerConfig.model_fields[name].default:
             del parts["sampler"][name]
     parts["precision"] = [config.resources.precision, config.resources.prefix_precision]
     if config.resources.decoder_precision != "same":

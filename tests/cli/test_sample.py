@@ -247,3 +247,15 @@ def test_a_base_model_that_is_neither_here_nor_to_be_had_is_said_at_once(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"model\.base: no such folder, and not in the Hugging Face cache, got"):
         draw([], tmp_path / "grid.png", base="some/model")
+
+
+@pytest.mark.slow
+def test_attention_is_edited_where_it_is_asked_for(tmp_path: Path) -> None:
+    pages = []
+    for i, attention in enumerate((None, 0.0, 1.0)):
+        pages.append(tmp_path / f"{i}.png")
+        asked = {"prompts": ["a red ring and a blue star"], "num_images": 1, "num_steps": 2, "base": "builtin"}
+        draw([], pages[-1], **asked, attention=attention)
+    plain, off, on = (np.asarray(Image.open(page)) for page in pages)
+    assert (plain == off).all()
+    assert (plain != on).any()

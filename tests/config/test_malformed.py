@@ -129,7 +129,7 @@ VALUES: list[tuple[str, list[str]]] = [
     ("regularize: {flatness_image: 11}", ["regularize.flatness_image: must be a number from 0 to 10, got 11; "]),
     (
         "regularize: {kl: 0.1}",
-        ["regularize.kl: unknown key, got 'kl'; known: drift, flatness_weights, flatness_image"],
+        ["regularize.kl: unknown key, got 'kl'; known: drift, attention, flatness_weights, flatness_image"],
     ),
     (
         "resources: {prefix_precision: fp16}",
