@@ -63,7 +63,7 @@ def export_pick(
         if push is not None:
             from rltune.export.push import check_push
 
-            check_push(push)
+            check_push(push, experiment.shared.model.adapter.kind)
         _export(picked, folder, experiment, formats)
     if push is not None:
         _push(folder.exports_dir / _name_of(picked), push, is_public=is_public)
@@ -88,15 +88,13 @@ def _push(place: Path, repo: str, *, is_public: bool) -> None:
 def _export(
     picked: "TrialResult | Mixture", folder: "RunFolder", experiment: "Experiment", formats: Sequence[str]
 ) -> None:
-    from rltune.export.base import DEFAULT_FORMATS  # torch, which a wrong pick does without
-    from rltune.export.soup import export_soup
+    from rltune.export.soup import export_soup  # torch, which a wrong pick does without
     from rltune.export.trials import export_trials
     from rltune.runs.mixtures import Mixture
     from rltune.runs.results import read_results
     from rltune.training.quiet import quiet_libraries
 
     quiet_libraries()
-    formats = formats or DEFAULT_FORMATS
     if isinstance(picked, Mixture):
         trials = {result.trial: result for result in read_results(folder.results_file)}
         export_soup(picked, trials, folder, experiment, on_export=partial(_show, picked.name), formats=formats)
@@ -109,7 +107,7 @@ def _export(
 
 def _show(called: str, exported: "Exported") -> None:
     *before, load = exported.how_to_load.splitlines()
-    lines = [*before, f"{load}   # at weight 1.0"]
+    lines = [*before, f"{load}   # at weight 1.0" if not load.startswith("rltune ") else load]
     console.print(
         f"{called}, {exported.format} -> {exported.folder}\n"
         f"{exported.proof}\n\n" + "\n".join(f"  {line}" for line in lines),

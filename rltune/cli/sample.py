@@ -39,7 +39,7 @@ def sample_grid(
             left to the LoRAs, or the base model's attention cannot be edited.
     """
     from rltune.cli.output_file import check_output, save_picture
-    from rltune.diffusion.lora_files import find_lora_file
+    from rltune.diffusion.adapter_files import find_adapter_file
     from rltune.diffusion.outline import find_pipeline
     from rltune.orchestration.inspection import check_reach
     from rltune.training.grids import draw_rows, labelled_grid
@@ -47,7 +47,7 @@ def sample_grid(
 
     check_output(output)
     quiet_libraries()
-    files = [find_lora_file(path) for path in loras]
+    files = [find_adapter_file(path) for path in loras]
     cards = [_read_card(path) for path in loras]
     bases = {card["base_model"] for card in cards if card} | ({base} if base else set())
     if len(bases) > 1:
@@ -111,6 +111,7 @@ def _with_attention(config: "RunConfig", strength: float) -> "RunConfig":
 
 def lora_labels(paths: Sequence[Path]) -> list[str]:
     """Return what each LoRA is called: its folder or file, with as many folders above as tell all of them apart."""
+    from rltune.diffusion.conditioning import MIX_FILE
     from rltune.diffusion.lora_files import WEIGHT_FILE
 
     parts = []
@@ -118,6 +119,8 @@ def lora_labels(paths: Sequence[Path]) -> list[str]:
         whole = path.resolve()
         if whole.suffix == ".safetensors":  # an export's file is called the same in every folder
             whole = whole.parent if whole.name == WEIGHT_FILE else whole.with_suffix("")
+        if whole.name == MIX_FILE:
+            whole = whole.parent
         parts.append(whole.parts)
     for depth in range(1, max(map(len, parts), default=0) + 1):
         labels = ["/".join(part[-depth:]) for part in parts]

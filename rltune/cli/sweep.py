@@ -116,7 +116,10 @@ def _printing(here: Path, written: list[Path], reported: list[Path]) -> Callable
                     console.print("\nExported", style="bold")
                 written.append(event.folder)
                 shown = _shown(event.folder, here)
-                console.print(f"{shown}  loads in diffusers at weight 1.0 ({event.proof})", soft_wrap=True)
+                does = (
+                    "draws what was trained" if event.format == "conditioning" else "loads in diffusers at weight 1.0"
+                )
+                console.print(f"{shown}  {does} ({event.proof})", soft_wrap=True)
 
     return show
 

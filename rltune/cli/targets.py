@@ -102,10 +102,10 @@ def _of_run(path: str | Path, picks: Sequence[str]) -> list[Target]:
 
 def _of_lora(path: Path, command: str) -> Target:
     from rltune.cli.sample import lora_labels
-    from rltune.diffusion.lora_files import find_lora_file
+    from rltune.diffusion.adapter_files import find_adapter_file
 
     (label,) = lora_labels([path])
-    return Target(label, find_lora_file(path).resolve(), _origin_of(path, command))
+    return Target(label, find_adapter_file(path).resolve(), _origin_of(path, command))
 
 
 def _origin_of(path: Path, command: str) -> Origin | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from rltune.config.model_section import LoraConfig
 from rltune.config.rules import Clash, Known
 from rltune.config.settings import Settings
 
@@ -9,11 +10,45 @@ MIXED = ("sum", "chebyshev")
 """Methods of mixtures that every image may have weights of its own in."""
 
 
+PLACE = "{prompt}"
+
+
 def adapter_clashes(config: Settings, known: Known) -> Iterator[Clash]:
+    """Yield what the kind of adapter does not go together with."""
+    if config.model.adapter.kind == "basis":
+        yield from _basis_clashes(config, known)
+    if config.model.adapter.kind == "conditioning":
+        yield from _conditioning_clashes(config)
+
+
+def _conditioning_clashes(config: Settings) -> Iterator[Clash]:
+    """Yield what keeps numbers that mix prompts from being trained."""
+    kind, template = "model.adapter.kind", config.model.conditioning.styled
+    if template.count(PLACE) != 1 or template.strip() == PLACE:
+        what = f"must hold {PLACE} once, and words of style beside it, got {template!r}"
+        yield Clash("model.conditioning.styled", what, f'write such as "{PLACE}, in warm light"', (kind,))
+    is_behind = not template.startswith(PLACE)
+    for where, is_on in (
+        ("sampler.attention.strength", config.sampler.attention.is_on),
+        ("regularize.attention", config.regularize.attention > 0),
+    ):
+        if is_on and is_behind:
+            what = f"{where} looks for the prompt's words at their own places, which words before it shift"
+            remedy = f"begin with {PLACE}, or set {where} to 0"
+            yield Clash("model.conditioning.styled", f"{what}, got {template!r}", remedy, (where, kind))
+    own = LoraConfig()
+    for name in LoraConfig.model_fields:
+        if (value := getattr(config.model.lora, name)) != getattr(own, name):
+            what = f"no LoRA is trained where {kind} is conditioning, got {value!r}"
+            yield Clash(f"model.lora.{name}", what, "delete it", (kind,))
+    if config.sweep.soup:
+        what = f"soups are sums of LoRAs, and none is trained where {kind} is conditioning, got true"
+        yield Clash("sweep.soup", what, "delete it", (kind,))
+
+
+def _basis_clashes(config: Settings, known: Known) -> Iterator[Clash]:
     """Yield what keeps a basis of LoRAs from being trained."""
     kind, section = "model.adapter.kind", config.model.basis
-    if config.model.adapter.kind != "basis":
-        return
     if section.corners + section.centre > 1:
         what = f"with model.basis.corners, {section.corners:g}, it must be 1 at most, got {section.centre:g}"
         yield Clash("model.basis.centre", what, "lower it", ("model.basis.corners", kind))

@@ -35,7 +35,8 @@ class AdapterConfig(StrictModel):
 
     kind: Text = "lora"
     """``lora``: one LoRA, as the section ``model.lora`` has it. ``basis``: such a LoRA for each reward of positive
-    weight, trained together so that any mix of them is good for that mix of the rewards."""
+    weight, trained together so that any mix of them is good for that mix of the rewards. ``conditioning``: no weights,
+    but one number a sampling step, which mixes a prompt's embedding with that of a styled prompt."""
 
 
 class BasisConfig(StrictModel):
@@ -52,6 +53,14 @@ class BasisConfig(StrictModel):
     trained too."""
     points: Int = Field(5, ge=2, le=21)
     """Mixes along each edge of the simplex that a sweep measures at its end, of every basis on its front."""
+
+
+class ConditioningConfig(StrictModel):
+    """What prompts are mixed with (``model.adapter.kind: conditioning``)."""
+
+    styled: Text = "{prompt}, in warm light"
+    """The styled prompt, with ``{prompt}`` for the prompt itself. At every sampling step the network is told of a mix
+    of both embeddings, (1 - lambda) of the prompt's and lambda of the styled one's; the lambdas are trained."""
 
 
 class ModelConfig(StrictModel):
@@ -76,3 +85,5 @@ class ModelConfig(StrictModel):
     """The adapter that is trained."""
     basis: BasisConfig = BasisConfig()
     """The mixes that LoRAs of a basis are trained at."""
+    conditioning: ConditioningConfig = ConditioningConfig()
+    """What prompts are mixed with."""

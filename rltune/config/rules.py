@@ -74,6 +74,8 @@ RULES = (
     Together(("sampler.guidance", "sampler.negative")),
     Together(("model.quantise", "model.lora.dora")),
     Together(("model.basis.corners", "model.basis.centre")),
+    Together(("model.conditioning.styled", "sampler.attention.strength")),
+    Together(("model.conditioning.styled", "regularize.attention")),
     Together(("optim.batch", "prompts.images_per_prompt"), divisors=("prompts.images_per_prompt",)),
     Together(("optim.batch", "optim.micro_batch", "mixture.method")),
     Together(("optim.steps", "optim.queries", "optim.batch")),

@@ -36,7 +36,16 @@ class PromptEmbeddings:
         self._places: dict[str, tuple[int, int]] = {}
         self._kept: dict[int, _Group] = {}
         self._negative: dict[str, Conditioning] = {}
-        self._announce(prompts)
+        self.announce(prompts)
+
+    def announce(self, prompts: Sequence[str]) -> None:
+        """Say that these prompts may be asked for; new ones form groups of their own, behind those before."""
+        # text alone: with another picture the words of a prompt are the same
+        new = [prompt for prompt in dict.fromkeys(map(str, prompts)) if prompt not in self._places]
+        for start in range(0, len(new), ENCODE_BATCH):
+            group = tuple(new[start : start + ENCODE_BATCH])
+            self._places.update({prompt: (len(self._groups), row) for row, prompt in enumerate(group)})
+            self._groups.append(group)
 
     def add(self, prompts: Sequence[str]) -> None:
         """Embed the groups of these prompts that are new.
@@ -44,7 +53,7 @@ class PromptEmbeddings:
         Raises:
             StorageError: The file for what memory is not to hold cannot be written.
         """
-        self._announce(prompts)
+        self.announce(prompts)
         missing = sorted({self._places[str(prompt)][0] for prompt in prompts} - self._kept.keys())
         while missing:
             together = missing[:GROUPS_AT_A_TIME]
@@ -72,14 +81,6 @@ class PromptEmbeddings:
     def get(self, prompts: Sequence[str], device: torch.device) -> TextBatch:
         """Return what prompts tell the network, as ``predict`` takes it."""
         return self._model.collate(self.rows(prompts), device)
-
-    def _announce(self, prompts: Sequence[str]) -> None:
-        # text alone: with another picture the words of a prompt are the same
-        new = [prompt for prompt in dict.fromkeys(map(str, prompts)) if prompt not in self._places]
-        for start in range(0, len(new), ENCODE_BATCH):
-            group = tuple(new[start : start + ENCODE_BATCH])
-            self._places.update({prompt: (len(self._groups), row) for row, prompt in enumerate(group)})
-            self._groups.append(group)
 
 
 @dataclass(frozen=True)

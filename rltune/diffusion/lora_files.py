@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rltune.diffusion.conditioning import MIX_FILE
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import ADAPTER
 from rltune.errors import UserError
@@ -47,6 +48,8 @@ def find_lora_file(path: Path) -> Path:
         return found[0]
     if found:
         raise UserError(f"{path}: holds {_few([file.name for file in found])}; name one of these files")
+    if path.name == MIX_FILE or (path / MIX_FILE).is_file():
+        raise UserError(f"{path}: holds numbers that mix prompts ({MIX_FILE}), where a LoRA is needed; name a LoRA")
     raise UserError(f"{path}: holds no LoRA; name an exported folder or a .safetensors file")
 
 

@@ -6,7 +6,7 @@ B: images. D: text width. C, H, W: latent channels, rows, columns.
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rltune.diffusion.attention import Attended, AttentionPlan
 from rltune.diffusion.chain import NO_GRADIENT, Denoiser, GradientPlan, Observer, StepNoise, run_chain
+from rltune.diffusion.conditioning import TextAt, attached_mix, styled
 from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import EMBEDDED_GUIDANCE, Conditioning, ModelFamily, TextBatch
 from rltune.diffusion.inpaint import Blend, blend_of, given_of, told
@@ -38,6 +39,7 @@ def guided_denoiser(
     embedded_guidance: float | None = None,
     gradient: GuidanceGradient = "both",
     told: Sequence[Conditioning] = (),
+    text_at: TextAt | None = None,
 ) -> Denoiser:
     """Return the network with classifier-free guidance (arXiv:2207.12598), combined as the model's family does.
 
@@ -53,25 +55,24 @@ def guided_denoiser(
             which leaves g df_text where it is linear; ``text_rescaled`` leaves df_text, so that the gradient's size
             does not follow g. Both are other estimators, and cheaper; the value is the same.
         told: What it is told of each image besides, with a prompt and with the negative one.
+        text_at: What it is told of the prompts at a timestep, where that is not the same at all.
     """
     without: Sequence[Conditioning] = [negative] * len(rows)
     if told:
         rows, without = ([{**row, **more} for row, more in zip(part, told, strict=True)] for part in (rows, without))
 
-    def collate(rows: Sequence[Conditioning]) -> TextBatch:
-        batch = model.collate(rows, device)
-        if embedded_guidance is None:
-            return batch
-        return {**batch, EMBEDDED_GUIDANCE: torch.full((len(rows),), embedded_guidance, device=device)}
+    def run(x_BCHW: Tensor, t: Tensor, text: TextBatch) -> Tensor:
+        return model.predict(x_BCHW, t, text if text_at is None else text_at(text, t))
 
+    collate = partial(_collated, model, device, embedded_guidance)
     text = collate(rows)
     if guidance_scale <= 1.0:
-        return lambda x_BCHW, t: model.predict(x_BCHW, t, text)
+        return lambda x_BCHW, t: run(x_BCHW, t, text)
     both = collate([*without, *rows])
     negatives = collate(without) if gradient != "both" else None
 
     def denoise(x_BCHW: Tensor, t: Tensor) -> Tensor:
-        negative_BCHW, text_BCHW = model.predict(torch.cat([x_BCHW, x_BCHW]), t, both).chunk(2)
+        negative_BCHW, text_BCHW = run(torch.cat([x_BCHW, x_BCHW]), t, both).chunk(2)
         return model.guide(text_BCHW, negative_BCHW, guidance_scale)
 
     def denoise_text(x_BCHW: Tensor, t: Tensor) -> Tensor:
@@ -79,7 +80,7 @@ def guided_denoiser(
             return denoise(x_BCHW, t)
         with torch.no_grad():
             negative_BCHW = model.predict(x_BCHW, t, negatives)
-        text_BCHW = model.predict(x_BCHW, t, text)
+        text_BCHW = run(x_BCHW, t, text)
         if gradient == "text":
             return model.guide(text_BCHW, negative_BCHW, guidance_scale)
         if model.is_guidance_linear:  # the same as below, one rounding less
@@ -88,6 +89,18 @@ def guided_denoiser(
         return text_BCHW + (guided_BCHW - text_BCHW.detach())
 
     return denoise_text
+
+
+def _collated(
+    model: ModelFamily | Attended,
+    device: torch.device,
+    embedded_guidance: float | None,
+    rows: Sequence[Conditioning],
+) -> TextBatch:
+    batch = model.collate(rows, device)
+    if embedded_guidance is None:
+        return batch
+    return {**batch, EMBEDDED_GUIDANCE: torch.full((len(rows),), embedded_guidance, device=device)}
 
 
 def frozen_denoiser(
@@ -188,6 +201,7 @@ class Sampler:
             embedded_guidance=self.embedded_guidance,
             gradient=self.guidance_gradient,
             told=known or (),
+            text_at=self._text_at(prompts, rows, x_BCHW.device),
         )
         denoise = self.switches.bound(denoise, strengths_BM)
         chain = Chain(self, denoise, self.table, x_BCHW, noise, rows, blend, keys, strengths_BM, attended)
@@ -208,6 +222,12 @@ class Sampler:
                 "weights, or sample without"
             )
         return Attended(self.model, self.attention, self.table.timesteps_T)
+
+    def _text_at(self, prompts: Sequence[str], rows: Sequence[Conditioning], device: torch.device) -> TextAt | None:
+        mix = attached_mix(self.model.network)
+        if mix is None:
+            return None
+        return mix.over(self.model, rows, self.embeddings.rows([styled(mix.template, p) for p in prompts]), device)
 
     def latents(self, prompts: Sequence[str], x_BCHW: Tensor, *, plan: GradientPlan, noise: StepNoise | None) -> Tensor:
         """Run the whole chain from x_T -> x_0 (B, C, H, W), differentiable as ``plan`` says of the adapters' steps."""

@@ -1,13 +1,14 @@
 """What a chain asks of whatever is trained on its network: to be off for a while, and to be merged where it can be."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rltune.diffusion.lora import MergedLora, adapters_off
+from rltune.diffusion.conditioning import attached_mix, mix_off, remove_mix
+from rltune.diffusion.lora import ADAPTER, MergedLora, adapters_off, remove_lora
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """As in ``chain.py``."""
@@ -44,11 +45,13 @@ class Switches(Protocol):
 
 
 class LoraSwitches:
-    """Of LoRAs, of any name and number."""
+    """Of LoRAs, of any name and number, and of numbers that mix prompts."""
 
-    def off(self, network: nn.Module) -> AbstractContextManager[None]:
+    @contextmanager
+    def off(self, network: nn.Module) -> Iterator[None]:
         """Skip them."""
-        return adapters_off(network)
+        with adapters_off(network), mix_off(network):
+            yield
 
     def merged(self, network: nn.Module) -> Merged | None:
         """Merge them into the weights; not into those of a lower precision than float32, that rounds them away."""
@@ -62,3 +65,19 @@ class LoraSwitches:
 
 
 LORA_SWITCHES = LoraSwitches()
+
+
+def detach(network: nn.Module) -> None:
+    """Take off whatever is trained; the network is left as it was before. Nothing is fine too."""
+    remove_lora(network)
+    remove_mix(network)
+
+
+def set_strength(network: nn.Module, strength: float) -> None:
+    """Run what is attached at a strength: 1 is as it was trained, 0 the base model."""
+    mix = attached_mix(network)
+    if mix is not None:
+        mix.strength = strength
+        return
+    whole: Any = network
+    whole.set_adapters([ADAPTER], [strength])

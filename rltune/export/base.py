@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -74,7 +74,11 @@ class Adapter:
         return {name: tensor.contiguous() for name, tensor in folded.items()}
 
 
-class ExportFormat(Protocol):
+What = TypeVar("What", contravariant=True)
+"""What a format is of: ``Adapter``, a LoRA, of all those that are registered."""
+
+
+class ExportFormat(Protocol[What]):
     """How a LoRA is laid down for one tool. A frozen dataclass without settings, registered under the format's name.
 
     Several formats share a folder, so each has file names of its own. What it writes counts as exported only once it
@@ -86,7 +90,7 @@ class ExportFormat(Protocol):
         """The tool that loads it, as messages name it: ``diffusers``."""
         ...
 
-    def write(self, model: ModelFamily, adapter: Adapter, folder: Path) -> tuple[Path, ...]:
+    def write(self, model: ModelFamily, adapter: What, folder: Path) -> tuple[Path, ...]:
         """Write the adapter so that at strength 1 it has the trained effect, and return every file.
 
         Args:
@@ -117,5 +121,5 @@ class ExportFormat(Protocol):
         ...
 
 
-EXPORT_FORMATS: Registry[ExportFormat] = Registry("export format", "rltune.export")
+EXPORT_FORMATS: Registry[ExportFormat[Adapter]] = Registry("export format", "rltune.export")
 """Built without options."""

@@ -18,12 +18,15 @@ from rltune.diffusion.lora import adapted_weights, adapter_updates
 class Effect:
     """What a LoRA changes at strength 1."""
 
-    update: float
-    """Root mean square of what it adds to the weights of its layers, as a share of theirs."""
+    update: float | None
+    """Root mean square of what it adds to the weights of its layers, as a share of theirs; None where it adds nothing
+    to any."""
     image: float
     """Mean change of a pixel's colour, RGB in [0, 1], of the sample images against the base model's."""
 
     def __str__(self) -> str:
+        if self.update is None:
+            return f"it moves pixels by {self.image:.2g}"
         return (
             f"its update is {self.update:.2g} of the weights (root mean square), and moves pixels by {self.image:.2g}"
         )
@@ -39,4 +42,4 @@ def effect_of(network: nn.Module, base_B3HW: Tensor, images_B3HW: Tensor) -> Eff
     """
     added = sum(float(update.double().square().sum()) for _, update in adapter_updates(network))
     held = sum(float(weight.double().square().sum()) for weight in adapted_weights(network))
-    return Effect(sqrt(added / held) if held else 0.0, float((images_B3HW - base_B3HW).abs().mean()))
+    return Effect(sqrt(added / held) if held else None, float((images_B3HW - base_B3HW).abs().mean()))

@@ -15,6 +15,7 @@ from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import layer_update
 from rltune.errors import RunError, UserError
 from rltune.export.base import MAGNITUDE, Adapter, ExportFormat
+from rltune.export.conditioning import Mixed
 
 TOLERANCE = 2e-3
 """Greatest difference of a reloaded image, RGB in [0, 1], half of 1/255: what 8 bits can show."""
@@ -32,7 +33,7 @@ UNFIT = "it is not fit for use"
 class Trained:
     """What an export has to be equal to. Images are float32, RGB in [0, 1]."""
 
-    adapter: Adapter
+    adapter: Adapter | Mixed
     draw: Callable[[ModelFamily], Tensor]
     """Images of a model, the same prompts and noise each time."""
     base_B3HW: Tensor
@@ -51,7 +52,7 @@ class Reload:
     """Greatest difference of the trained adapter's images from the base model's."""
 
 
-def check_reload(form: ExportFormat, folder: Path, fresh: ModelFamily, trained: Trained) -> Reload:
+def check_reload(form: ExportFormat[Any], folder: Path, fresh: ModelFamily, trained: Trained) -> Reload:
     """Load an export into a fresh float32 pipeline and compare layers and images with the trained adapter's.
 
     Every tensor of a file must be taken and every layer filled; each layer's update must be the trained one; images
@@ -69,7 +70,10 @@ def check_reload(form: ExportFormat, folder: Path, fresh: ModelFamily, trained: 
     """
     where = f"{folder}: reloaded with {form.reader}"
     try:
-        _check_updates(form, folder, fresh, trained.adapter, where)
+        if isinstance(trained.adapter, Mixed):
+            _check_numbers(form, folder, fresh, trained.adapter, where)
+        else:
+            _check_updates(form, folder, fresh, trained.adapter, where)
     except UserError as error:
         raise RunError(f"{error}; {UNFIT}") from error
     with torch.no_grad():
@@ -91,7 +95,7 @@ def check_reload(form: ExportFormat, folder: Path, fresh: ModelFamily, trained: 
 
 
 @torch.no_grad()
-def _check_updates(form: ExportFormat, folder: Path, fresh: ModelFamily, adapter: Adapter, where: str) -> None:
+def _check_updates(form: ExportFormat[Any], folder: Path, fresh: ModelFamily, adapter: Adapter, where: str) -> None:
     state = adapter.state
     layers = {name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight")}
     # DoRA's update depends on the weight, which a format may put its own in the place of
@@ -113,13 +117,19 @@ def _check_updates(form: ExportFormat, folder: Path, fresh: ModelFamily, adapter
         raise RunError(f"{where} it leaves out {', '.join(sorted(layers)[:3])}; {UNFIT}")
 
 
+def _check_numbers(form: ExportFormat[Any], folder: Path, fresh: ModelFamily, adapter: Mixed, where: str) -> None:
+    for name, tensor in form.load(fresh, folder):
+        if not torch.equal(tensor, adapter.values.state[name]):
+            raise RunError(f"{where} its {name} are others than the trained ones; {UNFIT}")
+
+
 def _weight(fresh: ModelFamily, name: str) -> Tensor:
     layer: Any = fresh.network.get_submodule(name)
     weight: Tensor = layer.weight
     return weight.data
 
 
-def rounding_of(form: ExportFormat, folder: Path, fresh: ModelFamily, trained: Trained) -> float:
+def rounding_of(form: ExportFormat[Any], folder: Path, fresh: ModelFamily, trained: Trained) -> float:
     """Load an export into a pipeline of another number format and return how far its images are from float32's.
 
     The greatest difference, RGB in [0, 1]; NaN where an image is not finite. That is the number format's doing.

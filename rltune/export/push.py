@@ -24,12 +24,21 @@ class Pushed:
     is_private: bool
 
 
-def check_push(repo: str) -> None:
+def check_push(repo: str, kind: str = "lora") -> None:
     """Check, before anything is exported, that an upload can be tried.
 
+    Args:
+        repo: ``OWNER/NAME``.
+        kind: Of adapter, ``model.adapter.kind``.
+
     Raises:
-        UserError: It is no name of a repository, or this machine has no token.
+        UserError: It is no name of a repository, or this machine has no token, or no LoRA was trained.
     """
+    if kind == "conditioning":
+        raise UserError(
+            f"--push: the hub's pages are for LoRAs, which {kind} is not, got {repo!r}; export it without, and share "
+            "the folder"
+        )
     if REPO.fullmatch(repo) is None:
         raise UserError(f"--push: must be OWNER/NAME, got {repo!r}; name a repository of yours")
     if not get_token():

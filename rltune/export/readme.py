@@ -11,6 +11,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from rltune.diffusion.conditioning import MIX_FILE
+from rltune.export.conditioning import script
 from rltune.redaction import redact
 
 README_FILE = "README.md"
@@ -37,7 +39,7 @@ def write_readme(folder: Path, card: Mapping[str, Any], *, family: str) -> None:
         family: Class of the base model's pipeline.
     """
     images = sorted((folder / "samples").glob("*.png"), key=lambda file: int(file.stem))
-    body = "\n".join(_body(card, has_base=(folder / "base.png").is_file()))
+    body = "\n".join(_body(card, family=family, has_base=(folder / "base.png").is_file()))
     front = front_matter(card, [f"samples/{file.name}" for file in images], family=family)
     text = f"---\n{front}\n---\n\n{body}\n"
     (folder / README_FILE).write_text(text, encoding="utf-8")
@@ -50,13 +52,14 @@ def front_matter(card: Mapping[str, Any], images: Sequence[str], *, family: str)
     of any but the built-in model's: a LoRA is bound by its base model's, which its owner's page states.
     """
     base, prompts = card["base_model"], card["prompts"]
+    kind = [] if "conditioning" in card else ["lora", "template:sd-lora"]
     is_repo = REPO.fullmatch(base) is not None and not Path(base).exists()
     data = ModelCardData(
         license="apache-2.0" if base == "builtin" else None,
         library_name="diffusers",
         pipeline_tag="image-to-image" if card.get("pictures") else "text-to-image",
         base_model=base if is_repo else None,
-        tags=["diffusers", "lora", "template:sd-lora", *FAMILY_TAGS.get(family, []), "reward-finetuning", "rltune"],
+        tags=["diffusers", *kind, *FAMILY_TAGS.get(family, []), "reward-finetuning", "rltune"],
         widget=[
             {"text": shortened(prompt), "output": {"url": image}}
             for prompt, image in zip(prompts, images, strict=False)
@@ -78,8 +81,8 @@ def plain(text: object) -> str:
     return MARKS.sub(r"\\\1", html.escape(shortened(str(text))))
 
 
-def _body(card: Mapping[str, Any], *, has_base: bool) -> Iterator[str]:
-    base, soup = card["base_model"], card.get("soup")
+def _body(card: Mapping[str, Any], *, family: str, has_base: bool) -> Iterator[str]:
+    base, soup, mix = card["base_model"], card.get("soup"), card.get("conditioning")
     title = ", ".join(filter(None, [card["run"], card["trial"] if soup else f"trial {card['trial']}"]))
     revision = f", revision {plain(card['base_revision'])}" if card["base_revision"] else ""
     by = f"rltune {plain(card['rltune'])}"
@@ -87,12 +90,19 @@ def _body(card: Mapping[str, Any], *, has_base: bool) -> Iterator[str]:
     how = f"mixed by {by} of {len(soup['weights'])} LoRAs, not trained" if soup else f"trained by {by} on {trained}"
     if soup and soup["method"] == "basis":
         how = f"the sum of {len(soup['weights'])} LoRAs that were trained together by {by}"
-    yield f"# LoRA {plain(title)}\n"
-    yield f"A LoRA for {plain(base)}{revision}, {how}. It has no trigger word: prompts are those of the base model.\n"
-    yield "![samples with the LoRA](samples.png)\n"
+    yield f"# {'Prompt mix' if mix else 'LoRA'} {plain(title)}\n"
+    what, more = "A LoRA", "It has no trigger word: prompts are those of the base model."
+    if mix:
+        what = f"{mix['numbers']} numbers"
+        more = (
+            "Each is of a sampling step, at which the network is told (1 - lambda) of the embedding of the prompt, and "
+            f'lambda of that of "{plain(mix["styled"])}". The weights stay those of the base model.'
+        )
+    yield f"{what} for {plain(base)}{revision}, {how}. {more}\n"
+    yield f"![samples with {'it' if mix else 'the LoRA'}](samples.png)\n"
     if has_base:
         yield "The base model's images of the same prompts and noise:\n\n![samples of the base model](base.png)\n"
-    use = f"{card['strength']}." if "basis" in card else "load it at weight 1: its scale is in the weights."
+    use = f"{card['strength']}." if mix or "basis" in card else "load it at weight 1: its scale is in the weights."
     yield f"## Use\n\n{use[0].upper()}{use[1:]}\n"
     for name, what in card["formats"].items():
         yield f"- {plain(name)}: {', '.join(f'`{file}`' for file in what['files'][:3])}"
@@ -101,6 +111,8 @@ def _body(card: Mapping[str, Any], *, has_base: bool) -> Iterator[str]:
         if "diffusers" in card["formats"]
         else ""
     )
+    if mix and family == "StableDiffusionPipeline":
+        yield f"In diffusers alone:\n\n```python\n{redact(script(base, MIX_FILE))}\n```\n"
     yield from _measured(card)
     yield from _effect(card)
     yield "## Sample prompts\n"
@@ -111,7 +123,8 @@ def _body(card: Mapping[str, Any], *, has_base: bool) -> Iterator[str]:
 def _measured(card: Mapping[str, Any]) -> Iterator[str]:
     on, roles = card["measured_on"], {row["name"]: row for row in card["rewards"]}
     yield "## What it measured\n"
-    yield "| reward or judge | base model | LoRA | gain | weight in training | licence of its weights |"
+    trained = "with it" if "conditioning" in card else "LoRA"
+    yield f"| reward or judge | base model | {trained} | gain | weight in training | licence of its weights |"
     yield "|---|---|---|---|---|---|"
     for figure in card["figures"]:
         row = roles.get(figure["name"], {"weight": 0.0, "licence": ""})
@@ -141,10 +154,9 @@ def interval(value: float, half: float | None, *, sign: str = "") -> str:
 def _effect(card: Mapping[str, Any]) -> Iterator[str]:
     effect = card["effect"]
     yield "## How strong it is\n"
-    yield (
-        f"What it adds to the weights of its layers is {effect['update']:.2%} of them (root mean square). At strength "
-        f"1 it moves the colour of a pixel by {effect['image']:.2%} of the range on average, in the samples.\n"
-    )
+    pixels = f"moves the colour of a pixel by {effect['image']:.2%} of the range on average, in the samples.\n"
+    weights = f"What it adds to the weights of its layers is {effect['update'] or 0:.2%} of them (root mean square)."
+    yield f"It {pixels}" if effect["update"] is None else f"{weights} At strength 1 it {pixels}"
     for name, what in card["formats"].items():
         halves = {key: value for key, value in what["reloaded"].items() if key not in ("difference", "effect")}
         said = "".join(f"; in {key} by up to {value:.2g}" for key, value in halves.items())

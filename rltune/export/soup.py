@@ -13,10 +13,10 @@ from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import ADAPTER, lora_state
 from rltune.diffusion.soup import Layers, attach
 from rltune.errors import RunError
-from rltune.export.base import DEFAULT_FORMATS, Adapter
+from rltune.export.base import Adapter
 from rltune.export.card import measured_again, roles
 from rltune.export.effect import Effect
-from rltune.export.write import Exported, Source, export_sources
+from rltune.export.write import Exported, Source, export_sources, lora_forms
 from rltune.records import to_record
 from rltune.redaction import redact
 from rltune.runs.confirmations import comparable, read_confirmations
@@ -61,7 +61,7 @@ def export_soup(
     experiment: Experiment,
     *,
     on_export: Callable[[Exported], None],
-    formats: Sequence[str] = DEFAULT_FORMATS,
+    formats: Sequence[str] = (),
 ) -> None:
     """Export a soup of a run's front in every format.
 
@@ -71,14 +71,15 @@ def export_soup(
         folder: Of the run.
         experiment: Its experiment.
         on_export: Is told of each format that went well.
-        formats: Names of formats.
+        formats: Names of formats; the default one if left out.
 
     Raises:
         UserError: A format is unknown; nothing was written.
         RunError: A checkpoint is gone, or the file is not the soup.
     """
+    forms = lora_forms(formats)
     try:
-        export_sources({mixture.name: partial(_of_run, mixture, trials, folder, experiment)}, on_export, formats)
+        export_sources({mixture.name: partial(_of_run, mixture, trials, folder, experiment)}, on_export, forms)
     finally:
         folder.publish(folder.exports_dir)
 
@@ -95,7 +96,7 @@ def export_mixed(made: Made, layers: Layers, config: RunConfig, *, on_export: Ca
     Raises:
         RunError: The soup changes nothing, or the file is not the soup.
     """
-    export_sources({made.name: lambda: _source(made, config, config, lambda model: layers)}, on_export)
+    export_sources({made.name: lambda: _source(made, config, config, lambda model: layers)}, on_export, lora_forms(()))
 
 
 def _of_run(mixture: Mixture, trials: Mapping[str, TrialResult], folder: RunFolder, experiment: Experiment) -> Source:

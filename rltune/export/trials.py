@@ -6,19 +6,25 @@ from typing import Any
 
 from rltune.config.experiment import RunConfig
 from rltune.config.load import Experiment
+from rltune.diffusion.conditioning import attach_mix
 from rltune.diffusion.families.base import ModelFamily
-from rltune.errors import RunError
-from rltune.export.base import DEFAULT_FORMATS, Adapter
+from rltune.errors import RunError, UserError
+from rltune.export.base import Adapter, ExportFormat
 from rltune.export.card import card_of, strength_of_basis
+from rltune.export.conditioning import ConditioningFile, Mixed
 from rltune.export.effect import Effect
-from rltune.export.write import Exported, Source, export_sources
+from rltune.export.write import Exported, Source, export_sources, lora_forms
 from rltune.redaction import redact
 from rltune.runs.layout import RunFolder
 from rltune.runs.record import read_record, settled, with_own_prompts
 from rltune.runs.results import TrialResult
-from rltune.training.adapters.base import adapter_of
+from rltune.training.adapters.base import AdapterKind, MixValues, adapter_of
 from rltune.training.adapters.lora import attach_values
 from rltune.training.checkpoint import load_adapter
+
+OWN = ConditioningFile()
+"""The format of what is no LoRA."""
+STRENGTH = "every number is as trained; times s, it is at strength s"
 
 
 def export_trials(
@@ -27,23 +33,40 @@ def export_trials(
     experiment: Experiment,
     *,
     on_export: Callable[[Exported], None],
-    formats: Sequence[str] = DEFAULT_FORMATS,
+    formats: Sequence[str] = (),
 ) -> None:
     """Export every pick in every format; one that fails does not keep the others from being written.
 
     Raises:
-        UserError: A format is unknown; nothing was written.
+        UserError: A format is unknown, or not one of what was trained; nothing was written.
         RunError: Some failed; the message names each with its reason.
     """
+    forms = forms_of(adapter_of(experiment.shared), formats)
     sources = {}
     for result in picks:
         sources[f"trial {result.trial}"] = partial(_source_of, result, folder, experiment)
         for part in adapter_of(experiment.concrete(result.values)).names:
             sources[f"trial {result.trial}, {part}"] = partial(_source_of, result, folder, experiment, part=part)
     try:
-        export_sources(sources, on_export, formats)
+        export_sources(sources, on_export, forms)
     finally:
         folder.publish(folder.exports_dir)
+
+
+def forms_of(kind: AdapterKind, formats: Sequence[str]) -> dict[str, ExportFormat[Any]]:
+    """Return the formats of a kind of adapter by their names; its default one where none is named.
+
+    Raises:
+        UserError: One is unknown, or cannot carry it.
+    """
+    if not kind.own_format:
+        return lora_forms(formats)
+    if others := [name for name in formats if name != kind.own_format]:
+        raise UserError(
+            f"--format: {kind.own_format} is no LoRA, and is exported as {kind.own_format} alone, got {others[0]!r}; "
+            "leave it out"
+        )
+    return {OWN.name: OWN}
 
 
 def _source_of(result: TrialResult, folder: RunFolder, experiment: Experiment, *, part: str = "") -> Source:
@@ -60,15 +83,21 @@ def _source_of(result: TrialResult, folder: RunFolder, experiment: Experiment, *
     if not checkpoint.is_dir():
         raise RunError(f"its checkpoint {checkpoint} is gone; train it again")
 
-    def attach(model: ModelFamily) -> Adapter:
+    def attach(model: ModelFamily) -> Adapter | Mixed:
         kind, state = adapter_of(config), load_adapter(checkpoint)
         values = kind.parts(model, state)[part] if part else kind.exported(model, state)
+        if isinstance(values, MixValues):
+            attach_mix(model, values.mix())
+            return Mixed(values, config, _about(result, folder, asked))
         attach_values(model, values)
         return Adapter.of(values, about=_about(result, folder, asked))
 
     def card(prompts: Sequence[str], effect: Effect, formats: Mapping[str, Any]) -> dict[str, Any]:
         told = card_of(result, folder, asked, settled=config, prompts=prompts, effect=effect, formats=formats)
         names = adapter_of(config).names
+        if adapter_of(config).own_format:
+            mix = {"styled": config.model.conditioning.styled, "numbers": config.sampler.steps}
+            return {**told, "conditioning": mix, "strength": STRENGTH}
         if not names:
             return told
         own = {name: config.weights[name] / sum(config.weights[each] for each in names) for name in names}

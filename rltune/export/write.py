@@ -16,6 +16,7 @@ from rltune.diffusion.families.base import ModelFamily
 from rltune.errors import RltuneError, RunError
 from rltune.export.base import DEFAULT_FORMATS, EXPORT_FORMATS, Adapter, ExportFormat
 from rltune.export.card import formats_told, write_card, write_experiment
+from rltune.export.conditioning import Mixed
 from rltune.export.effect import Effect, effect_of
 from rltune.export.proof import Trained, check_reload, rounding_of
 from rltune.export.readme import write_readme
@@ -67,7 +68,7 @@ class Source:
     """Its folder."""
     config: RunConfig
     """What it is drawn by, with what was settled when its run began, and with its own prompts."""
-    attach: Callable[[ModelFamily], Adapter]
+    attach: Callable[[ModelFamily], Adapter | Mixed]
     """Puts it on a model without adapters, in float32, and returns it."""
     card: Callable[[Sequence[str], Effect, Mapping[str, Any]], dict[str, Any]]
     """Its card, from the prompts of the samples, what it changes, and its formats."""
@@ -76,20 +77,18 @@ class Source:
 def export_sources(
     sources: Mapping[str, Callable[[], Source]],
     on_export: Callable[[Exported], None],
-    formats: Sequence[str] = DEFAULT_FORMATS,
+    forms: Mapping[str, ExportFormat[Any]],
 ) -> None:
     """Export every LoRA in every format; one that fails does not keep the others from being written.
 
     Args:
         sources: What each is called in messages, and what it is.
         on_export: Is told of each that went well.
-        formats: Names of formats.
+        forms: The formats, by name.
 
     Raises:
-        UserError: A format is unknown; nothing was written.
         RunError: Some failed; the message names each with its reason.
     """
-    forms = {name: EXPORT_FORMATS.build(name, {}) for name in formats}
     num_failed, faults = 0, []
     for called, make in sources.items():
         failed = _export(make, forms, on_export)
@@ -105,8 +104,17 @@ def export_sources(
         raise RunError(f"{num_failed} of {num} exports failed\n" + "\n".join(f"  {fault}" for fault in faults))
 
 
+def lora_forms(formats: Sequence[str]) -> dict[str, ExportFormat[Any]]:
+    """Return formats of LoRAs by their names; the default one where none is named.
+
+    Raises:
+        UserError: One is unknown.
+    """
+    return {name: EXPORT_FORMATS.build(name, {}) for name in formats or DEFAULT_FORMATS}
+
+
 def _export(
-    make: Callable[[], Source], forms: Mapping[str, ExportFormat], on_export: Callable[[Exported], None]
+    make: Callable[[], Source], forms: Mapping[str, ExportFormat[Any]], on_export: Callable[[Exported], None]
 ) -> dict[str, str]:
     """Export a LoRA in some formats, tell of each that went well, and return why the others failed, by format."""
     failed: dict[str, str] = {}
@@ -181,7 +189,7 @@ def _draw(source: Source) -> tuple[_Draft, ModelFamily]:
     return _Draft(source, device, trained, effect, tuple(images.prompts[:NUM_CHECKED_IMAGES])), model
 
 
-def _prove(draft: _Draft, name: str, form: ExportFormat, files: Sequence[Path]) -> Exported:
+def _prove(draft: _Draft, name: str, form: ExportFormat[Any], files: Sequence[Path]) -> Exported:
     """Load what was written into a fresh pipeline, compare, and put it in its place with a card and samples.
 
     Raises:

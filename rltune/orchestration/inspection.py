@@ -24,7 +24,7 @@ from rltune.rewards.weights import WeightsFile, check_hub, explain, format_size,
 from rltune.runs.layout import RunFolder
 from rltune.runs.metrics import JUDGES
 from rltune.runs.record import read_record, with_own_prompts
-from rltune.training.adapters.lora import read_start
+from rltune.training.adapters.base import adapter_of
 from rltune.training.canvases import SETS, check_pictures, prompt_set
 from rltune.training.prompts import PromptSet, cut_in_words
 from rltune.training.rewards import check_reward, try_reward
@@ -110,6 +110,9 @@ def inspect_experiment(
     negatives = [config.sampler.negative for config in experiment.corners(("sampler.negative",))]
     cut = cut_in_words(model.cut_off(negatives), negatives)
     notes = [f"sampler.negative: {cut}"] if cut else []
+    beside = [other for config in experiment.corners(("model",)) for other in adapter_of(config).beside(named)]
+    cut = cut_in_words(model.cut_off(beside), beside)
+    notes += [f"model.{experiment.shared.model.adapter.kind}: {cut}"] if cut else []
     notes += [note for note in [last_step_note(experiment, model)] if note]
     return Inputs(prompts, model.cut_off(named), missing, model, tuple(notes))
 
@@ -254,7 +257,7 @@ def _check_base(experiment: Experiment, faults: Faults, *, is_attached: bool) ->
             raise UserError(f"model.lora.targets: {fault}")
     for config in experiment.corners(("model",)):
         with faults.noted():
-            read_start(model, config.model.lora)
+            adapter_of(config).check(model)
     return model
 
 

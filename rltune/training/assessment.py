@@ -13,10 +13,9 @@ from typing import Any, Literal
 
 from rltune.config.experiment import RunConfig
 from rltune.config.sections import RewardConfig
-from rltune.diffusion.families.base import ModelFamily
-from rltune.diffusion.lora import ADAPTER, remove_lora
-from rltune.diffusion.lora_files import load_lora_file
+from rltune.diffusion.adapter_files import load_adapter_file
 from rltune.diffusion.sampler import Sampler
+from rltune.diffusion.switches import detach, set_strength
 from rltune.errors import UserError
 from rltune.runs.metrics import Values, summarise
 from rltune.training.adapters.base import adapter_of
@@ -84,7 +83,7 @@ class Bench:
         yield Assessed("base", 0.0, figures_of(base_metrics, base_metrics, num_prompts), base_values)
         for subject in subjects:
             self.run.model.pipeline.unload_lora_weights()
-            remove_lora(self.run.model.network)
+            detach(self.run.model.network)
             samples = _draw(self.run, subject.prepare(self.run.sampler), self.images)
             values = self._values(samples)
             figures = figures_of(summarise(values, base_values), base_metrics, num_prompts)
@@ -156,20 +155,20 @@ def on_prompts(config: RunConfig, prompts: Sequence[Any]) -> Iterator[RunConfig]
 
 
 def of_file(file: Path, strength: float) -> Prepare:
-    """Return what loads a LoRA file as ``load_lora_file`` does, at a strength; 0 is the base model.
+    """Return what loads a LoRA file as ``load_adapter_file`` does, at a strength; 0 is the base model.
 
     A file that reaches a text encoder is refused, since prompts are embedded once for all that is compared.
     """
 
     def prepare(sampler: Sampler) -> Sampler:
         model = sampler.model
-        if others := sorted(load_lora_file(model, file) - {model.lora_prefix}):
+        if others := sorted(load_adapter_file(model, file) - {model.lora_prefix}):
             model.pipeline.unload_lora_weights()
             raise UserError(
                 f"{file}: it changes the {', '.join(others)} too, and what is compared shares its prompts; give one "
                 f"that was trained on the {model.lora_prefix} alone"
             )
-        _set_strength(model, strength)
+        set_strength(model.network, strength)
         return sampler
 
     return prepare
@@ -180,12 +179,7 @@ def of_checkpoint(config: RunConfig, checkpoint: Path, strength: float) -> Prepa
 
     def prepare(sampler: Sampler) -> Sampler:
         adapter_of(config).restore(sampler.model, load_adapter(checkpoint))
-        _set_strength(sampler.model, strength)
+        set_strength(sampler.model.network, strength)
         return sampler
 
     return prepare
-
-
-def _set_strength(model: ModelFamily, strength: float) -> None:
-    network: Any = model.network
-    network.set_adapters([ADAPTER], [strength])

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 
 from rltune.canvas import Canvas
 from rltune.config.experiment import RunConfig
+from rltune.diffusion.adapter_files import load_adapter_file, unload_adapter_file
 from rltune.diffusion.chain import NO_GRADIENT, StepNoise
-from rltune.diffusion.lora_files import load_lora_file, unload_lora_file
 from rltune.errors import UserError
 from rltune.training.canvases import shown
 from rltune.training.captions import lettering
@@ -55,8 +55,8 @@ def draw_rows(
     rows: list[Pixels] = []
     for file in [None, *lora_files]:
         if file is not None:
-            unload_lora_file(model)  # the one before: peft warns of a second one beside it
-            parts = load_lora_file(model, file)
+            unload_adapter_file(model)  # the one before: peft warns of a second one beside it
+            parts = load_adapter_file(model, file)
             if sampler.num_base_steps > 0 and parts != {model.lora_prefix}:
                 raise UserError(
                     f"{file}: reaches the text encoder, whose prompts all steps share; sample it with --base-steps 0"

@@ -79,7 +79,8 @@ def train_run(
     """
     torch.manual_seed(torch_seed(config.seed, Stream.PROCESS))  # whatever ran before in this process
     run = replace(build_run(config, cache), max_eval_batch=max_eval_batch)
-    run.sampler.embeddings.add(run.drawn_prompts)  # in one stay of the text encoder on the device
+    drawn = run.drawn_prompts
+    run.sampler.embeddings.add([*drawn, *run.adapter.beside(drawn)])  # in one stay of the text encoder on the device
     _note(run, trial_dir, "loaded")
     base = _reference(run, base_dir / (key or base_key(run.config)), is_base_coming)
     training = _prepare(run, base, trial_dir, reporter)
@@ -175,6 +176,7 @@ def _note(run: Run, trial_dir: Path, event: str, **fields: int) -> None:
 def _note_cut_prompts(run: Run, trial_dir: Path) -> None:
     """Tell of prompts that are longer than the text encoder reads: nothing else would."""
     prompts = [*run.train_prompts, *run.eval_images.prompts]
+    prompts += run.adapter.beside(prompts)
     if run.workers.is_main and (words := cut_in_words(run.model.cut_off(prompts), prompts)):
         note_event(trial_dir, words)
 

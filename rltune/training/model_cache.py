@@ -9,7 +9,7 @@ from rltune.config.experiment import RunConfig
 from rltune.diffusion.embeddings import PromptEmbeddings
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.loading import load_model
-from rltune.diffusion.lora import remove_lora
+from rltune.diffusion.switches import detach
 from rltune.rewards.base import Reward
 from rltune.rewards.wrappers import Elsewhere
 from rltune.training.rewards import build_rewards
@@ -38,7 +38,7 @@ class ModelCache:
             self._clear(self._models, self._embeddings)
             self._models[key] = load_base_model(config, device)
         model = self._models[key]
-        remove_lora(model.network)
+        detach(model.network)
         return model
 
     def rewards(
@@ -66,12 +66,18 @@ class ModelCache:
             self._rewards[key] = apart if is_apart else rewards
         return self._rewards[key]
 
-    def embeddings(self, config: RunConfig, model: ModelFamily, prompts: Sequence[str]) -> PromptEmbeddings:
-        """Return the embeddings of these prompts, each to be computed when it is asked for."""
-        key = (self._model_key(config, None), tuple(prompts))
+    def embeddings(
+        self, config: RunConfig, model: ModelFamily, prompts: Sequence[str], beside: Sequence[str] = ()
+    ) -> PromptEmbeddings:
+        """Return the embeddings of these prompts, each to be computed when it is asked for.
+
+        Those ``beside`` them are embedded apart, so that what else is asked for changes none of the prompts' own.
+        """
+        key = (self._model_key(config, None), tuple(prompts), tuple(beside))
         if key not in self._embeddings:
             self._clear(self._embeddings)
             self._embeddings[key] = PromptEmbeddings(model, prompts)
+            self._embeddings[key].announce(beside)
         return self._embeddings[key]
 
     @staticmethod

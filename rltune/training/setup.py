@@ -123,7 +123,8 @@ def build_run(config: RunConfig, cache: ModelCache | None = None) -> Run:
     train_prompts = prompt_set(config, "train").prompts
     prompts = [*train_prompts, *eval_images.prompts, sampler.negative_prompt]
     adapter = adapter_of(config)
-    sampler = replace(sampler, switches=adapter.switches, embeddings=cache.embeddings(config, model, prompts))
+    embeddings = cache.embeddings(config, model, prompts, adapter.beside([*train_prompts, *eval_images.prompts]))
+    sampler = replace(sampler, switches=adapter.switches, embeddings=embeddings)
     judges = tuple(judge for judge in config.evaluate.judges if judge not in JUDGES)
     is_apart = config.resources.rewards_on == "second_gpu"
     rewards = cache.rewards(config, judges, workers.second_gpu() if is_apart else workers.device, is_apart=is_apart)

@@ -41,9 +41,16 @@ def trained_member(model: ModelFamily, config: RunConfig, checkpoint: Path, mix:
     """Return the adapters of a trial as a member of a soup; the model is without adapters afterwards.
 
     A basis is the sum of its LoRAs by the weights of ``mix``, or those of its rewards.
+
+    Raises:
+        UserError: The trial's is no LoRA.
     """
     remove_lora(model.network)
     adapter = Basis(config, tuple(mix)) if mix else adapter_of(config)
+    if adapter.own_format:
+        raise UserError(
+            f"soup: its members are LoRAs, and {checkpoint} holds none but {adapter.own_format}; name LoRAs"
+        )
     adapter.restore(model, load_adapter(checkpoint))
     try:
         return attached_factors(model.network)

@@ -26,7 +26,7 @@ def test_every_format_that_is_named_is_written_and_told_of(
 ) -> None:
     def export(picks: Sequence[TrialResult], folder: RunFolder, *_: Any, on_export: Any, formats: Any) -> None:
         for pick in picks:
-            for name in formats:
+            for name in formats or ("diffusers",):
                 how = {"diffusers": "pipeline.load('x')", "peft": "import peft\npeft.load('x')"}[name]
                 on_export(Exported(pick.trial, folder.exports_dir, 1e-6, 0.2, {"bfloat16": 0.03}, name, how))
 

@@ -10,23 +10,32 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 import rltune
 from rltune.assets import BUILTIN_DIR
 from rltune.cli.rewards import check_reward
+from rltune.config.experiment import RunConfig
 from rltune.config.load import load_experiment
+from rltune.diffusion.chain import NO_GRADIENT
+from rltune.diffusion.conditioning import attach_mix
 from rltune.diffusion.loading import load_model
 from rltune.diffusion.lora import add_lora, lora_parameters, lora_state
 from rltune.export.base import Adapter
+from rltune.export.conditioning import ConditioningFile, Mixed, script
 from rltune.export.diffusers import Diffusers
 from rltune.orchestration import campaign
 from rltune.orchestration.known import known_names
 from rltune.rewards.base import RewardRegistry
 from rltune.runs.layout import RunFolder
+from rltune.training.adapters.base import MixValues
+from rltune.training.evaluation import to_uint8
 from rltune.training.rewards import build_reward
+from rltune.training.sampling import make_sampler
 from tests import run_folders
 from tests.docs.pages import PAGES, README, ROOT, Page, page_named
 
@@ -109,6 +118,41 @@ def test_the_readmes_lora_is_drawn_in_a_process_of_its_own_from_another_folder(t
     assert all(low < high for low, high in with_lora)  # not one flat colour
     without = drawn("\n".join(line for line in code.splitlines() if "load_lora_weights" not in line))
     assert with_lora != without
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("guidance", [3.0, 1.0])
+def test_the_pages_numbers_are_applied_as_rltune_applies_them(
+    guidance: float, reader: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script of the page, as it stands, from the noise that rltune draws from."""
+    code = block_with(page_named("loras"), "python", "callback_on_step_end")
+    file = Path(code.split('open("')[1].split('"')[0])
+    assert code.rstrip() == script("builtin", str(file))
+    sampling = {"steps": 12, "guidance": guidance, "eta": 0.0, "negative": "muted" if guidance > 1 else ""}
+    config = RunConfig.model_validate({"rewards": {"brightness": {}}, "sampler": sampling})
+    model = load_model("builtin")
+    sampler = make_sampler(config, model)
+    timesteps_T = sampler.table.timesteps_T.double()
+    lambda_T = torch.linspace(-0.5, 2.0, 12)
+    values = MixValues({"lambda_T": lambda_T, "timesteps_T": timesteps_T}, "{prompt}, glossy, dark corners")
+    ConditioningFile().write(model, Mixed(values, config), reader / file.parent)
+    x_BCHW = torch.randn(1, *model.latent_shape(64, 64), generator=torch.Generator().manual_seed(3))
+    prompt = code.split('prompt = "')[1].split('"')[0]
+
+    def drawn() -> Any:
+        with torch.no_grad():
+            return to_uint8(sampler.decode(sampler.latents([prompt], x_BCHW, plan=NO_GRADIENT, noise=None)))[0] * 1.0
+
+    base = drawn()
+    attach_mix(model, values.mix())
+    expected = drawn()
+    monkeypatch.setattr(StableDiffusionPipeline, "prepare_latents", lambda *_: x_BCHW)
+    exec(code, {})
+    with Image.open("circle.png") as image:
+        found = np.asarray(image.convert("RGB")) * 1.0
+    assert np.abs(found - expected).max() <= 1  # rounding to bytes of float32 sums
+    assert np.abs(base - expected).max() > 5
 
 
 def test_the_model_cards_scene_is_as_shown() -> None:

@@ -58,7 +58,7 @@ def asked(pipeline: Path, **sections: Any) -> Experiment:
     return experiment({**raw, **sections})
 
 
-def trained(experiment_: Experiment, path: Path) -> tuple[RunFolder, Experiment]:
+def trained(experiment_: Experiment, path: Path, values: dict[str, Any] = VALUES) -> tuple[RunFolder, Experiment]:
     """A run folder with a trained trial, its base model measured at the second attempt."""
     folder = RunFolder(path)
     folder.path.mkdir()
@@ -67,12 +67,12 @@ def trained(experiment_: Experiment, path: Path) -> tuple[RunFolder, Experiment]
     base = FolderReporter(folder.scratch_dir)
     base_run(experiment_.shared, trial_dir=folder.trial_dir(BASE_TRIAL), reporter=base, **places)
     reporter = FolderReporter(folder.checkpoints_dir("001"))
-    train_run(experiment_.concrete(VALUES), trial_dir=folder.trial_dir("001"), reporter=reporter, **places)
+    train_run(experiment_.concrete(values), trial_dir=folder.trial_dir("001"), reporter=reporter, **places)
     checkpoint = reporter.latest()
     assert checkpoint is not None
     append_result(folder.results_file, result(BASE_TRIAL, reason="out of memory"))
     append_result(folder.results_file, TrialResult(BASE_TRIAL, "ok", {}, {}, metrics=base.reports[-1]))
-    row = TrialResult("001", "ok", VALUES, VALUES, metrics=reporter.reports[-1])
+    row = TrialResult("001", "ok", values, values, metrics=reporter.reports[-1])
     append_result(folder.results_file, replace(row, checkpoint=str(checkpoint.relative_to(folder.path))))
     return folder, experiment_
 

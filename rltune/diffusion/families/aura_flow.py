@@ -17,6 +17,7 @@ class AuraFlow(FlowFamily):
     """An AuraFlow pipeline."""
 
     passes_sigmas = False
+    has_fixed_text = True
     max_tokens = 256
     default_steps = 50
     default_guidance = 3.5

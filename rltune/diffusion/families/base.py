@@ -99,6 +99,8 @@ class ModelFamily(Protocol):
     """Text encoders that the pipeline can do without."""
     is_guidance_linear: bool
     """Whether ``guide`` is f_neg + g (f_text - f_neg)."""
+    has_fixed_text: bool
+    """Whether all prompts tell the network tensors of the same shapes, without a mask, so that two can be mixed."""
 
     @classmethod
     def defaults_of(cls, files: Described) -> Defaults:

@@ -20,6 +20,7 @@ class Flux(FlowFamily):
     """A FLUX.1 pipeline."""
 
     usual_tokens = T5_TOKENS
+    has_fixed_text = True
     attention_layers = JOINT
     other_layers = (*TWO_STREAM_FEED_FORWARD, "proj_mlp")
     default_steps = 28

@@ -18,6 +18,7 @@ class Flux2(FlowFamily):
     """What dev and klein have in common."""
 
     max_tokens = 512
+    has_fixed_text = True
     attention_layers = (*JOINT, "attn.to_qkv_mlp_proj")
     other_layers = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
     default_steps = 50

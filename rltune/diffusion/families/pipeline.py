@@ -35,6 +35,7 @@ class PipelineFamily(ABC):
     lora_prefix = "transformer"
     droppable: tuple[str, ...] = ()
     is_guidance_linear = True
+    has_fixed_text = False
     px_per_patch = 2
     """Latent rows and columns that the network takes together; sides must be a multiple."""
     max_tokens: ClassVar[int | None] = None

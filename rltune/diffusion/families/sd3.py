@@ -21,6 +21,7 @@ class StableDiffusion3(FlowFamily):
     """A Stable Diffusion 3 pipeline (arXiv:2403.03206); padding is attended to, as in diffusers."""
 
     passes_sigmas = False
+    has_fixed_text = True
     droppable = ("text_encoder_3",)  # zeros stand for T5's part then, as in the pipeline
     attention_layers = (*JOINT, "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
     other_layers = TWO_STREAM_FEED_FORWARD

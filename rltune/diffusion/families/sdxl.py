@@ -33,6 +33,7 @@ class StableDiffusionXL(PipelineFamily):
     """An SDXL pipeline (arXiv:2307.01952)."""
 
     lora_prefix = "unet"
+    has_fixed_text = True
     px_per_patch = 1
     other_layers = ALL_LAYERS[len(ATTENTION) :]
     default_steps = 50

@@ -36,6 +36,7 @@ class StableDiffusion:
     lora_prefix = "unet"
     droppable: tuple[str, ...] = ()
     is_guidance_linear = True
+    has_fixed_text = True
     collate = staticmethod(stack)
     guide = staticmethod(linear_guidance)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rltune.config.experiment import RunConfig
+from rltune.diffusion.conditioning import PromptMix
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.switches import Switches
 from rltune.errors import UnknownNameError, UserError
@@ -34,6 +35,20 @@ class LoraValues:
     use_dora: bool = False
 
 
+@dataclass(frozen=True)
+class MixValues:
+    """Trained numbers that mix prompts."""
+
+    state: Mapping[str, Tensor]
+    """``lambda_T`` in float32, and ``timesteps_T`` in float64."""
+    template: str
+    """Of the styled prompt."""
+
+    def mix(self) -> PromptMix:
+        """Return them as they are attached."""
+        return PromptMix(self.template, self.state["timesteps_T"], self.state["lambda_T"])
+
+
 class AdapterKind(Protocol):
     """Something that training changes while the base model's weights stay. A frozen dataclass with the experiment.
 
@@ -48,6 +63,23 @@ class AdapterKind(Protocol):
     @property
     def names(self) -> tuple[str, ...]:
         """The rewards that its LoRAs are for, where it consists of several."""
+        ...
+
+    @property
+    def own_format(self) -> str:
+        """The name of the format that it is exported in, where no LoRA file can carry it; else empty."""
+        ...
+
+    def check(self, model: ModelFamily) -> None:
+        """Check that it can go to a model without adapters, perhaps without values.
+
+        Raises:
+            UserError: It cannot, or what it starts from is not there.
+        """
+        ...
+
+    def beside(self, prompts: Sequence[str]) -> Sequence[str]:
+        """Return the other prompts that are embedded where images of these are drawn."""
         ...
 
     def start(self, model: ModelFamily, *, seed: int) -> None:
@@ -97,8 +129,8 @@ class AdapterKind(Protocol):
         """Attach what was trained, as it is drawn with and measured, to a model without adapters."""
         ...
 
-    def exported(self, model: ModelFamily, state: Mapping[str, Tensor]) -> LoraValues:
-        """Return the LoRA that has, at strength 1, the effect of ``restore``."""
+    def exported(self, model: ModelFamily, state: Mapping[str, Tensor]) -> LoraValues | MixValues:
+        """Return what has, at strength 1, the effect of ``restore``: a LoRA, where there is one that has."""
         ...
 
     def parts(self, model: ModelFamily, state: Mapping[str, Tensor]) -> Mapping[str, LoraValues]:

@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.basis import BasisGate, add_basis, alpha_together, at_weights, only, weighted
 from rltune.diffusion.families.base import ModelFamily
-from rltune.diffusion.lora import load_lora_state, lora_parameters, lora_state, weight_decay_groups
 from rltune.errors import UserError
 from rltune.estimators.base import Drawn
 from rltune.training.adapters.base import ADAPTERS, LoraValues
-from rltune.training.adapters.lora import attach_values
+from rltune.training.adapters.lora import LoraTensors, attach_values
 from rltune.training.streams import Stream, generator
 
 
 @ADAPTERS.register("basis")
 @dataclass(frozen=True)
-class Basis:
+class Basis(LoraTensors):
     """LoRAs as ``model.lora`` has them, one for each reward of positive weight, in the rewards' order.
 
     What is measured, restored and exported as one LoRA is their sum by weights: those of the rewards, or ``mix``.
@@ -51,6 +50,9 @@ class Basis:
         total = sum(self.config.weights[name] for name in self.names)
         return tuple(self.config.weights[name] / total for name in self.names)
 
+    def check(self, model: ModelFamily) -> None:
+        """Nothing but its targets decides it, and those are looked at apart."""
+
     def start(self, model: ModelFamily, *, seed: int) -> None:
         """Attach all of them, fresh, and weigh them image by image from now on."""
         lora = self.config.model.lora
@@ -67,22 +69,6 @@ class Basis:
         except ValueError as error:
             raise UserError(f"model.lora.targets: {error}") from error
         self.switches.watch(model.network)
-
-    def parameters(self, network: nn.Module) -> list[nn.Parameter]:
-        """Return the factors of all."""
-        return lora_parameters(network)
-
-    def groups(self, network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the same, with decay."""
-        return weight_decay_groups(network, weight_decay)
-
-    def state(self, network: nn.Module) -> dict[str, Tensor]:
-        """Return the factors, side by side under peft's key names."""
-        return lora_state(network)
-
-    def load_state(self, network: nn.Module, state: dict[str, Tensor]) -> None:
-        """Put in factors, side by side."""
-        load_lora_state(network, state)
 
     def drawn(self, seed: int, numbers: Sequence[int], device: torch.device) -> Drawn:
         """Return weights on the simplex for each training image, and its LoRAs' strengths: weights times a strength."""

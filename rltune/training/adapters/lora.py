@@ -19,9 +19,35 @@ from rltune.errors import UserError
 from rltune.training.adapters.base import ADAPTERS, LoraValues
 
 
+class LoraTensors:
+    """The tensors of LoRAs on a network: what kinds that consist of LoRAs have in common."""
+
+    own_format = ""
+
+    def parameters(self, network: nn.Module) -> list[nn.Parameter]:
+        """Return the factors, and DoRA's magnitudes."""
+        return lora_parameters(network)
+
+    def groups(self, network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the factors with decay, DoRA's magnitudes without."""
+        return weight_decay_groups(network, weight_decay)
+
+    def state(self, network: nn.Module) -> dict[str, Tensor]:
+        """Return the values, peft's key names; those of a basis side by side."""
+        return lora_state(network)
+
+    def load_state(self, network: nn.Module, state: dict[str, Tensor]) -> None:
+        """Put in values of peft's key names."""
+        load_lora_state(network, state)
+
+    def beside(self, prompts: Sequence[str]) -> Sequence[str]:
+        """Return none: prompts are what they are."""
+        return ()
+
+
 @ADAPTERS.register("lora")
 @dataclass(frozen=True)
-class Lora:
+class Lora(LoraTensors):
     """One LoRA, or DoRA, in the layers that ``model.lora.targets`` names."""
 
     config: RunConfig
@@ -36,25 +62,13 @@ class Lora:
         """None: it is one."""
         return ()
 
+    def check(self, model: ModelFamily) -> None:
+        """Check that ``model.lora.start`` is there and fits; targets are looked at apart."""
+        read_start(model, self.config.model.lora)
+
     def start(self, model: ModelFamily, *, seed: int) -> None:
         """Attach it fresh, or as ``model.lora.start``."""
         attach_started_lora(model, self.config.model.lora, seed=seed)
-
-    def parameters(self, network: nn.Module) -> list[nn.Parameter]:
-        """Return its factors, and DoRA's magnitudes."""
-        return lora_parameters(network)
-
-    def groups(self, network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-        """Return its factors with decay, DoRA's magnitudes without."""
-        return weight_decay_groups(network, weight_decay)
-
-    def state(self, network: nn.Module) -> dict[str, Tensor]:
-        """Return its values, peft's key names."""
-        return lora_state(network)
-
-    def load_state(self, network: nn.Module, state: dict[str, Tensor]) -> None:
-        """Put in values of peft's key names."""
-        load_lora_state(network, state)
 
     def drawn(self, seed: int, numbers: Sequence[int], device: torch.device) -> None:
         """Every image is at the experiment's weights."""
