@@ -246,9 +246,10 @@ def _places() -> Iterator[Finding]:
     if not place.is_usable:
         what = f"a Ray cluster of a run cannot keep its files in {place.folder}: {place.fault}"
         yield Finding(BAD, f"{what}; set RAY_TMPDIR to a folder with a short path that can be written")
-    elif place.is_ray_s_own:
-        yield Finding(OK, f"Ray keeps its files in {place.folder / 'ray'}")
+    elif not place.fault:
+        yield Finding(OK, f"the Ray cluster of a run keeps its files in {place.folder}, while it runs")
     else:
-        yield Finding(NOTE, f"Ray keeps its files in {place.folder / 'ray'}, not below TMPDIR: {place.fault}")
+        what = f"the Ray cluster of a run keeps its files in {place.folder}, while it runs, not below TMPDIR"
+        yield Finding(NOTE, f"{what}: {place.fault}")
     if token_folder() is None:
         yield Finding(NOTE, "HOME is not there or cannot be written; a run keeps Ray's token in its environment")

@@ -6,19 +6,23 @@ import signal
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rltune.errors import RunError, UserError
 from rltune.orchestration.handshake import answers, check_cluster, check_kind, token_source
 from rltune.orchestration.head_watch import head_watched
 from rltune.orchestration.nodes import Node, read_nodes
-from rltune.orchestration.places import find_place, ray_s_temporary_folder, serves_python, token_folder
+from rltune.orchestration.places import find_place, ray_s_temporary_folder, token_folder
 from rltune.orchestration.ray_private import BEHAVIOUR, LOCAL, NEEDED, QUIET, address_file, init_options
+from rltune.orchestration.scratch import Scratch, scratch
 
 LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo"}
 """Where torch's process groups meet on one machine."""
+SILENT: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+"""Options of ``ray.init``."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +35,23 @@ class Cluster:
     dashboard_url: str
     nodes: tuple[Node, ...]
     """Those that were alive when it was connected."""
+    scratch: Scratch | None = None
+    """Where the files of one that this process started are."""
 
     @property
     def num_nodes(self) -> int:
         """Nodes, those included that run no worker."""
         return len(self.nodes)
+
+    @property
+    def logs(self) -> str:
+        """Where the logs of its processes are, as far as can be said."""
+        return "/tmp/ray/session_latest/logs on its node" if self.scratch is None else str(self.scratch.logs)
+
+    def keep_logs(self) -> None:
+        """Have the logs of a cluster that this process started stay for a day, though the run ends well."""
+        if self.scratch is not None:
+            self.scratch.is_kept = True
 
 
 def find_address(address: str | None) -> str | None:
@@ -108,24 +124,14 @@ def connect(address: str | None, *, num_cpus: int | None = None) -> Iterator[Clu
             yield _describe(connected, is_own=False)
         return
     found = prepare(address)
-    if found is not None:
-        check_kind(found)
-        check_cluster(found, is_named=found in (address, os.environ.get("RAY_ADDRESS")))
-    context = _initialise(found, num_cpus)
-    import ray
-
-    try:
-        if found is None and not context.address_info["gcs_address"].startswith("127."):
-            raise RunError(
-                f"the local Ray cluster listens at {context.address_info['gcs_address']}, not on loopback alone: ray "
-                "was imported before rltune could say so; start Python anew, or call ray.init() first, which is then "
-                "used"
-            )
-        with _quiet(), head_watched(found) if found is not None else nullcontext():
-            gcs_address = found or context.address_info["gcs_address"]
-            yield _describe(gcs_address, is_own=found is None, dashboard=context.dashboard_url)
-    finally:
-        ray.shutdown()
+    if found is None:
+        with _started(num_cpus) as cluster, _quiet():
+            yield cluster
+        return
+    check_kind(found)
+    check_cluster(found, is_named=found in (address, os.environ.get("RAY_ADDRESS")))
+    with _attached(found) as cluster, _quiet(), head_watched(found):
+        yield cluster
 
 
 def _connected_to() -> str | None:
@@ -136,33 +142,68 @@ def _connected_to() -> str | None:
     return str(ray.get_runtime_context().gcs_address)
 
 
-def _initialise(found: str | None, num_cpus: int | None) -> Any:
-    """Return what ``ray.init`` does, of a cluster that is there or of one that it starts."""
-    place = find_place() if found is None else None
-    if place is not None and not place.is_usable:
+@contextmanager
+def _attached(found: str) -> Iterator[Cluster]:
+    """Connect to a cluster that is there."""
+    import ray
+
+    advice = "check address and token (RAY_AUTH_TOKEN)"
+    with _explained(f"--address: no Ray cluster answers at {found!r}", advice):
+        context = ray.init(address=found, **SILENT)
+    try:
+        yield _describe(found, is_own=False, dashboard=context.dashboard_url)
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _started(num_cpus: int | None) -> Iterator[Cluster]:
+    """Start a cluster on this machine."""
+    place = find_place()
+    if not place.is_usable:
         raise UserError(
             f"a local Ray cluster cannot keep its files in {place.folder}: {place.fault}; set RAY_TMPDIR to a folder "
             "with a short path that can be written"
         )
     import ray
 
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": True}
+    with scratch(place) as found:
+        advice = f"see {found.logs}, and what 'rltune doctor' says"
+        with _temporary_folder(found.python), _explained("a local Ray cluster did not start", advice):
+            options = init_options(str(found.ray)) | SILENT
+            context = ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **options)
+        try:
+            address = context.address_info["gcs_address"]
+            if not address.startswith("127."):
+                raise RunError(
+                    f"the local Ray cluster listens at {address}, not on loopback alone: ray was imported before "
+                    "rltune could say so; start Python anew, or call ray.init() first, which is then used"
+                )
+            yield replace(_describe(address, is_own=True, dashboard=context.dashboard_url), scratch=found)
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _explained(what: str, advice: str) -> Iterator[None]:
     try:
-        if place is None:
-            return ray.init(address=found, **quiet)
-        if not serves_python():  # neither here nor in Ray's processes, which inherit it
-            os.environ["TMPDIR"] = str(place.folder)
-        where = None if place.is_ray_s_own else str(place.folder / "ray")
-        options = init_options(where) | quiet
-        return ray.init(address="local", num_cpus=num_cpus, include_dashboard=True, **options)
+        yield
     except SystemExit as end:  # Ray's own handler of SIGTERM, until ours stands in its place
         raise KeyboardInterrupt from end
     except Exception as error:  # ray raises whatever its layers raise
-        what = f"--address: no Ray cluster answers at {found!r}" if found else "a local Ray cluster did not start"
-        advice = "check address and token (RAY_AUTH_TOKEN)"
-        if place is not None:
-            advice = f"see {place.folder}/ray/session_latest/logs, and what 'rltune doctor' says"
         raise RunError(f"{what}: {error}; {advice}") from error
+
+
+@contextmanager
+def _temporary_folder(folder: Path) -> Iterator[None]:
+    """Have the processes that are started inside keep their temporary files in a folder."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("TMPDIR")
+        os.environ.update({} if before is None else {"TMPDIR": before})
 
 
 def _describe(address: str, *, is_own: bool, dashboard: str | None = None) -> Cluster:

@@ -244,7 +244,7 @@ def _gang(spec: JobSpec) -> list[Any]:
         for rank in range(resources.workers)
     ]
     if spec.is_loopback:
-        meeting = f"file://{meeting_file(Path(spec.run_dir))}"
+        meeting = f"file://{meeting_file()}"
     else:
         meeting = ray.get(workers[0].address.remote())
     ray.get([worker.meet.remote(backend_of(spec.num_gpus_per_worker), meeting) for worker in workers])

@@ -293,7 +293,7 @@ def make_ray_job(
             elastic_resize_monitor_interval_s=grow_after_s,
         ),
         torch_config=(
-            FileTorchConfig(backend=backend_of(spec.num_gpus_per_worker), run_dir=spec.run_dir)
+            FileTorchConfig(backend=backend_of(spec.num_gpus_per_worker))
             if spec.is_loopback
             else NodeTorchConfig(backend=backend_of(spec.num_gpus_per_worker))
         ),

@@ -4,10 +4,8 @@ Ray Train meets its workers over a TCP store, which torch binds to every interfa
 worker. On a cluster that rltune started itself all workers are on this machine, so they can meet over a file.
 """
 
-import hashlib
 import tempfile
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,27 +16,17 @@ from ray.train.torch.config import TorchConfig
 from rltune.orchestration.ray_private import join_process_group, set_torch_environment, torch_backend
 
 
-def meeting_file(run_dir: Path) -> Path:
-    """Return where one group of a run's workers meets; not in the run folder, whose file system may lack locks."""
-    return Path(tempfile.gettempdir()) / f"rltune-{_mark(run_dir)}-{uuid.uuid4().hex}.rendezvous"
+def meeting_file() -> Path:
+    """Return where one group of a run's workers meets; not in the run folder, whose file system may lack locks.
 
-
-def forget_meetings(run_dir: Path) -> None:
-    """Delete what groups of a run have left, while none of them meets: a process that is killed deletes nothing."""
-    for file in Path(tempfile.gettempdir()).glob(f"rltune-{_mark(run_dir)}-*.rendezvous"):
-        with suppress(OSError):
-            file.unlink()
-
-
-def _mark(run_dir: Path) -> str:
-    return hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
+    Call it in a process of the cluster: it then lies in the folder that goes with the cluster.
+    """
+    return Path(tempfile.gettempdir()) / f"{uuid.uuid4().hex}.rendezvous"
 
 
 @dataclass
 class FileTorchConfig(TorchConfig):  # type: ignore[misc]  # ray has no types
     """``TorchConfig`` whose workers meet over a file in the machine's temporary folder."""
-
-    run_dir: str = ""
 
     @property
     def backend_cls(self) -> type:
@@ -50,7 +38,7 @@ class _FileTorchBackend(torch_backend()):  # type: ignore[misc]  # ray has no ty
     """Ray's own steps, with a file in the place of the TCP store; a restarted group gets a new file."""
 
     def on_start(self, worker_group: Any, backend_config: FileTorchConfig) -> None:
-        meeting = meeting_file(Path(backend_config.run_dir))
+        meeting = meeting_file()
         worker_group.execute(set_torch_environment)
         ray.get(
             [

@@ -1,4 +1,4 @@
-"""Where a Ray cluster of our own keeps its sockets and its token, where Ray's own choice would not work."""
+"""Where a Ray cluster of our own keeps its files and its token, where Ray's own choice would not work."""
 
 import os
 import sys
@@ -7,22 +7,25 @@ from pathlib import Path
 
 MAX_SOCKET_PATH = 103 if sys.platform == "darwin" else 107
 """Bytes that the path of a Unix socket may have."""
-LONGEST_SOCKET = "ray/session_2026-11-29_22-00-00_123456_1234567/sockets/dash_MetricsHead"
-"""The longest that Ray 2.60 makes below its temporary folder."""
-PYTHON_SOCKET = "pymp-12345678/listener-12345678"
+PREFIX = "rltune-"
+"""Of the folder that each cluster has for itself; eight letters follow."""
+LONGEST_SOCKET = f"{PREFIX}12345678/session_2026-11-29_22-00-00_123456_1234567/sockets/dash_MetricsHead"
+"""The longest that Ray 2.60 makes."""
+PYTHON_SOCKET = f"{PREFIX}12345678/pymp-12345678/listener-12345678"
 """What Python's multiprocessing makes below TMPDIR, in Ray's dashboard for one."""
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 @dataclass(frozen=True)
 class Place:
-    """The temporary folder of a cluster that is started here; Ray makes its own folder ``ray`` in it."""
+    """Where a cluster that is started here has its temporary folder."""
 
     folder: Path
-    is_ray_s_own: bool
-    """Whether it is what Ray would take by itself."""
+    """For Ray's files."""
+    python_folder: Path
+    """For the temporary files of its processes: below TMPDIR where that works, on what disk it may be."""
     fault: str = ""
-    """What is wrong with Ray's own choice; empty where that is taken."""
+    """What is wrong with what Ray would take by itself; empty where that is taken."""
     is_usable: bool = True
     """False where no folder is."""
 
@@ -31,13 +34,11 @@ def find_place() -> Place:
     """Return Ray's own choice if it works, else the first short folder that does."""
     folder = ray_s_temporary_folder()
     fault = _fault(folder)
-    if not fault:
-        return Place(folder, is_ray_s_own=True)
-    if "RAY_TMPDIR" not in os.environ:  # which names a place for Ray alone, and stays
+    if fault and "RAY_TMPDIR" not in os.environ:  # which names a place for Ray alone, and stays
         for short in map(Path, SHORT_FOLDERS):
             if not _fault(short):
-                return Place(short, is_ray_s_own=False, fault=fault)
-    return Place(folder, is_ray_s_own=True, fault=fault, is_usable=False)
+                return Place(short, _python_folder(short), fault)
+    return Place(folder, _python_folder(folder), fault, is_usable=not fault)
 
 
 def ray_s_temporary_folder() -> Path:
@@ -46,10 +47,11 @@ def ray_s_temporary_folder() -> Path:
     return Path(named or "/tmp")
 
 
-def serves_python() -> bool:
-    """Return whether Python's own sockets fit below TMPDIR."""
-    folder = os.environ.get("TMPDIR", "")
-    return len(os.fsencode(f"{folder}/{PYTHON_SOCKET}")) <= MAX_SOCKET_PATH
+def _python_folder(default: Path) -> Path:
+    """Return where Python's own sockets fit below."""
+    named = Path(os.environ.get("TMPDIR") or "/tmp")
+    fits = len(os.fsencode(named / PYTHON_SOCKET)) <= MAX_SOCKET_PATH
+    return named if fits and can_write(named) else default
 
 
 def _fault(folder: Path) -> str:
@@ -57,7 +59,7 @@ def _fault(folder: Path) -> str:
     if length > MAX_SOCKET_PATH:
         most = len(os.fsencode(folder)) - (length - MAX_SOCKET_PATH)
         return f"its path is too long for the Unix sockets that Ray makes below it, which leave it {most} characters"
-    return "" if can_write(folder / "ray") else "it cannot be written"
+    return "" if can_write(folder) else "it cannot be written"
 
 
 def can_write(folder: Path) -> bool:

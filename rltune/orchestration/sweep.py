@@ -18,7 +18,6 @@ from rltune.orchestration.confirm_job import measure, mixed, unconfirmed
 from rltune.orchestration.executors.base import EXECUTORS
 from rltune.orchestration.export_job import export_on_workers
 from rltune.orchestration.job_spec import JobSpec
-from rltune.orchestration.loopback import forget_meetings
 from rltune.orchestration.mixing import mixable, wanted_mixtures, wanted_points
 from rltune.orchestration.nodes import count_slots, read_nodes
 from rltune.orchestration.plan import Plan
@@ -53,7 +52,7 @@ class Sweep:
     """
 
     def __init__(self, plan: Plan, cluster: Cluster) -> None:
-        self.workload, self._folder, self._is_own = plan.workload, plan.folder, cluster.is_own
+        self.workload, self._folder, self._cluster = plan.workload, plan.folder, cluster
         prior_results = read_prior_results(plan.experiment, plan.folder)
         claim = claim_run(plan.folder, plan.experiment, precision=plan.workload.precision)
         keep_prior_results(claim.experiment, plan.folder, prior_results)
@@ -80,12 +79,13 @@ class Sweep:
             last_sign=last_sign(self._folder),
             versions=versions(),
         )
-        forget_meetings(self._folder.path)
+        before = list(self.trials.results)
         try:
             self._run()
         finally:
             append_event(self._folder.events_file, "driver_ended")
-            forget_meetings(self._folder.path)
+            if not all(result.is_ok for result in self.trials.results if result not in before):
+                self._cluster.keep_logs()
 
     def _run(self) -> None:
         trials = self.trials
@@ -144,7 +144,6 @@ class Sweep:
             yield spec, self._confirming_workers()
         finally:
             self._folder.bring(self._folder.confirmed_file, self._folder.mixtures_file)
-            forget_meetings(self._folder.path)
             self.trials.write_front()
 
     def export(self, picks: Sequence[TrialResult], *, on_export: Callable[[Exported], None]) -> None:
@@ -163,7 +162,7 @@ class Sweep:
         """
         work = self.workload
         most = min(work.num_workers * work.num_concurrent, work.num_slots)
-        if self._is_own:
+        if self._cluster.is_own:
             return most
         if not work.is_growing:
             most = max(1, min(most, count_slots(read_nodes(ray.nodes()), work.worker)))
@@ -235,7 +234,7 @@ class Sweep:
                 failure_config=tune.FailureConfig(max_failures=TUNE_FAILURES),
                 # Ray would have each gang write an empty one into that folder, which need not be on the gang's node
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-                callbacks=[Recorder(on_end)],
+                callbacks=[Recorder(on_end, logs=self._cluster.logs)],
                 verbose=0,
             ),
         )

@@ -126,11 +126,15 @@ class Recorder(TrialProgressCallback):  # type: ignore[misc]  # ray has no types
     """Calls back with every trial's end: its spec, its last report, Ray's error text, its duration in seconds.
 
     A progress callback by class, since Tune adds one that prints where it finds none; this one prints nothing.
+
+    Args:
+        on_end: Called with it.
+        logs: Where Ray's logs are, for a trial of which nothing is known.
     """
 
-    def __init__(self, on_end: Callable[[JobSpec, Mapping[str, Any], str, float], None]) -> None:
+    def __init__(self, on_end: Callable[[JobSpec, Mapping[str, Any], str, float], None], *, logs: str) -> None:
         super().__init__()
-        self._on_end = on_end
+        self._on_end, self._logs = on_end, logs
         self._started: dict[str, float] = {}
 
     def on_trial_result(
@@ -148,7 +152,7 @@ class Recorder(TrialProgressCallback):  # type: ignore[misc]  # ray has no types
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Pass on what went wrong."""
-        self._end(trial, _last_line(trial))
+        self._end(trial, _last_line(trial) or f"the trial died without a word; see {self._logs}")
 
     def _end(self, trial: Any, error: str) -> None:
         duration_s = time.monotonic() - self._started.get(trial.trial_id, time.monotonic())
@@ -159,8 +163,8 @@ class Recorder(TrialProgressCallback):  # type: ignore[misc]  # ray has no types
 
 
 def _last_line(trial: Any) -> str:
-    """Return the line of a trial's traceback that says what happened."""
+    """Return the line of a trial's traceback that says what happened; empty where there is none."""
     file = Path(trial.error_file or "")
     # where Ray writes it first; ``get_error`` looks where it is copied to, later or, of a driver that died, never
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else str(trial.get_error() or "")
-    return last_line(text) or "the trial died without a word; see /tmp/ray/session_latest/logs"
+    return last_line(text)

@@ -17,26 +17,28 @@ from rltune.orchestration.places import Place
 from rltune.orchestration.survey import View
 from tests.cli.conftest import Call
 
+A = Path("/a")
+
 
 @pytest.mark.parametrize(
     ("place", "token", "code", "line"),
     [
-        (Place(Path("/a"), is_ray_s_own=True), Path("/h"), 0, "ok   Ray keeps its files in /a/ray"),
+        (Place(A, A), Path("/h"), 0, "ok   the Ray cluster of a run keeps its files in /a, while it runs"),
         (
-            Place(Path("/a"), is_ray_s_own=False, fault="it is [b]"),
+            Place(A, A, fault="it is [b]"),
             Path("/h"),
             0,
-            "note Ray keeps its files in /a/ray, not below TMPDIR: it is [b]",
+            "note the Ray cluster of a run keeps its files in /a, while it runs, not below TMPDIR: it is [b]",
         ),
         (
-            Place(Path("/a"), is_ray_s_own=True, fault="it is bad", is_usable=False),
+            Place(A, A, fault="it is bad", is_usable=False),
             Path("/h"),
             1,
             "bad  a Ray cluster of a run cannot keep its files in /a: it is bad; set RAY_TMPDIR to a folder with a "
             "short path that can be written",
         ),
         (
-            Place(Path("/a"), is_ray_s_own=True),
+            Place(A, A),
             None,
             0,
             "note HOME is not there or cannot be written; a run keeps Ray's token in its environment",

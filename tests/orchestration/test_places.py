@@ -8,7 +8,7 @@ import pytest
 
 from rltune.errors import UserError
 from rltune.orchestration import cluster, places
-from rltune.orchestration.places import LONGEST_SOCKET, MAX_SOCKET_PATH, Place, find_place, serves_python, token_folder
+from rltune.orchestration.places import LONGEST_SOCKET, MAX_SOCKET_PATH, PYTHON_SOCKET, Place, find_place, token_folder
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +37,11 @@ def test_a_longer_path_cannot_be_bound(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_ray_s_own_choice_is_taken_where_it_works(environment: Path) -> None:
     os.environ["TMPDIR"] = str(environment)
-    assert find_place() == Place(environment, is_ray_s_own=True)
+    assert find_place() == Place(environment, environment)
     os.environ["RAY_TMPDIR"] = str(environment)
     os.environ["TMPDIR"] = "/proc/nope"
-    assert find_place() == Place(environment, is_ray_s_own=True)
-    assert list(environment.iterdir()) == [environment / "ray"]
+    assert find_place() == Place(environment, environment)
+    assert list(environment.iterdir()) == []
 
 
 def test_a_path_that_is_one_too_long_is_left_for_a_short_one(environment: Path) -> None:
@@ -49,29 +49,34 @@ def test_a_path_that_is_one_too_long_is_left_for_a_short_one(environment: Path) 
     os.environ["TMPDIR"] = str(longer)
     place = find_place()
     assert place.folder == environment
-    assert not place.is_ray_s_own
+    assert place.is_usable
     assert place.fault.endswith(f"leave it {len(str(environment))} characters")
-    assert not longer.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_left_too(environment: Path) -> None:
     os.environ["TMPDIR"] = "/proc/nope"
-    assert find_place() == Place(environment, is_ray_s_own=False, fault="it cannot be written")
+    assert find_place() == Place(environment, environment, fault="it cannot be written")
 
 
 def test_what_names_a_place_for_ray_alone_is_kept_or_refused() -> None:
     os.environ["RAY_TMPDIR"] = "/proc/nope"
-    assert find_place() == Place(Path("/proc/nope"), is_ray_s_own=True, fault="it cannot be written", is_usable=False)
+    place = find_place()
+    assert (place.folder, place.fault, place.is_usable) == (Path("/proc/nope"), "it cannot be written", False)
     message = r"cannot keep its files in /proc/nope: it cannot be written; set RAY_TMPDIR to a folder with a short path"
     with pytest.raises(UserError, match=message), cluster.connect(None):
         pass
 
 
-def test_python_s_sockets_need_less_room_than_ray_s(environment: Path) -> None:
-    room = places.MAX_SOCKET_PATH - len("/pymp-12345678/listener-12345678")
+def test_python_s_sockets_need_less_room_than_ray_s(environment: Path, tmp_path: Path) -> None:
+    """Temporary files may be large: they stay on the disk that TMPDIR names where Ray's sockets cannot."""
+    room = places.MAX_SOCKET_PATH - len(f"/{PYTHON_SOCKET}")
     for length, fits in ((room, True), (room + 1, False)):
-        os.environ["TMPDIR"] = "/" + "x" * (length - 1)
-        assert serves_python() == fits
+        longer = environment.with_name("x" * (length - len(str(environment.parent)) - 1))
+        assert len(str(longer)) == length
+        os.environ["TMPDIR"] = str(longer)
+        place = find_place()
+        assert place.folder == environment
+        assert place.python_folder == (longer if fits else environment)
 
 
 def test_a_token_is_made_for_whom_ray_cannot_write_one(environment: Path, monkeypatch: pytest.MonkeyPatch) -> None:

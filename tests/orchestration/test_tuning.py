@@ -30,7 +30,7 @@ def spec_of(run: Path) -> JobSpec:
     [
         ("Failure # 1\nTraceback ..\nValueError: no such name: été\n\n", None, "ValueError: no such name: été"),
         (None, "Failure # 1\nOSError: gone", "OSError: gone"),
-        (None, None, "the trial died without a word; see /tmp/ray/session_latest/logs"),
+        (None, None, "the trial died without a word; see /tmp/x/logs"),
     ],
 )
 def test_a_trial_that_died_is_told_of_by_the_last_error_there_is(
@@ -40,7 +40,9 @@ def test_a_trial_that_died_is_told_of_by_the_last_error_there_is(
         (tmp_path / "error.txt").write_text(written)
     ends: list[str] = []
     trial = TuneTrial({"spec": spec_of(tmp_path)}, str(tmp_path / "error.txt"), copied)
-    Recorder(lambda spec, last, error, duration_s: ends.append(error)).on_trial_error(1, [trial], trial)
+    Recorder(lambda spec, last, error, duration_s: ends.append(error), logs="/tmp/x/logs").on_trial_error(
+        1, [trial], trial
+    )
     assert ends == [error]
 
 
