@@ -5,7 +5,8 @@ again only what Train cannot: the processes that drive a job. The ``warm`` execu
 gang again, as often.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from rltune.orchestration.ray_private import cause_of
 from rltune.orchestration.recovery import memory_kills
 from rltune.runs.store import write_atomically
 
+MEMORY_KILL = "low on memory"
+"""In what Ray says of what it killed to free memory; pages of advice follow."""
 KEPT = "is_kept"
 """Key of a report: 1 where a checkpoint that Ray Train does not know of was published before it."""
 MAX_STARTS = 3
@@ -96,6 +99,26 @@ def record_fault(failure_file: Path, error: TrainingFailedError) -> None:
 
 
 def last_line(text: str) -> str:
-    """Return the line of a traceback that says what happened."""
+    """Return the line of a traceback that says what happened: the last, unless Ray has put its advice there."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if killed := [line for line in lines if MEMORY_KILL in line]:
+        return killed[-1]
     return lines[-1] if lines else text
+
+
+@contextmanager
+def memory_kills_told() -> Iterator[None]:
+    """Say what happened where Ray has killed what drives a trial to free memory, which Tune does not look for.
+
+    Raises:
+        RunError: It has.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if MEMORY_KILL not in str(error):
+            raise
+        raise RunError(
+            f"memory ran out, and Ray ended a trial's driver ({last_line(str(error))}); free some, or lower "
+            "resources.concurrent: the same command resumes"
+        ) from error

@@ -17,6 +17,7 @@ from rltune.orchestration.cluster import Cluster
 from rltune.orchestration.confirm_job import measure, mixed, unconfirmed
 from rltune.orchestration.executors.base import EXECUTORS
 from rltune.orchestration.export_job import export_on_workers
+from rltune.orchestration.faults import memory_kills_told
 from rltune.orchestration.job_spec import JobSpec
 from rltune.orchestration.mixing import mixable, wanted_mixtures, wanted_points
 from rltune.orchestration.nodes import count_slots, read_nodes
@@ -238,5 +239,5 @@ class Sweep:
                 verbose=0,
             ),
         )
-        with watch.looking():
+        with watch.looking(), memory_kills_told():
             tuner.fit()

@@ -13,7 +13,15 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, Worker
 
 from rltune.errors import RunError, StorageError
 from rltune.orchestration import tuning
-from rltune.orchestration.faults import MAX_DEATHS, MAX_LOSSES, MAX_STARTS, FaultWatch, is_death
+from rltune.orchestration.faults import (
+    MAX_DEATHS,
+    MAX_LOSSES,
+    MAX_STARTS,
+    FaultWatch,
+    is_death,
+    last_line,
+    memory_kills_told,
+)
 from rltune.orchestration.job import make_trainer
 from rltune.orchestration.job_spec import STORAGE_ERROR, JobSpec
 from rltune.orchestration.sweep import TUNE_FAILURES
@@ -169,6 +177,23 @@ def test_a_memory_kill_is_passed_on() -> None:
     text = "2 worker(s) were killed due to the node running low on memory.\nMemory on the node was 15.2GB / 16GB"
     FaultWatch(kills.append).after_exception(None, {0: OutOfMemoryError(text)})
     assert kills == [text.splitlines()[0]]
+
+
+KILLED = "3 worker(s) were killed due to the node running low on memory. Memory on the node was 22GB used / 23GB limit"
+TEXT = f"Traceback ..\nray.exceptions.OutOfMemoryError: {KILLED}\nSelected to kill: [..]\nRefer to the documentation"
+
+
+def test_ray_s_advice_on_memory_is_not_taken_for_what_happened() -> None:
+    assert last_line(TEXT) == f"ray.exceptions.OutOfMemoryError: {KILLED}"
+    assert last_line("Traceback ..\nValueError: low\n\n") == "ValueError: low"
+
+
+def test_a_driver_that_is_killed_to_free_memory_ends_the_run_with_that_message() -> None:
+    with pytest.raises(RunError, match=r"^memory ran out, .*22GB used / 23GB limit\); free .* resumes$"):  # noqa: SIM117
+        with memory_kills_told():
+            raise RuntimeError(f"Caught unexpected exception: {TEXT}")  # as Tune words it
+    with pytest.raises(RuntimeError, match=r"^another$"), memory_kills_told():
+        raise RuntimeError("another")
 
 
 def test_ray_still_says_of_a_worker_that_it_died_as_we_read_it() -> None:
