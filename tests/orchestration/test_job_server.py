@@ -4,9 +4,12 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,12 +31,14 @@ def no_ray_of_mine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def serve() -> Iterator[Serve]:
-    """Answer each path with a status and a body, JSON unless it is text."""
+    """Answer each path with a status and a body, JSON unless it is text; note who asks, where that is wanted."""
     servers: list[HTTPServer] = []
 
-    def start(answers: dict[str, tuple[int, Any]]) -> str:
+    def start(answers: dict[str, tuple[int, Any]], who: list[str | None] | None = None) -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if who is not None:
+                    who.append(self.headers.get("Authorization"))
                 found = answers.get(self.path) or answers.get(self.path.partition("?")[0])
                 status, body = found or (404, "no such page")
                 content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
@@ -87,6 +92,20 @@ def test_an_address_of_another_kind_is_told_what_would_be_right(address: str, ad
     with pytest.raises(UserError, match=re.escape(advice)) as caught:
         find_url(address)
     assert repr(address.rstrip("/")) in str(caught.value)
+
+
+@pytest.mark.long
+def test_a_token_that_lies_about_is_sent(serve: Serve, tmp_path: Path) -> None:
+    """Ray reads what decides it once, when it is imported: it must be set before, in a process of its own."""
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
+    who: list[str | None] = []
+    url = serve({"/api/version": (200, {"ray_version": "2.60.0"})}, who)
+    code = "import sys; from rltune.orchestration.job_server import connect_to_jobs; connect_to_jobs(sys.argv[1])"
+    for home, sent in ((tmp_path, f"Bearer {TOKEN}"), (tmp_path / "other", None)):
+        environment = dict(os.environ) | {"HOME": str(home)}
+        subprocess.run([sys.executable, "-c", code, url], env=environment, check=True)
+        assert who.pop() == sent
 
 
 def test_a_dashboard_is_asked_for_its_version_and_nodes(serve: Serve) -> None:
