@@ -61,6 +61,16 @@ StorageOption = Annotated[
 """A path, or the text of an address."""
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Print the plan and start nothing.")]
 
+RewardArgument = Annotated[str, typer.Argument(help="A reward, or module:name of your own.", show_default=False)]
+ImageOption = Annotated[
+    list[Path] | None, typer.Option("--image", help="Image to score; repeatable.", callback=at_home)
+]
+PromptOption = Annotated[list[str] | None, typer.Option("--prompt", help="Its prompt; one for all, or one each.")]
+RewardOption = Annotated[
+    list[str] | None, typer.Option("--option", help="Option of the reward: --option target=3. Repeatable.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu or cuda; cuda if there is one.")]
+
 
 def names_of(text: str | None) -> tuple[str, ...]:
     """Return the names that stand in a text with commas between."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from rltune.cli.arguments import at_home
+from rltune.cli.arguments import DeviceOption, ImageOption, PromptOption, RewardArgument, RewardOption, at_home
 from rltune.cli.terminal import console, marked
 from rltune.errors import UserError
 
@@ -23,18 +23,14 @@ WORDS = {"image": "another image", "colour": "plain colour"}
 
 
 def audit(
-    name: Annotated[str, typer.Argument(help="A reward, or module:name of your own.", show_default=False)],
-    images: Annotated[
-        list[Path] | None, typer.Option("--image", help="Image to score; two or more.", callback=at_home)
-    ] = None,
+    name: RewardArgument,
+    images: ImageOption = None,
     masks: Annotated[
         list[Path] | None, typer.Option("--mask", help="Its object, white on black; one each.", callback=at_home)
     ] = None,
-    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Its prompt; one for all, or one each.")] = None,
-    options: Annotated[
-        list[str] | None, typer.Option("--option", help="Option of the reward: --option target=3. Repeatable.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda if there is one.")] = None,
+    prompts: PromptOption = None,
+    options: RewardOption = None,
+    device: DeviceOption = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="PNG to write, with what was scored.", callback=at_home)
     ] = None,
@@ -62,12 +58,9 @@ def audit(
 
 def _batch(images: Sequence[Path], masks: Sequence[Path], prompts: Sequence[str]) -> tuple[Any, Any, list[str]]:
     """Return images ``(B, 3, H, W)``, bool masks of their objects ``(B, 1, H, W)``, and a prompt each."""
-    import torch
-
     from rltune.builtin.render import object_masks, render
     from rltune.builtin.scenes import distinct_scenes
     from rltune.cli.rewards import read_images
-    from rltune.rewards.references import read_image
 
     if len(masks) != len(images):
         raise UserError(f"--mask: give one an image ({len(images)}), got {len(masks)}; paint the object white on black")
@@ -79,12 +72,25 @@ def _batch(images: Sequence[Path], masks: Sequence[Path], prompts: Sequence[str]
         scenes = distinct_scenes(0, NUM_SCENES, is_heldout=True)
         return render(scenes), object_masks(scenes), [scene.caption(random.Random(i)) for i, scene in enumerate(scenes)]
     batch, texts = read_images(images, prompts)
-    painted = [read_image(mask).mean(0, keepdim=True) > 0.5 for mask in masks]
-    for path, mask in zip(masks, painted, strict=True):
-        if mask.shape[1:] != batch.shape[2:]:
-            sizes = [f"{side.shape[-1]} x {side.shape[-2]}" for side in (batch, mask)]
-            raise UserError(f"--mask: {path} must be as large as its image, {sizes[0]}, got {sizes[1]}")
-    return batch, torch.stack(painted), texts
+    return batch, read_masks(masks, batch), texts
+
+
+def read_masks(paths: Sequence[Path], images_B3HW: Any) -> Any:
+    """Return files of masks as bool ``(B, 1, H, W)``, of the size of their images.
+
+    Raises:
+        UserError: A file is no image, or of another size.
+    """
+    import torch
+
+    from rltune.rewards.references import read_image
+
+    painted = [read_image(path).mean(0, keepdim=True) > 0.5 for path in paths]
+    for path, mask in zip(paths, painted, strict=True):
+        if mask.shape[1:] != images_B3HW.shape[2:]:
+            sizes = [f"{side.shape[-1]} x {side.shape[-2]}" for side in (images_B3HW, mask)]
+            raise UserError(f"mask: {path} must be as large as its image, {sizes[0]}, got {sizes[1]}")
+    return torch.stack(painted)
 
 
 def _table(found: "Audit") -> Table:

@@ -10,9 +10,14 @@ import typer
 from rltune import __version__
 from rltune.cli.arguments import (
     AddressOption,
+    DeviceOption,
     DryRunOption,
     ExperimentArgument,
+    ImageOption,
     NameOption,
+    PromptOption,
+    RewardArgument,
+    RewardOption,
     RunArgument,
     SetOption,
     StorageOption,
@@ -22,6 +27,7 @@ from rltune.cli.audit import audit
 from rltune.cli.doctor import doctor
 from rltune.cli.evaluate import evaluate
 from rltune.cli.export import export
+from rltune.cli.finetune import finetune
 from rltune.cli.jobs import register as register_jobs
 from rltune.cli.report import report
 from rltune.cli.soup import soup
@@ -41,7 +47,7 @@ app = typer.Typer(
 )
 builtin = typer.Typer(help="The built-in text-to-image model: its scenes and its recipe.", no_args_is_help=True)
 app.add_typer(builtin, name="builtin")
-rewards = typer.Typer(help="List the rewards that an experiment can name; check one, audit one.")
+rewards = typer.Typer(help="List the rewards that an experiment can name; check one, audit one, fine-tune its head.")
 app.add_typer(rewards, name="rewards")
 models = typer.Typer(help="Weights: which there are, which are on this machine, and fetching the others.")
 app.add_typer(models, name="models")
@@ -219,7 +225,8 @@ app.command()(doctor)
 
 @rewards.callback(invoke_without_command=True)
 def rewards_list(context: typer.Context) -> None:
-    """List the rewards that an experiment can name; ``check`` proves one, ``audit`` says what it hangs on."""
+    """List the rewards that an experiment can name; ``check`` proves one, ``audit`` says what it hangs on, and
+    ``finetune`` makes that the object."""
     if context.invoked_subcommand is None:
         from rltune.cli.rewards import show_rewards
 
@@ -228,15 +235,11 @@ def rewards_list(context: typer.Context) -> None:
 
 @rewards.command("check")
 def rewards_check(
-    name: Annotated[str, typer.Argument(help="A reward, or module:name of your own.", show_default=False)],
-    images: Annotated[
-        list[Path] | None, typer.Option("--image", help="Image to score; repeatable.", callback=at_home)
-    ] = None,
-    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="Its prompt; one for all, or one each.")] = None,
-    options: Annotated[
-        list[str] | None, typer.Option("--option", help="Option of the reward: --option target=3. Repeatable.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; cuda if there is one.")] = None,
+    name: RewardArgument,
+    images: ImageOption = None,
+    prompts: PromptOption = None,
+    options: RewardOption = None,
+    device: DeviceOption = None,
 ) -> None:
     """Score images, or four built-in scenes, and prove shape, range, gradient and independence."""
     from rltune.cli.rewards import check_reward
@@ -245,6 +248,7 @@ def rewards_check(
 
 
 rewards.command()(audit)
+rewards.command()(finetune)
 
 
 @app.command()

@@ -26,8 +26,17 @@ def check_output(path: Path) -> None:
         raise UserError(
             f"--output: must end as a picture does, got {str(path)!r}; write {', '.join(COMMON[:-1])} or {COMMON[-1]}"
         ) from error
+    check_place(path, "samples.png")
+
+
+def check_place(path: Path, example: str) -> None:
+    """Check that a file can be written to ``path``, whose folder is made.
+
+    Raises:
+        UserError: It is a folder, or lies where nothing can be written.
+    """
     if path.is_dir():
-        raise UserError(f"--output: {path} is a folder; name a file in it, such as {path / 'samples.png'}")
+        raise UserError(f"--output: {path} is a folder; name a file in it, such as {path / example}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -173,7 +173,7 @@ def read_images(images: Sequence[Path], prompts: Sequence[str]) -> tuple[Any, li
 
     tensors = [read_image(path) for path in images]
     if len({tensor.shape for tensor in tensors}) > 1:
-        sizes = ", ".join(f"{tensor.shape[2]} x {tensor.shape[1]}" for tensor in tensors)
+        sizes = ", ".join(dict.fromkeys(f"{tensor.shape[2]} x {tensor.shape[1]}" for tensor in tensors))
         raise UserError(f"--image: images must be of one size, got {sizes}; check one at a time")
     if len(prompts) not in (1, len(images)):
         raise UserError(f"--prompt: give one, or one an image ({len(images)}), got {len(prompts)}")

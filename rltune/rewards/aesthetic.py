@@ -9,9 +9,11 @@ import pickle
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from rltune.assets import BUILTIN_AESTHETIC_HEAD
@@ -43,7 +45,7 @@ class Aesthetic:
 
     def __init__(self, tower: ClipTower, head: nn.Module, *, offset: float = 0.0, scale: float = 1.0) -> None:
         self._tower = tower
-        self._head = freeze(head)
+        self.head = freeze(head)
         num_read = next(layer for layer in head.modules() if isinstance(layer, nn.Linear)).in_features
         num_given = tower.text_features([""]).shape[1]
         if num_read != num_given:
@@ -56,17 +58,45 @@ class Aesthetic:
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score RGB in [0, 1] -> ``(B,)`` float32, differentiable. Ignores what the prompts say."""
-        score_B1: Tensor = self._head(self._tower.image_features(images_B3HW))
-        return self._offset + self._scale * score_B1[:, 0]
+        return self.of_features(self._tower.image_features(images_B3HW))
+
+    def of_features(self, features_BD: Tensor) -> Tensor:
+        """Score what ``features`` returns -> the shape without its last axis, float32, differentiable."""
+        score_B1: Tensor = self.head(features_BD)
+        return self._offset + self._scale * score_B1[..., 0]
 
     def features(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the unit image embedding ``(B, D)`` that the head reads."""
         return self._tower.image_features(images_B3HW)
 
+    def with_head(self, head: nn.Module) -> "Aesthetic":
+        """Return the score of another head on the same model."""
+        return Aesthetic(self._tower, head, offset=self._offset, scale=self._scale)
+
+    def save(self, path: Path) -> None:
+        """Write the head as a file that its reward's option ``head`` takes: ours in float32, or LAION's state dict.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        state = {f"layers.{name}": value.cpu().contiguous() for name, value in self.head.state_dict().items()}
+        maps = [layer for layer in self.head.modules() if isinstance(layer, nn.Linear)]
+        part = path.with_name(f"{path.name}.{uuid4().hex}.part")  # moved into place whole
+        try:
+            if any(isinstance(layer, nn.SiLU) for layer in self.head.modules()):
+                about = {"in": maps[0].in_features, "hidden": json.dumps([layer.out_features for layer in maps[:-1]])}
+                about |= {"activation": "silu", "offset": self._offset, "scale": self._scale}
+                part.write_bytes(serialise(state, metadata={name: str(value) for name, value in about.items()}))
+            else:
+                torch.save(state, part)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
     def to(self, device: torch.device) -> None:
         """Move model and head to ``device``."""
         self._tower.to(device)
-        self._head.to(device)
+        self.head.to(device)
 
 
 LAION_HEAD = WeightsFile(

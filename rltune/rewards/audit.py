@@ -110,6 +110,18 @@ def audit(name: str, reward: Reward, images_B3HW: Tensor, objects_B1HW: Tensor, 
     )
 
 
+def check_masks(objects_B1HW: Tensor, *, first: int = 0) -> None:
+    """Check that every image shows an object and something else; ``first`` images came before these.
+
+    Raises:
+        UserError: One does not.
+    """
+    for i, mask_1HW in enumerate(objects_B1HW):
+        if not mask_1HW.any() or mask_1HW.all():
+            what = "nothing" if not mask_1HW.any() else "everything"
+            raise UserError(f"mask: number {first + i + 1} marks {what} as the object; paint the object white on black")
+
+
 def share(object_B: Array, ground_B: Array) -> tuple[float, float | None]:
     """Return the share of the first in the sum of both, and half the width of its 95 % interval by the jackknife.
 
@@ -132,10 +144,7 @@ def _check(name: str, reward: Reward, objects_B1HW: Tensor) -> None:
         raise UserError(f"reward {name!r}: compares the images of a prompt, so that no image's score is its own")
     if len(objects_B1HW) < 2:
         raise UserError("--image: an audit fills images from one another, got 1; give two or more")
-    for i, mask_1HW in enumerate(objects_B1HW):
-        if not mask_1HW.any() or mask_1HW.all():
-            what = "nothing" if not mask_1HW.any() else "everything"
-            raise UserError(f"--mask: number {i + 1} marks {what} as the object; paint the object white on black")
+    check_masks(objects_B1HW)
 
 
 def _scores(name: str, reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> Array:
