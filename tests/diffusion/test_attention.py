@@ -191,6 +191,30 @@ def test_the_gradient_takes_the_edit_for_a_constant_however_steps_are_kept(has_b
         torch.testing.assert_close(gradient, gradients[0], rtol=1e-11, atol=1e-13)
 
 
+def test_an_edit_is_searched_for_once_a_step_and_averaged_over_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found heights are 1, 2, .. in turn; a checkpoint and the base model, which see the same input, take those."""
+    toy, counts = reading_toy(), {True: 0, False: 0}
+
+    def counted(logits_BNPL: Tensor, words: Words, bumps_PG: Tensor, iterations: int) -> Tensor:
+        counts[torch.is_grad_enabled()] += 1
+        step = -(-counts[True] // len(layers_of(toy.network)))
+        return logits_BNPL.new_full((*logits_BNPL.shape[:2], bumps_PG.shape[1], words.index_BW.shape[1]), step)
+
+    monkeypatch.setattr(attention, "regulate", counted)
+    chain = sampler_of(toy).open(PROMPTS[:2], draw(toy, range(2), 0), None)
+
+    def observe(step: int, x: Tensor, f: Tensor) -> None:
+        chain.predict_base(step, x.detach())
+
+    chain.run(GradientPlan.last(T, T), observe=observe).sum().backward()
+    assert counts == {True: EDITED * len(layers_of(toy.network)), False: 0}
+    assert chain.attended is not None
+    found = [chain.attended._found[step].heights for step in range(EDITED)]
+    for expected, heights in zip((1, 0.25 * 1 + 0.75 * 2, 0.25 * 1.75 + 0.75 * 3), found, strict=True):
+        for height in heights.values():
+            assert (height == expected).all()
+
+
 @pytest.mark.parametrize("make", [stable_diffusion, sdxl])
 def test_pipelines_of_both_kinds_are_edited(make: Any) -> None:
     model = family_of(made(make))

@@ -164,6 +164,29 @@ def test_a_network_that_is_told_no_guidance_is_given_none(tmp_path: Path) -> Non
         planned(tmp_path, {**FIXED, "sampler": {"embedded_guidance": 3.5}})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"sampler": {"attention": {"strength": {"choice": [0.0, 1.0]}}}},
+        {"regularize": {"attention": {"float": [0.0, 2.0]}}},
+    ],
+)
+def test_attention_is_refused_before_the_start_where_there_is_none_of_its_kind(tmp_path: Path, sections: Any) -> None:
+    base, where = tmp_path / "flux", next(iter(sections))
+    tiny_families.flux().save_pretrained(base)
+    with pytest.raises(
+        ExperimentError, match=rf"{where}\.attention: only UNets .*whose network is a FluxTransformer2D"
+    ):
+        planned(tmp_path, on(base, **sections))
+    layers = {"sampler": {"attention": {"strength": 1.0, "layers": ["up_blocks.7"]}}}
+    with pytest.raises(
+        ExperimentError, match=r"sampler\.attention\.layers: .*got 'up_blocks\.7'; there is down_blocks\.0"
+    ):
+        planned(tmp_path, {**FIXED, **layers})
+    assert planned(tmp_path, {**FIXED, **sections}).experiment
+
+
 def test_a_rule_of_flow_models_is_refused_for_others(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match=r"rule 'flow_grpo' is that of a flow model, and DDIM is of another kind"):
         planned(tmp_path, {**FIXED, "sampler": {"rule": "flow_grpo", "eta": 0.7}})
