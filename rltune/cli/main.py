@@ -30,6 +30,7 @@ from rltune.cli.export import export
 from rltune.cli.finetune import finetune
 from rltune.cli.jobs import register as register_jobs
 from rltune.cli.report import report
+from rltune.cli.sample import sample
 from rltune.cli.soup import soup
 from rltune.cli.terminal import errors, marked, take_any_text
 from rltune.errors import RltuneError
@@ -164,58 +165,7 @@ def compare(
 
 app.command()(report)
 app.command()(export)
-
-
-@app.command()
-def sample(
-    loras: Annotated[
-        list[Path] | None, typer.Argument(help="LoRA folders or files; none: the base model.", callback=at_home)
-    ] = None,
-    prompts: Annotated[
-        list[str] | None, typer.Option("--prompt", help="What to draw; repeatable. Else held-out prompts.")
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.", callback=at_home)] = Path(
-        "samples.png"
-    ),
-    base: Annotated[
-        str | None, typer.Option(help="Base model; that of the first LoRA's run if left out.", callback=at_home)
-    ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the run's, else the model's.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; the run's, else the model's.")] = None,
-    negative: Annotated[str | None, typer.Option(help="Negative prompt; the run's, else none.")] = None,
-    base_steps: Annotated[
-        int | None, typer.Option(min=0, help="First steps left to the base model; the run's, else 0.")
-    ] = None,
-    attention: Annotated[
-        float | None, typer.Option(min=0, max=10, help="Strength of sampler.attention; the run's, else 0, off.")
-    ] = None,
-    image: Annotated[Path | None, typer.Option(help="Image to fill, for inpainting.", callback=at_home)] = None,
-    mask: Annotated[
-        Path | None, typer.Option(help="Where to fill it, white, of the same size; else at random.", callback=at_home)
-    ] = None,
-    images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, the same for every row.")] = 0,
-) -> None:
-    """Draw an image grid: the base model beside LoRAs, same prompts and same seeds."""
-    from rltune.cli.sample import sample_grid
-
-    sample_grid(
-        loras or [],
-        prompts or [],
-        output,
-        base=base,
-        num_steps=steps,
-        guidance=guidance,
-        negative=negative,
-        num_base_steps=base_steps,
-        attention=attention,
-        image=image,
-        mask=mask,
-        num_images=images,
-        seed=seed,
-    )
-
-
+app.command()(sample)
 app.command()(evaluate)
 app.command()(soup)
 

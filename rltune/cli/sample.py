@@ -3,9 +3,12 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rltune.canvas import Canvas
+import typer
+
+from rltune.cli.arguments import at_home
+from rltune.cli.noise import Wish
 from rltune.cli.terminal import console
 from rltune.errors import UserError
 from rltune.records import check_schema
@@ -14,6 +17,68 @@ if TYPE_CHECKING:
     from rltune.config.experiment import RunConfig
 
 NUM_DEFAULT_PROMPTS = 4
+DEFAULT_OUTPUT = Path("samples.png")
+NOTHING = Wish(None)
+
+
+Repeated = list[str] | None
+
+
+def sample(
+    loras: Annotated[
+        list[Path] | None, typer.Argument(help="LoRA folders or files; none: the base model.", callback=at_home)
+    ] = None,
+    prompts: Annotated[
+        Repeated, typer.Option("--prompt", help="What to draw; repeatable. Else held-out prompts.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.", callback=at_home)] = Path(
+        "samples.png"
+    ),
+    base: Annotated[
+        str | None, typer.Option(help="Base model; that of the first LoRA's run if left out.", callback=at_home)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; the run's, else the model's.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="Guidance scale; the run's, else the model's.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Negative prompt; the run's, else none.")] = None,
+    base_steps: Annotated[
+        int | None, typer.Option(min=0, help="First steps left to the base model; the run's, else 0.")
+    ] = None,
+    attention: Annotated[
+        float | None, typer.Option(min=0, max=10, help="Strength of sampler.attention; the run's, else 0, off.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to fill, for inpainting.", callback=at_home)] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Where to fill it, white, of the same size; else at random.", callback=at_home)
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, the same for every row.")] = 0,
+    optimise: Annotated[str | None, typer.Option(help="noise: rows whose x_T is optimised besides.")] = None,
+    rewards: Annotated[Repeated, typer.Option("--reward", help="To raise: NAME or NAME=WEIGHT. Repeatable.")] = None,
+    options: Annotated[Repeated, typer.Option("--option", help="Of a reward: NAME.KEY=VALUE. Repeatable.")] = None,
+    judges: Annotated[Repeated, typer.Option("--judge", help="Reward to measure alone. Repeatable.")] = None,
+    optimise_steps: Annotated[int | None, typer.Option(min=1, help="Steps of the noise; 20 if left out.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0, help="Length of one, of the noise's norm; 0.1 if left out.")
+    ] = None,
+    k: Annotated[int | None, typer.Option("--k", min=1, help="Last sampling steps with gradient; else all.")] = None,
+) -> None:
+    """Draw an image grid: the base model beside LoRAs, same prompts and same seeds."""
+    sample_grid(
+        loras or [],
+        prompts or [],
+        output,
+        base=base,
+        num_steps=steps,
+        guidance=guidance,
+        negative=negative,
+        num_base_steps=base_steps,
+        attention=attention,
+        image=image,
+        mask=mask,
+        num_images=images,
+        seed=seed,
+        wish=Wish(optimise, rewards or (), options or (), judges or (), optimise_steps, rate, k),
+    )
 
 
 def sample_grid(
@@ -31,20 +96,25 @@ def sample_grid(
     mask: Path | None = None,
     num_images: int,
     seed: int,
+    wish: Wish = NOTHING,
 ) -> None:
     """Draw the base model and each LoRA on the same prompts and noise, and write one labelled PNG.
+
+    Where ``wish`` says so, a row under each has the same with the noise optimised.
 
     Raises:
         UserError: ``output`` cannot be written; a LoRA cannot be read, or was trained on another base model; no step is
             left to the LoRAs, or the base model's attention cannot be edited.
     """
+    from rltune.canvas import Canvas
     from rltune.cli.output_file import check_output, save_picture
     from rltune.diffusion.adapter_files import find_adapter_file
     from rltune.diffusion.outline import find_pipeline
     from rltune.orchestration.inspection import check_reach
-    from rltune.training.grids import draw_rows, labelled_grid
+    from rltune.training.grids import labelled_grid
     from rltune.training.quiet import quiet_libraries
 
+    wish.check()
     check_output(output)
     quiet_libraries()
     files = [find_adapter_file(path) for path in loras]
@@ -62,12 +132,38 @@ def sample_grid(
         config = config.model_copy(update={"task": "inpaint"})
     if find_pipeline(config.model.base, config.model.revision, config.model.config) is None:
         check_reach(config.model.base)  # in a second, where the hub's library would try for 40
-    rows = draw_rows(config, files, shown, num_images=num_images, seed=seed)
-    labels = [*(["given"] if config.task == "inpaint" else []), "base", *lora_labels(loras)]
+    models = ["base", *lora_labels(loras)]
+    rows, labels = _rows(config, files, shown, models, wish, num_images=num_images, seed=seed)
+    labels = [*(["given"] if config.task == "inpaint" else []), *labels]
     written = save_picture(labelled_grid(rows, labels, shown, num_images=num_images), output)
     console.print(f"{written}: {len(rows)} rows ({', '.join(labels)}), {num_images} images for each of", soft_wrap=True)
     for prompt in shown:
         console.print(f"  {prompt}", soft_wrap=True)
+
+
+def _rows(
+    config: "RunConfig",
+    files: Sequence[Path],
+    prompts: Sequence[str],
+    labels: Sequence[str],
+    wish: Wish,
+    *,
+    num_images: int,
+    seed: int,
+) -> tuple[list[Any], list[str]]:
+    """Return the rows of the grid and what they are called; print what was gained where noise is optimised."""
+    from rltune.cli.noise import aim_of, show_pairs
+    from rltune.training.grids import draw_rows, given_row
+    from rltune.training.noise_rows import paired_rows
+
+    if wish.kind is None:
+        return draw_rows(config, files, prompts, num_images=num_images, seed=seed), list(labels)
+    aim = aim_of(wish, config.model.base, prompts)
+    pairs = list(paired_rows(config, files, prompts, aim, num_images=num_images, seed=seed))
+    show_pairs(pairs, labels, aim)
+    rows = [row.pixels_NHW3 for pair in pairs for row in (pair.drawn, pair.optimised)]
+    names = [name for label in labels for name in (label, f"{label} + noise")]
+    return [*given_row(prompts, rows[0].shape[1:3], num_images), *rows], names
 
 
 def _asked(config: Any, prompts: Sequence[str], image: Path | None, mask: Path | None, card: Any) -> list[str]:

@@ -41,9 +41,8 @@ class Faithful:
         return torch.tensor([self._score(verdict) for verdict in verdicts], device=images_B3HW.device)
 
     def _content(self, prompt: str) -> Content:
-        content = parse(prompt)
-        colors = [group.color for group in content.groups] if content else []
-        if content is None or len(set(colors)) < len(colors):
+        content = asked_of(prompt)
+        if content is None:
             raise UserError(
                 f"judge {'faithful_exact' if self._is_strict else 'faithful'!r}: cannot read what {prompt!r} asks for; "
                 "it reads prompts of the built-in model only, such as 'two red stars and a blue ring on a white "
@@ -59,6 +58,13 @@ class Faithful:
     def to(self, device: torch.device) -> None:
         """Move the judge to ``device``."""
         self._judge.to(device)
+
+
+def asked_of(prompt: str) -> Content | None:
+    """Return what a prompt of the built-in world asks for; None of others, and where two kinds share a colour."""
+    content = parse(prompt)
+    colors = [group.color for group in content.groups] if content else []
+    return None if len(set(colors)) < len(colors) else content
 
 
 @REWARDS.register("faithful", Card("0 to 1", is_shipped=True, value_range=(0.0, 1.0), is_differentiable=False))

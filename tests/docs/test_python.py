@@ -15,9 +15,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from typer.testing import CliRunner
 
 import rltune
 from rltune.assets import BUILTIN_DIR
+from rltune.cli.main import app
 from rltune.cli.rewards import check_reward
 from rltune.config.experiment import RunConfig
 from rltune.config.load import load_experiment
@@ -37,7 +39,7 @@ from rltune.training.evaluation import to_uint8
 from rltune.training.rewards import build_reward
 from rltune.training.sampling import make_sampler
 from tests import run_folders
-from tests.docs.pages import PAGES, README, ROOT, Page, page_named
+from tests.docs.pages import PAGES, README, ROOT, Page, commands_of, page_named
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -225,3 +227,15 @@ def test_what_the_page_says_of_a_run_is_there(mix: RunFolder) -> None:
     assert {"members", "knee", "best", "hypervolume", "reference_point", "units"} <= run.front.keys()
     calls = {name for name in rltune.__all__ if name[0].islower()}
     assert {name for name in calls if f"`rltune.{name}(" not in text} == set()
+
+
+@pytest.mark.long
+def test_the_noise_is_optimised_as_the_page_says(reader: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, Any] = {}
+    exec(block_with(page_named("rewards"), "python", "optimise_noise"), names)
+    assert names["found"].objective_SB.shape == (4, 1)
+    (words,) = [words for words in commands_of(page_named("rewards")) if "--optimise" in words]
+    runner = CliRunner()
+    result = runner.invoke(app, [*words[1:], "--steps", "2", "--optimise-steps", "1", "--images", "1"])
+    assert result.exit_code == 0, result.output
+    assert (reader / "samples.png").is_file()
