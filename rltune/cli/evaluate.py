@@ -12,7 +12,7 @@ import typer
 
 from rltune.cli.arguments import at_home, names_of, numbers_of
 from rltune.cli.targets import Asked, Target, find_targets, shared_origin
-from rltune.cli.terminal import console
+from rltune.cli.terminal import console, told
 from rltune.errors import UserError
 
 if TYPE_CHECKING:
@@ -159,8 +159,3 @@ def show(measured: Sequence["Assessed"], about: dict[str, Any]) -> None:
         style="dim",
         soft_wrap=True,
     )
-
-
-def told(value: float, half: float | None, *, sign: str = "") -> str:
-    """Return a mean with its interval."""
-    return f"{value:{sign}.4g}" if half is None else f"{value:{sign}.4g} ±{half:.2g}"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rltune.cli.terminal import console
+from rltune.cli.terminal import console, told
 from rltune.errors import UserError
 
 if TYPE_CHECKING:
@@ -98,7 +98,6 @@ def show_pairs(pairs: Sequence["Pair"], labels: Sequence[str], aim: "Aim") -> No
     """Print what each model's images scored before and after, and what that took."""
     from rich.table import Table
 
-    from rltune.cli.evaluate import told
     from rltune.intervals import half_width, standard_error
 
     table = Table(box=None, pad_edge=False, header_style="dim")

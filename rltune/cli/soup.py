@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rltune.cli.arguments import at_home, names_of, numbers_of
-from rltune.cli.evaluate import about_bench, told
+from rltune.cli.evaluate import about_bench
 from rltune.cli.targets import Asked, Origin, Target, find_targets, shared_origin
-from rltune.cli.terminal import console
+from rltune.cli.terminal import console, told
 from rltune.errors import UserError
 from rltune.runs.addresses import as_folder
 

@@ -66,3 +66,8 @@ def _stand_in(error: UnicodeError) -> tuple[str | bytes, int]:
         return known, error.start + 1
     error.end = error.start + 1
     return codecs.backslashreplace_errors(error)
+
+
+def told(value: float, half: float | None, *, sign: str = "") -> str:
+    """Return a mean with its interval."""
+    return f"{value:{sign}.4g}" if half is None else f"{value:{sign}.4g} ±{half:.2g}"
