@@ -42,7 +42,7 @@ from rltune.training.quiet import quiet_libraries
 GROUPS = (Group(1, "plain", "red", "ring"), Group(1, "plain", "blue", "star"), Group(1, "plain", "yellow", "circle"))
 GROUND = "white"
 REFERENCES, RENDERS, IMAGES, STEPS, SHOWN = 5, 64, 16, 20, 8
-KINDS = {"centroid": ("centroid",), "presence": ("presence",), "both": ("centroid", "presence")}
+KINDS = {"centroid": ("centroid",), "both": ("centroid", "presence")}
 WEIGHTS = {"centroid": 1.0, "presence": 0.1}
 """Of raw scores: a cosine, and the logarithm of a chance."""
 
@@ -179,7 +179,7 @@ def picture(folder: Path, rows: Sequence[str], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rows", default="renders,model,luck,centroid,presence,both")
+    parser.add_argument("--rows", default="renders,model,luck,centroid,both")
     parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
