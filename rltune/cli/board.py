@@ -116,7 +116,8 @@ def _state_lines(trial: TrialStatus, objectives: Sequence[str]) -> Iterator[str]
         yield f"{name} failed: {trial.reason}"
     elif trial.metrics:
         scores = ", ".join(f"{objective} {trial.metrics[f'eval/{objective}']:.3f}" for objective in objectives)
-        step = "" if trial.trial == BASE_TRIAL else f" step {int(trial.metrics['step'])}/{trial.num_steps}"
+        is_trained = trial.trial != BASE_TRIAL and trial.num_steps > 0
+        step = f" step {int(trial.metrics['step'])}/{trial.num_steps}" if is_trained else ""
         yield f"{name}{step}: {scores}"
     elif trial.trial != BASE_TRIAL:
         yield f"{name} started"

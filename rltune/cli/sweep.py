@@ -117,7 +117,7 @@ def _printing(here: Path, written: list[Path], reported: list[Path]) -> Callable
                 written.append(event.folder)
                 shown = _shown(event.folder, here)
                 does = (
-                    "draws what was trained" if event.format == "conditioning" else "loads in diffusers at weight 1.0"
+                    "draws what was measured" if event.format == "conditioning" else "loads in diffusers at weight 1.0"
                 )
                 console.print(f"{shown}  {does} ({event.proof})", soft_wrap=True)
 
@@ -163,6 +163,8 @@ def _method(experiment: Experiment) -> str:
     depth = "" if k is None else f", K {k}"
     name = "estimator searched" if name == "searched" else name
     steps = "" if config.sampler.steps is None else f", {config.sampler.steps} sampling steps"
+    if config.model.adapter.kind == "prompt":
+        name, depth = "words alone", ""
     return f"{name} on the {config.model.base} model{steps}{depth}"
 
 
@@ -240,6 +242,10 @@ def _confirmed(experiment: Experiment) -> str:
     )
 
 
+def _training(work: Workload) -> str:
+    return f"{work.num_steps} steps of {work.images_per_step} images, " if work.num_steps else ""
+
+
 def _workers(work: Workload) -> str:
     fewest = f"{work.min_workers} to " if work.min_workers < work.num_workers else ""
     many = "s" if work.num_workers > 1 else ""
@@ -292,8 +298,9 @@ def _duration(plan: Plan) -> dict[str, str]:
     if plan.duration is None:
         return {}
     (step_low, step_high), (low, high) = plan.duration.step_s, plan.duration.total_s
+    step = f"{step_low:.2g} to {step_high:.2g} s a step, " if plan.workload.num_steps else ""
     return {
-        "time": f"{step_low:.2g} to {step_high:.2g} s a step, {_roughly(low)} to {_roughly(high)} in all, from what "
+        "time": f"{step}{_roughly(low)} to {_roughly(high)} in all, from what "
         "networks compute and how fast this CPU multiplies; rewards are not counted"
     }
 
@@ -315,9 +322,10 @@ def print_plan(plan: Plan, cluster: Cluster | None) -> None:
         "rewards": _rewards(experiment),
         **_prompts(experiment, inputs),
         "searched": _searched(experiment),
-        "trials": f"the base model and {work.num_trials} trained, {work.num_concurrent} at a time",
-        "a trial": f"{work.num_steps} steps of {work.images_per_step} images, {work.num_evaluations} "
-        f"evaluation{'s' if work.num_evaluations > 1 else ''} of {work.images_per_evaluation}; {_workers(work)}",
+        "trials": f"the base model and {work.num_trials} {'trained' if work.num_steps else 'more'}, "
+        f"{work.num_concurrent} at a time",
+        "a trial": f"{_training(work)}{work.num_evaluations} evaluation{'s' if work.num_evaluations > 1 else ''} of "
+        f"{work.images_per_evaluation}; {_workers(work)}",
         "images": f"{work.num_images:,} in all",
         **_memory(plan),
         **_duration(plan),

@@ -141,7 +141,7 @@ def _trial_table_with(
             mark,
             f"{trial.trial} base" if is_base else trial.trial,
             Text(trial.state, style=STATE_STYLES[trial.state]),
-            "" if is_base else f"{trial.step}/{trial.num_steps}",
+            "" if is_base or not trial.num_steps else f"{trial.step}/{trial.num_steps}",
             *(_objective(trial, name, base) for name in objectives),
             *(format_value(trial.values.get(path, "")) for path in paths),
             style="bold" if trial.is_on_front else None,

@@ -1,5 +1,6 @@
 """What a kind of adapter does not go together with."""
 
+import re
 from collections.abc import Iterator
 
 from rltune.config.model_section import LoraConfig
@@ -11,6 +12,8 @@ MIXED = ("sum", "chebyshev")
 
 
 PLACE = "{prompt}"
+NAMES = re.compile(r"\{(\w+)\}")
+"""Of what stands in a template."""
 
 
 def adapter_clashes(config: Settings, known: Known) -> Iterator[Clash]:
@@ -19,6 +22,28 @@ def adapter_clashes(config: Settings, known: Known) -> Iterator[Clash]:
         yield from _basis_clashes(config, known)
     if config.model.adapter.kind == "conditioning":
         yield from _conditioning_clashes(config)
+    if config.model.adapter.kind == "prompt":
+        yield from _prompt_clashes(config)
+
+
+def _prompt_clashes(config: Settings) -> Iterator[Clash]:
+    """Yield what keeps words from being added to prompts."""
+    kind, section = "model.adapter.kind", config.model.prompt
+    if section.template.count(PLACE) != 1:
+        what = f"must hold {PLACE} once, got {section.template!r}"
+        yield Clash("model.prompt.template", what, f'write such as "{PLACE}, {{light}}"', (kind,))
+    names = set(NAMES.findall(section.template)) - {PLACE[1:-1]}
+    if missing := sorted(names - section.words.keys()):
+        what = f"names {', '.join(missing)}, for which model.prompt.words has nothing, got {section.template!r}"
+        yield Clash("model.prompt.template", what, f"add {missing[0]} to model.prompt.words", (kind,))
+    for name in sorted(section.words.keys() - names):
+        what = f"stands nowhere in model.prompt.template, {section.template!r}, got {section.words[name]!r}"
+        yield Clash(f"model.prompt.words.{name}", what, f"write {{{name}}} there, or delete it", (kind,))
+    if config.sampler.base_steps:
+        what = f"words are for all steps where {kind} is prompt, got {config.sampler.base_steps}"
+        yield Clash("sampler.base_steps", what, "delete it", (kind,))
+    yield from _shifted_clashes(config, "model.prompt.template", section.template)
+    yield from _no_lora_clashes(config)
 
 
 def _conditioning_clashes(config: Settings) -> Iterator[Clash]:
@@ -27,22 +52,33 @@ def _conditioning_clashes(config: Settings) -> Iterator[Clash]:
     if template.count(PLACE) != 1 or template.strip() == PLACE:
         what = f"must hold {PLACE} once, and words of style beside it, got {template!r}"
         yield Clash("model.conditioning.styled", what, f'write such as "{PLACE}, in warm light"', (kind,))
-    is_behind = not template.startswith(PLACE)
+    yield from _shifted_clashes(config, "model.conditioning.styled", template)
+    yield from _no_lora_clashes(config)
+
+
+def _shifted_clashes(config: Settings, path: str, template: str) -> Iterator[Clash]:
+    """Yield what a template does not go together with because of words before the prompt."""
+    if template.startswith(PLACE):
+        return
     for where, is_on in (
         ("sampler.attention.strength", config.sampler.attention.is_on),
         ("regularize.attention", config.regularize.attention > 0),
     ):
-        if is_on and is_behind:
+        if is_on:
             what = f"{where} looks for the prompt's words at their own places, which words before it shift"
             remedy = f"begin with {PLACE}, or set {where} to 0"
-            yield Clash("model.conditioning.styled", f"{what}, got {template!r}", remedy, (where, kind))
-    own = LoraConfig()
+            yield Clash(path, f"{what}, got {template!r}", remedy, (where, "model.adapter.kind"))
+
+
+def _no_lora_clashes(config: Settings) -> Iterator[Clash]:
+    kind, own = "model.adapter.kind", LoraConfig()
+    name_of_kind = config.model.adapter.kind
     for name in LoraConfig.model_fields:
         if (value := getattr(config.model.lora, name)) != getattr(own, name):
-            what = f"no LoRA is trained where {kind} is conditioning, got {value!r}"
+            what = f"no LoRA is trained where {kind} is {name_of_kind}, got {value!r}"
             yield Clash(f"model.lora.{name}", what, "delete it", (kind,))
     if config.sweep.soup:
-        what = f"soups are sums of LoRAs, and none is trained where {kind} is conditioning, got true"
+        what = f"soups are sums of LoRAs, and none is trained where {kind} is {name_of_kind}, got true"
         yield Clash("sweep.soup", what, "delete it", (kind,))
 
 

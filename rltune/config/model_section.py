@@ -36,7 +36,8 @@ class AdapterConfig(StrictModel):
     kind: Text = "lora"
     """``lora``: one LoRA, as the section ``model.lora`` has it. ``basis``: such a LoRA for each reward of positive
     weight, trained together so that any mix of them is good for that mix of the rewards. ``conditioning``: no weights,
-    but one number a sampling step, which mixes a prompt's embedding with that of a styled prompt."""
+    but one number a sampling step, which mixes a prompt's embedding with that of a styled prompt. ``prompt``: nothing
+    is trained; the words that a template adds to every prompt are measured, and searched."""
 
 
 class BasisConfig(StrictModel):
@@ -63,6 +64,17 @@ class ConditioningConfig(StrictModel):
     of both embeddings, (1 - lambda) of the prompt's and lambda of the styled one's; the lambdas are trained."""
 
 
+class PromptConfig(StrictModel):
+    """What words are added to prompts (``model.adapter.kind: prompt``)."""
+
+    template: Text = "{prompt}"
+    """What the network is told, with ``{prompt}`` for the prompt itself, and other names in braces for ``words``:
+    ``"{prompt}, {light}, {style}"``. Rewards and judges are told of the prompt itself."""
+    words: dict[Text, str] = Field({})
+    """What stands for each name: ``light: {choice: [even light, dark corners, ""]}`` is searched. Where it is empty,
+    the comma before it goes too."""
+
+
 class ModelConfig(StrictModel):
     """What is fine-tuned."""
 
@@ -87,3 +99,5 @@ class ModelConfig(StrictModel):
     """The mixes that LoRAs of a basis are trained at."""
     conditioning: ConditioningConfig = ConditioningConfig()
     """What prompts are mixed with."""
+    prompt: PromptConfig = PromptConfig()
+    """What words are added to prompts."""

@@ -78,7 +78,9 @@ class Settings(StrictModel):
 
     @property
     def num_rounds(self) -> int:
-        """Greatest number of rounds a run can take: every image costs at least one reward query."""
+        """Greatest number of rounds a run can take: an image costs at least one query; 0 for words alone."""
+        if self.model.adapter.kind == "prompt":
+            return 0
         queries = self.optim.queries
         return self.optim.steps if queries is None else min(self.optim.steps, -(-queries // self.optim.batch))
 

@@ -77,4 +77,5 @@ def _mix_of(content: Mapping[str, Any], file: Path) -> PromptMix:
     if len(timesteps) != len(lambdas) or len(set(timesteps)) != len(timesteps):  # type: ignore[arg-type]
         what = f"{len(lambdas)} lambdas for {len(set(timesteps))} timesteps"  # type: ignore[arg-type]
         raise UserError(f"{file}: must have a lambda for each timestep, got {what}; {REMEDY}")
-    return PromptMix(template, torch.tensor(timesteps, dtype=torch.float64), torch.tensor(lambdas))
+    mix = PromptMix(template, torch.tensor(timesteps, dtype=torch.float64), torch.tensor(lambdas))
+    return mix.requires_grad_(False)

@@ -52,6 +52,11 @@ class PromptMix(nn.Module):
         self.strength = 1.0
         """What every number is multiplied by."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the styled prompt takes the prompt's place at every step, whatever its length. Never in training."""
+        return not self.lambda_T.requires_grad and self.strength == 1.0 and bool((self.lambda_T == 1.0).all())
+
     def at(self, t: Tensor) -> Tensor:
         """Return the number of a timestep, 0-d: linear between those that there are, the nearest beyond them.
 
@@ -121,7 +126,7 @@ def attach_mix(model: ModelFamily, mix: PromptMix) -> None:
     Raises:
         UserError: Its prompts cannot be mixed.
     """
-    if not model.has_fixed_text:
+    if not (model.has_fixed_text or mix.is_whole):
         raise unfit(model)
     device = next(model.network.parameters()).device
     model.network.add_module(ATTACHED, mix.to(device))

@@ -185,7 +185,9 @@ class Sampler:
             UserError: The picture of a prompt is gone, or is not what it was; or adapters share the steps of a chain
                 whose attention is regulated.
         """
-        rows = self.embeddings.rows(prompts)
+        mix = attached_mix(self.model.network)
+        others = () if mix is None else self.embeddings.rows([styled(mix.template, prompt) for prompt in prompts])
+        rows = others if mix is not None and mix.is_whole and not mix.is_off else self.embeddings.rows(prompts)
         given = given_of(prompts, self.size_px, x_BCHW.device)
         known = None if given is None else told(self.model, given)
         blend = None if given is None or known else blend_of(self.model, given, x_BCHW, self.table)
@@ -201,7 +203,7 @@ class Sampler:
             embedded_guidance=self.embedded_guidance,
             gradient=self.guidance_gradient,
             told=known or (),
-            text_at=self._text_at(prompts, rows, x_BCHW.device),
+            text_at=None if mix is None or mix.is_whole else mix.over(self.model, rows, others, x_BCHW.device),
         )
         denoise = self.switches.bound(denoise, strengths_BM)
         chain = Chain(self, denoise, self.table, x_BCHW, noise, rows, blend, keys, strengths_BM, attended)
@@ -222,12 +224,6 @@ class Sampler:
                 "weights, or sample without"
             )
         return Attended(self.model, self.attention, self.table.timesteps_T)
-
-    def _text_at(self, prompts: Sequence[str], rows: Sequence[Conditioning], device: torch.device) -> TextAt | None:
-        mix = attached_mix(self.model.network)
-        if mix is None:
-            return None
-        return mix.over(self.model, rows, self.embeddings.rows([styled(mix.template, p) for p in prompts]), device)
 
     def latents(self, prompts: Sequence[str], x_BCHW: Tensor, *, plan: GradientPlan, noise: StepNoise | None) -> Tensor:
         """Run the whole chain from x_T -> x_0 (B, C, H, W), differentiable as ``plan`` says of the adapters' steps."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rltune.config.experiment import RunConfig
 from rltune.diffusion.adapter_files import load_adapter_file
-from rltune.diffusion.conditioning import MIX_FILE, attached_mix
+from rltune.diffusion.conditioning import MIX_FILE, PLACE, attached_mix
 from rltune.diffusion.families.base import ModelFamily
 from rltune.errors import RunError
 from rltune.records import to_record
@@ -84,6 +84,8 @@ class Mixed:
             raise RunError("the adapter's lambda_T is not finite; lower the learning rate")
         if not lambda_T.any():
             raise RunError("the adapter is exactly zero, so that it would be the base model; was it trained?")
+        if self.values.template == PLACE:
+            raise RunError("it adds no words to prompts, so that it would be the base model; pick another trial")
 
     @property
     def content(self) -> dict[str, Any]:

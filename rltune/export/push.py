@@ -34,7 +34,7 @@ def check_push(repo: str, kind: str = "lora") -> None:
     Raises:
         UserError: It is no name of a repository, or this machine has no token, or no LoRA was trained.
     """
-    if kind == "conditioning":
+    if kind in ("conditioning", "prompt"):
         raise UserError(
             f"--push: the hub's pages are for LoRAs, which {kind} is not, got {repo!r}; export it without, and share "
             "the folder"

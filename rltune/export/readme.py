@@ -90,7 +90,7 @@ def _body(card: Mapping[str, Any], *, family: str, has_base: bool) -> Iterator[s
     how = f"mixed by {by} of {len(soup['weights'])} LoRAs, not trained" if soup else f"trained by {by} on {trained}"
     if soup and soup["method"] == "basis":
         how = f"the sum of {len(soup['weights'])} LoRAs that were trained together by {by}"
-    yield f"# {'Prompt mix' if mix else 'LoRA'} {plain(title)}\n"
+    yield f"# {('Prompt mix' if mix['numbers'] else 'Words') if mix else 'LoRA'} {plain(title)}\n"
     what, more = "A LoRA", "It has no trigger word: prompts are those of the base model."
     if mix:
         what = f"{mix['numbers']} numbers"
@@ -98,6 +98,9 @@ def _body(card: Mapping[str, Any], *, family: str, has_base: bool) -> Iterator[s
             "Each is of a sampling step, at which the network is told (1 - lambda) of the embedding of the prompt, and "
             f'lambda of that of "{plain(mix["styled"])}". The weights stay those of the base model.'
         )
+    if mix and not mix["numbers"]:
+        what, how = "Words", f"chosen by {by} by {trained}"
+        more = f'A prompt is written as "{plain(mix["styled"])}". Nothing was trained.'
     yield f"{what} for {plain(base)}{revision}, {how}. {more}\n"
     yield f"![samples with {'it' if mix else 'the LoRA'}](samples.png)\n"
     if has_base:
@@ -111,7 +114,7 @@ def _body(card: Mapping[str, Any], *, family: str, has_base: bool) -> Iterator[s
         if "diffusers" in card["formats"]
         else ""
     )
-    if mix and family == "StableDiffusionPipeline":
+    if mix and mix["numbers"] and family == "StableDiffusionPipeline":
         yield f"In diffusers alone:\n\n```python\n{redact(script(base, MIX_FILE))}\n```\n"
     yield from _measured(card)
     yield from _effect(card)

@@ -19,6 +19,7 @@ from rltune.runs.layout import RunFolder
 from rltune.runs.record import read_record, settled, with_own_prompts
 from rltune.runs.results import TrialResult
 from rltune.training.adapters.base import AdapterKind, MixValues, adapter_of
+from rltune.training.adapters.conditioning import Conditioning
 from rltune.training.adapters.lora import attach_values
 from rltune.training.checkpoint import load_adapter
 
@@ -94,10 +95,12 @@ def _source_of(result: TrialResult, folder: RunFolder, experiment: Experiment, *
 
     def card(prompts: Sequence[str], effect: Effect, formats: Mapping[str, Any]) -> dict[str, Any]:
         told = card_of(result, folder, asked, settled=config, prompts=prompts, effect=effect, formats=formats)
-        names = adapter_of(config).names
-        if adapter_of(config).own_format:
-            mix = {"styled": config.model.conditioning.styled, "numbers": config.sampler.steps}
-            return {**told, "conditioning": mix, "strength": STRENGTH}
+        kind = adapter_of(config)
+        names = kind.names
+        if isinstance(kind, Conditioning):
+            is_trained = config.num_rounds > 0
+            mix = {"styled": kind.template, "numbers": config.sampler.steps if is_trained else 0}
+            return {**told, "conditioning": mix, "strength": STRENGTH if is_trained else "write every prompt so"}
         if not names:
             return told
         own = {name: config.weights[name] / sum(config.weights[each] for each in names) for name in names}

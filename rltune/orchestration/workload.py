@@ -99,7 +99,7 @@ def work_out(experiment: Experiment, nodes: Sequence[Node]) -> Workload:
         num_slots=slots,
         num_steps=config.num_rounds,
         images_per_step=config.optim.batch,
-        num_evaluations=-(-config.num_rounds // config.evaluate.every),
+        num_evaluations=max(1, -(-config.num_rounds // config.evaluate.every)),
         images_per_evaluation=config.evaluate.prompts * config.evaluate.images_per_prompt,
         num_calibration_images=math.prod(calibration_size(config)),
         is_growing=is_growing,

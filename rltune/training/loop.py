@@ -35,8 +35,7 @@ logger = logging.getLogger(__name__)
 
 WAIT_S = 0.2
 """Between looks whether the base model has been measured."""
-PATIENCE_S = 60.0
-"""NFS may keep for so long that a folder is not there."""
+PATIENCE_S = 60.0  # NFS may keep for so long that a folder is not there
 
 
 def train_run(
@@ -244,6 +243,9 @@ def _loop(training: Training, progress: Progress, rows: RowWriter | None) -> boo
     base, last = training.base, training.selection.last
     if progress.step == 0:
         training.reporter.report({"step": 0.0, "is_final": 0.0, **base.scores.summary}, None)
+        if training.is_over(progress):  # of words alone
+            evaluate(training, progress)
+            report(training, progress)
     elif training.is_due(progress) and (last is None or last.step != progress.step):
         summary = evaluate(training, progress)  # stopped before it could
         if rows is not None:

@@ -54,8 +54,10 @@ class Training:
         return parts
 
     def is_over(self, progress: Progress) -> bool:
-        """Whether the steps or the reward queries are used up."""
+        """Whether the steps or the reward queries are used up, or nothing is trained."""
         optim = self.run.config.optim
+        if not self.parameters:
+            return True
         return progress.step >= optim.steps or (optim.queries is not None and progress.queries >= optim.queries)
 
     def is_due(self, progress: Progress) -> bool:

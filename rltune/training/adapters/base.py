@@ -45,8 +45,9 @@ class MixValues:
     """Of the styled prompt."""
 
     def mix(self) -> PromptMix:
-        """Return them as they are attached."""
-        return PromptMix(self.template, self.state["timesteps_T"], self.state["lambda_T"])
+        """Return them as they are attached to draw with."""
+        mix = PromptMix(self.template, self.state["timesteps_T"], self.state["lambda_T"])
+        return mix.requires_grad_(False)
 
 
 class AdapterKind(Protocol):

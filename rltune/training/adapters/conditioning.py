@@ -30,6 +30,11 @@ class Conditioning:
     config: RunConfig
 
     @property
+    def template(self) -> str:
+        """Of the styled prompts."""
+        return self.config.model.conditioning.styled
+
+    @property
     def switches(self) -> Switches:
         """Those of whatever is attached."""
         return LORA_SWITCHES
@@ -51,12 +56,12 @@ class Conditioning:
 
     def beside(self, prompts: Sequence[str]) -> list[str]:
         """Return the styled prompts."""
-        return [styled(self.config.model.conditioning.styled, prompt) for prompt in prompts]
+        return [styled(self.template, prompt) for prompt in prompts]
 
     def start(self, model: ModelFamily, *, seed: int) -> None:
         """Attach zeros."""
         table = make_sampler(self.config, model).table
-        attach_mix(model, PromptMix(self.config.model.conditioning.styled, table.timesteps_T))
+        attach_mix(model, PromptMix(self.template, table.timesteps_T))
 
     def parameters(self, network: nn.Module) -> list[nn.Parameter]:
         """Return the numbers, as one parameter."""
@@ -94,7 +99,7 @@ class Conditioning:
 
     def exported(self, model: ModelFamily, state: Mapping[str, Tensor]) -> MixValues:
         """Return itself."""
-        return MixValues(state, self.config.model.conditioning.styled)
+        return MixValues(state, self.template)
 
     def parts(self, model: ModelFamily, state: Mapping[str, Tensor]) -> Mapping[str, LoraValues]:
         """Return nothing: it is one."""
