@@ -78,11 +78,15 @@ def setup(run: Gathered) -> list[tuple[str, str]]:
     ]
     k = f", K {said('estimator.k', config.estimator.k)}" if config.estimator.k is not None else ""
     ended = sum(result.trial != "000" for result in run.results)
+    a_trial = f"{said('optim.steps', optim.steps)} steps of {said('optim.batch', optim.batch)} images"
     facts = [
         ("base model", config.model.base + (f", {config.task}" if config.task != "text_to_image" else "")),
-        ("trained on", f"{', '.join(trained_on)}; mixture {said('mixture.method', config.mixture.method)}"),
-        ("estimator", f"{said('estimator.name', config.estimator.name)}{k}"),
-        ("a trial", f"{said('optim.steps', optim.steps)} steps of {said('optim.batch', optim.batch)} images"),
+        (
+            "trained on" if config.num_rounds else "rewards",
+            f"{', '.join(trained_on)}; mixture {said('mixture.method', config.mixture.method)}",
+        ),
+        *([("estimator", f"{said('estimator.name', config.estimator.name)}{k}")] if config.num_rounds else []),
+        ("a trial", a_trial if config.num_rounds else "words alone, nothing is trained"),
         ("searched", "; ".join(_searched(run)) or "nothing"),
         ("search", f"{config.search.sampler}, {ended} of {experiment.num_trials} trials ended"),
         ("evaluated on", f"{evaluate.prompts} held-out prompts, {evaluate.images_per_prompt} images each"),
