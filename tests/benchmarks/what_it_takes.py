@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rltune.training.noise import Objective, optimise_noise
 from torch import Tensor
 
 from rltune.config.distributions import Choice
@@ -36,6 +35,7 @@ from rltune.diffusion.sampler import Chain, Sampler
 from rltune.intervals import Array, half_width, standard_error
 from rltune.training.assessment import Bench, Subject, make_bench, of_checkpoint
 from rltune.training.loop import train_run
+from rltune.training.noise import Objective, optimise_noise
 from rltune.training.quiet import quiet_libraries
 from rltune.training.reporter import FolderReporter
 from rltune.training.setup import build_run
