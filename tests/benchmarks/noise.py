@@ -6,11 +6,11 @@
 The built-in world puts one kind of object into a picture or two. ``GROUPS`` are three, and the script first draws the
 whole training corpus again and looks for a picture of three kinds: there is none. Reference pictures are rendered, with
 other places and styles than those that are judged. Of ``IMAGES`` noises, drawn once: the model's image as it is; the
-best of as many random noises as the optimiser has iterates, by the same reward; and the noise that the optimiser
-leaves, for each reward. ``shown`` is the share of images on which the independent judge reads every group, with its
-number and shape, and the ground, and nothing else; 95 % intervals of the share are Wilson's, over noises. ``faithful``
-is that judge's share of right parts, its change paired by noise. Calls are passes of an image through the guided
-network, where a step with gradient counts three: forward, forward again, and backward.
+best of as many random noises as the optimiser has iterates, by the same reward; the noise that the optimiser leaves,
+for each reward; and what it leaves of that best noise. ``shown`` is the share of images on which the independent judge
+reads every group, with its number and shape, and the ground, and nothing else; 95 % intervals of the share are
+Wilson's, over noises. ``faithful`` is that judge's share of right parts, its change paired by noise. Calls are passes
+of an image through the guided network, where a step with gradient counts three: forward, forward again, and backward.
 """
 
 import argparse
@@ -96,22 +96,32 @@ class Bench:
 
     def luckiest(self) -> tuple[Tensor, int]:
         """Return the best of as many noises as there are iterates, the first among them, by the centroid; and calls."""
-        best_N3HW, best_N = self.draw(self.starts), torch.full((IMAGES,), -2.0)
+        best_NCHW, best_N = self.starts.latents(range(IMAGES)), torch.full((IMAGES,), -2.0)
         for seed in range(STEPS + 1):
             starts = Starts(self.starts.prompts, self.starts.shape, seed, self.starts.device)
-            images_N3HW = self.draw(starts)
             with torch.no_grad():
-                score_N = self.rewards["centroid"](images_N3HW, self.starts.prompts)
-            is_better = score_N > best_N
-            best_N3HW = torch.where(is_better.view(-1, 1, 1, 1), images_N3HW, best_N3HW)
+                score_N = self.rewards["centroid"](self.draw(starts), self.starts.prompts)
+            is_better_N111 = (score_N > best_N).view(-1, 1, 1, 1)
+            best_NCHW = torch.where(is_better_N111, starts.latents(range(IMAGES)), best_NCHW)
             best_N = torch.maximum(score_N, best_N)
-        return best_N3HW, (STEPS + 1) * self.sampler.num_steps
+        return best_NCHW, (STEPS + 1) * self.sampler.num_steps
 
-    def led(self, names: Sequence[str]) -> tuple[Tensor, int]:
-        """Return the images of the noise that the optimiser leaves, and calls."""
+    def led(self, names: Sequence[str], x_NCHW: Tensor) -> tuple[Tensor, int]:
+        """Return the noise that the optimiser leaves of another, and calls."""
+        prompts, aim = self.starts.prompts, self.aim(names)
+        found = optimise_noise(self.sampler, prompts, x_NCHW, aim, num_steps=STEPS, lr=self.lr)
+        return found.x_BCHW, (3 * STEPS + 1) * self.sampler.num_steps
+
+    def noise(self, row: str) -> tuple[Tensor, int]:
+        """Return the noise of a row, and the calls that it took."""
         x_NCHW = self.starts.latents(range(IMAGES))
-        found = optimise_noise(self.sampler, self.starts.prompts, x_NCHW, self.aim(names), num_steps=STEPS, lr=self.lr)
-        return self.draw(self.starts, found.x_BCHW), (3 * STEPS + 1) * self.sampler.num_steps
+        if row == "luck":
+            return self.luckiest()
+        if row == "luck-then-centroid":
+            x_NCHW, calls = self.luckiest()
+            x_NCHW, more = self.led(("centroid",), x_NCHW)
+            return x_NCHW, calls + more
+        return (x_NCHW, self.sampler.num_steps) if row == "model" else self.led(KINDS[row], x_NCHW)
 
 
 def measure(folder: Path, lr: float, rows: Sequence[str]) -> None:
@@ -120,15 +130,13 @@ def measure(folder: Path, lr: float, rows: Sequence[str]) -> None:
     for row in rows:
         if (folder / f"{row}.json").is_file():
             continue
-        start_s, cpu_s, calls = time.perf_counter(), time.process_time(), bench.sampler.num_steps
+        start_s, cpu_s, extra = time.perf_counter(), time.process_time(), {}
         if row == "renders":
             images_N3HW, calls = render([scene(1000 + i) for i in range(RENDERS)]), 0
             extra = {"most_kinds": most_kinds(), "prompt": bench.prompt}
-        elif row == "model":
-            images_N3HW, extra = bench.draw(bench.starts), {}
         else:
-            images_N3HW, calls = bench.luckiest() if row == "luck" else bench.led(KINDS[row])
-            extra = {}
+            x_NCHW, calls = bench.noise(row)
+            images_N3HW = bench.draw(bench.starts, x_NCHW)
         took = {"seconds": time.perf_counter() - start_s, "cpu_s": time.process_time() - cpu_s, "calls": calls}
         with torch.no_grad():
             centroid = bench.rewards["centroid"](images_N3HW, [""] * len(images_N3HW)).tolist()
@@ -179,7 +187,7 @@ def picture(folder: Path, rows: Sequence[str], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--rows", default="renders,model,luck,centroid,both")
+    parser.add_argument("--rows", default="renders,model,luck,centroid,both,luck-then-centroid")
     parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
