@@ -28,6 +28,9 @@ STOP_WAIT_S = 60
 """What Ray gives a job between SIGTERM and SIGKILL: more than ``sweep.GRACE_S``. Its own is 3 s."""
 LOOK_S = 120.0
 """For what a script on the head finds: a folder is unpacked and Python starts, on a machine that may be busy."""
+AGENT_S = 60.0
+"""For the agent of a head, which starts after its dashboard; a dashboard takes no job without one."""
+NO_AGENT = "No available agent to submit job"
 POLL_S = 0.5
 MAX_BREAKS = 5
 """Connections that may break in a row before a log is given up."""
@@ -219,7 +222,7 @@ def on_the_head(server: JobServer, *words: str) -> Iterator[Mapping[str, Any]]:
             shutil.copyfile(Path(on_head.__file__).parents[1] / name, place)
             (place.parent / "__init__.py").touch()  # or an rltune that is there would be imported
         command = f"exec python on_head.py {shlex.join(words)}"
-        client.submit_job(entrypoint=command, submission_id=job_id, runtime_env={"working_dir": folder})
+        _hand_in(client, entrypoint=command, submission_id=job_id, runtime_env={"working_dir": folder})
     try:
         with told(server):
             found = _found(client, job_id)
@@ -229,6 +232,20 @@ def on_the_head(server: JobServer, *words: str) -> Iterator[Mapping[str, Any]]:
             client.stop_job(job_id)
             _wait(lambda: client.get_job_status(job_id).is_terminal(), 15.0)
             client.delete_job(job_id)
+
+
+def _hand_in(client: Any, **what: Any) -> None:
+    """Submit a job, on a head that may have started a moment ago."""
+    deadline = time.monotonic() + AGENT_S
+    while True:
+        try:
+            client.submit_job(**what)
+        except RuntimeError as error:
+            if NO_AGENT not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(POLL_S)
+        else:
+            return
 
 
 def _found(client: Any, job_id: str) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.job_submission import JobStatus
@@ -151,6 +152,25 @@ def test_the_head_is_looked_at(server: FakeServer, tmp_path: Path) -> None:
         assert found["storage"] == ""
         assert found["executable"] == sys.executable
     assert server.jobs == {}
+
+
+def test_a_head_that_has_just_started_is_given_time_for_its_agent(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit_job, refusals = server.submit_job, [RuntimeError(f"status code 500: {jobs.NO_AGENT}, please try again")] * 2
+
+    def submit(**what: Any) -> str:
+        if refusals:
+            raise refusals.pop()
+        return submit_job(**what)
+
+    monkeypatch.setattr(FakeServer, "submit_job", staticmethod(submit))
+    with on_the_head(server, "look", str(tmp_path / "new" / "runs"), "torch") as found:
+        assert found
+    assert refusals == []
+    refusals.append(RuntimeError("status code 500: another"))
+    with pytest.raises(RunError, match="another"), on_the_head(server, "look", str(tmp_path), "torch"):
+        pass
 
 
 def test_a_job_on_the_head_is_taken_away_once_it_has_ended(
