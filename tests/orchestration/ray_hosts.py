@@ -36,11 +36,20 @@ while True:
     time.sleep(0.5)
 """
 """Prints how many nodes are alive whenever it changes."""
-ACTORS = """
-import json, sys, ray
+ASK = """
+import json, sys
+from urllib.request import urlopen
+import ray
 from ray.util.state import list_actors
 ray.init(sys.argv[1], log_to_driver=False, logging_level="ERROR")
-print("actors", json.dumps([row.class_name for row in list_actors(filters=[("state", "=", "ALIVE")])]))
+alive = list_actors(sys.argv[1], filters=[("state", "=", "ALIVE")], detail=True)
+ports = [(row["NodeManagerAddress"], row["MetricsExportPort"]) for row in ray.nodes() if row["Alive"]]
+answer = {
+    "actors": [row.class_name for row in alive],
+    "names": [row.repr_name for row in alive],
+    "metrics": {host: urlopen(f"http://{host}:{port}/metrics").read().decode() for host, port in ports},
+}
+print("answer", json.dumps(answer))
 """
 RAY_S_OWN = {"_AutoscalingCoordinatorActor"}
 """Actors that Ray starts once a cluster, for whoever uses it, and that take no resources."""
@@ -105,13 +114,15 @@ class RayHosts:
         found = {address: descendants(node.pid) for address, node in self._rays.items()}
         return [address for address, pids in found.items() if any(map(_is_worker, pids))]
 
-    def actors(self) -> list[str]:
-        """Return the classes of the actors that are alive, without Ray's own."""
+    def ask(self) -> dict[str, Any]:
+        """Return what Ray tells of actors that are alive, and the page of figures of each node by its address."""
         process = self.hosts.start(
-            HERE, [sys.executable, "-c", ACTORS, ADDRESS], env=self.environment, stdout=subprocess.PIPE
+            HERE, [sys.executable, "-c", ASK, ADDRESS], env=self.environment, stdout=subprocess.PIPE
         )
         output, _ = process.communicate(timeout=PATIENCE_S)
-        return [name for name in json.loads(output.partition("actors ")[2]) if name not in RAY_S_OWN]
+        found: dict[str, Any] = json.loads(output.partition("answer ")[2])
+        found["actors"] = [name for name in found["actors"] if name not in RAY_S_OWN]
+        return found
 
 
 def _is_worker(pid: int) -> bool:

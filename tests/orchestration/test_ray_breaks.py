@@ -90,7 +90,7 @@ def test_a_driver_whose_host_dies_is_resumed_from_another_and_leaves_nothing(
     process = ours.start_to_the_middle(WORKERS[0])
     kill([process])
     deadline = time.monotonic() + PATIENCE_S
-    while left := world.actors():
+    while left := world.ask()["actors"]:
         assert time.monotonic() < deadline, left
     assert world.busy() == []
     assert TRIALS[-1] not in ours.ended
