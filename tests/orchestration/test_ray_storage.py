@@ -1,5 +1,6 @@
 """A sweep on object storage whose driver is killed, told to go and interrupted, each time on a machine that is gone."""
 
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -55,6 +56,10 @@ def test_a_sweep_goes_on_from_the_bucket_alone_and_has_the_numbers_of_trials_tra
 
     with on("first") as process:
         wait_for(one_more(), process, "a checkpoint")
+        with on("other") as late:
+            output, _ = late.communicate(timeout=PATIENCE_S)
+        assert late.returncode == 2, output
+        assert re.fullmatch(f"error {STORAGE}/tiny: process {process.pid} on .* works on this run; wait .*\n", output)
         orphans = {pid for pid in descendants(process.pid) if name_of(pid).startswith("ray::")}
         process.kill()
         process.communicate()
