@@ -142,8 +142,10 @@ def _admit(node: dict[str, Any], root: dict[str, Any], path: Path) -> None:
         elif child.get("type") == "object":
             child["type"] = ["object", "null"]
             items = child["additionalProperties"]
-            if isinstance(items, dict):
+            if isinstance(items, dict) and "$ref" in items:
                 _admit(root["$defs"][items["$ref"].rsplit("/", 1)[1]], root, (*here, "*"))
+            elif isinstance(items, dict):
+                child["additionalProperties"] = _or_distribution(items, (*here, "*"))
         elif not belongs_to_whole_sweep(here):
             node["properties"][key] = _or_distribution(child, here)
 
