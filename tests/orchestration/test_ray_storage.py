@@ -54,7 +54,7 @@ def test_a_sweep_goes_on_from_the_bucket_alone_and_has_the_numbers_of_trials_tra
         before = checkpoints()
         return lambda: bool(checkpoints() - before)
 
-    with on("first") as process:
+    with on("first", pause_s=2.0) as process:  # its first trial is not to end while the late one comes
         wait_for(one_more(), process, "a checkpoint")
         with on("other") as late:
             output, _ = late.communicate(timeout=PATIENCE_S)
