@@ -28,10 +28,10 @@ AROUND = {
 FILES = (".safetensors", ".json")
 LACKING = re.compile(
     r"no module 'my_rewards'|not on this machine: |model\.base: no such folder|is not installed|variable \w+ is not set"
-    r"|options\.head: no such file"
+    r"|options\.head: no such file|'centroid': images: no such file"
 )
-"""Faults of an experiment that another machine would not find: published weights, the reader's own code and head, a secret,
-a library of an extra."""
+"""Faults of an experiment that another machine would not find: published weights, the reader's own code and files, a
+secret, a library of an extra."""
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
