@@ -39,6 +39,10 @@ def _prompt_clashes(config: Settings) -> Iterator[Clash]:
     for name in sorted(section.words.keys() - names):
         what = f"stands nowhere in model.prompt.template, {section.template!r}, got {section.words[name]!r}"
         yield Clash(f"model.prompt.words.{name}", what, f"write {{{name}}} there, or delete it", (kind,))
+    for name, word in section.words.items():
+        if NAMES.search(word):
+            what = f"is a text of its own, and names in braces belong in the template, got {word!r}"
+            yield Clash(f"model.prompt.words.{name}", what, "move it to model.prompt.template", (kind,))
     if config.sampler.base_steps:
         what = f"words are for all steps where {kind} is prompt, got {config.sampler.base_steps}"
         yield Clash("sampler.base_steps", what, "delete it", (kind,))

@@ -76,6 +76,8 @@ RULES = (
     Together(("model.basis.corners", "model.basis.centre")),
     Together(("model.conditioning.styled", "sampler.attention.strength")),
     Together(("model.conditioning.styled", "regularize.attention")),
+    Together(("model.prompt.template", "sampler.attention.strength")),
+    Together(("model.prompt.template", "regularize.attention")),
     Together(("optim.batch", "prompts.images_per_prompt"), divisors=("prompts.images_per_prompt",)),
     Together(("optim.batch", "optim.micro_batch", "mixture.method")),
     Together(("optim.steps", "optim.queries", "optim.batch")),

@@ -166,6 +166,13 @@ def test_no_words_at_all_are_the_base_model_and_not_exported(make_config: Make) 
             ],
         ),
         (
+            {"template": "{prompt}, {light}", "words": {"light": "like {prompt}"}},
+            [
+                "model.prompt.words.light: is a text of its own, and names in braces belong in the template, got "
+                "'like {prompt}'; move it to model.prompt.template"
+            ],
+        ),
+        (
             {"words": {"light": "x"}},
             [
                 "model.prompt.words.light: stands nowhere in model.prompt.template, '{prompt}', got 'x'; write {light} "
