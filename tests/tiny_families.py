@@ -78,7 +78,7 @@ def sdxl(scheduler: Any = None, *, force_zeros: bool = True) -> StableDiffusionX
         sample_size=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, 16),
+        block_out_channels=(16, 64),  # whole blocks of the 64 numbers that share a scale in nf4
         layers_per_block=1,
         attention_head_dim=(2, 4),
         use_linear_projection=True,

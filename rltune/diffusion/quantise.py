@@ -16,7 +16,8 @@ from rltune.errors import UserError
 Kind = Literal["nf4", "int8"]
 LIBRARIES: dict[str, str] = {"nf4": "bitsandbytes", "int8": "torchao"}
 """Kind -> the library that has it; both are of the extra ``quantise``."""
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+NF4_BLOCK = 64
+NF4_BYTES = 0.5 + 1 / NF4_BLOCK + 4 / (NF4_BLOCK * 256)
 """A weight's: 4 bits, 8 for the scale of 64 of them, 32 for that of 256 scales (QLoRA, arXiv:2305.14314, section 3)."""
 
 
@@ -36,7 +37,7 @@ def check_quantiser(kind: str) -> None:
 def quantise(network: nn.Module, kind: Kind) -> None:
     """Round the weights of the linear layers in a frozen network's blocks; in place, before adapters.
 
-    Convolutions, norms and what lies outside of blocks stay as they are.
+    Convolutions, norms and what lies outside of blocks stay as they are; so do layers whose rows ``nf4`` cannot take.
 
     Args:
         network: A diffusers model.
@@ -49,12 +50,12 @@ def quantise(network: nn.Module, kind: Kind) -> None:
     if kind == "int8":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        chosen = {id(layer) for _, _, layer in quantised_layers(network)}
+        chosen = {id(layer) for _, _, layer in quantised_layers(network, kind)}
         quantize_(network, Int8WeightOnlyConfig(), filter_fn=lambda module, _: id(module) in chosen)
         network.requires_grad_(False)
         return
     four_bit = _four_bit()
-    for parent, name, layer in quantised_layers(network):
+    for parent, name, layer in quantised_layers(network, kind):
         setattr(parent, name, four_bit(layer))
 
 
@@ -75,13 +76,17 @@ def _four_bit() -> Callable[[nn.Linear], nn.Module]:
     return convert
 
 
-def quantised_layers(network: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """Return what ``quantise`` takes: each layer with the module it is in, and its name there."""
+def quantised_layers(network: nn.Module, kind: Kind) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Return what ``quantise`` takes: each layer with the module it is in, and its name there.
+
+    ``nf4`` leaves layers whose rows end within a block of numbers that share a scale: on a CPU with AVX-512
+    bitsandbytes 0.50.2 unpacks them with the scales of other blocks. Published models have next to none.
+    """
     found = {}
     for block in blocks_of(network) or [network]:
         for parent in block.modules():
             for name, layer in parent.named_children():
-                if type(layer) is nn.Linear:
+                if type(layer) is nn.Linear and not (kind == "nf4" and layer.in_features % NF4_BLOCK):
                     found[id(layer)] = (parent, name, layer)
     return list(found.values())
 
@@ -94,7 +99,7 @@ def weight_bytes(network: nn.Module, kind: Kind | None = None) -> tuple[int, int
         kind: As ``quantise`` takes it; None where they stay as they are.
     """
     size = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
-    weights = [] if kind is None else [layer.weight for _, _, layer in quantised_layers(network)]
+    weights = [] if kind is None else [layer.weight for _, _, layer in quantised_layers(network, kind)]
     for weight in weights:
         packed = NF4_BYTES * weight.numel() if kind == "nf4" else weight.numel() + weight.itemsize * weight.shape[0]
         size += int(packed) - weight.nbytes

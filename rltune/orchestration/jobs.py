@@ -29,7 +29,8 @@ STOP_WAIT_S = 60
 LOOK_S = 120.0
 """For what a script on the head finds: a folder is unpacked and Python starts, on a machine that may be busy."""
 AGENT_S = 60.0
-"""For the agent of a head, which starts after its dashboard; a dashboard takes no job without one."""
+"""For the agent of a head, which starts after its dashboard; a dashboard takes no job without one, and looks for it
+for ten seconds before it says so."""
 NO_AGENT = "No available agent to submit job"
 POLL_S = 0.5
 MAX_BREAKS = 5
@@ -235,14 +236,27 @@ def on_the_head(server: JobServer, *words: str) -> Iterator[Mapping[str, Any]]:
 
 
 def _hand_in(client: Any, **what: Any) -> None:
-    """Submit a job, on a head that may have started a moment ago."""
-    deadline = time.monotonic() + AGENT_S
+    """Submit a job, on a head that may have started a moment ago.
+
+    A second cluster on the head's machine, such as that of a sweep, may have the port of its agent: Ray has one number
+    for all of them.
+    """
+    deadline, is_told = time.monotonic() + AGENT_S, False
     while True:
         try:
             client.submit_job(**what)
         except RuntimeError as error:
-            if NO_AGENT not in str(error) or time.monotonic() > deadline:
+            if NO_AGENT not in str(error):
                 raise
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"the head has no agent that takes jobs, {AGENT_S:g} s after it was first asked; another Ray on "
+                    "its machine, such as a sweep's own, may have the agent's port 52365: end that one, or start the "
+                    "head with --dashboard-agent-listen-port=0"
+                ) from error
+            if not is_told:
+                logger.warning("waiting for the head's agent, which takes jobs")
+                is_told = True
             time.sleep(POLL_S)
         else:
             return

@@ -38,7 +38,7 @@ class Architecture:
             takes |= {"text_encoder": torch.nn.Module(), "tokenizer": _Tokenizer()}
         named = "unet" if "unet" in takes else "transformer"
         extra = {"requires_safety_checker": False} if "safety_checker" in takes else {}
-        scheduler = EulerDiscreteScheduler() if named == "unet" else FlowMatchEulerDiscreteScheduler()
+        scheduler = EulerDiscreteScheduler(steps_offset=1) if named == "unet" else FlowMatchEulerDiscreteScheduler()
         pipeline = pipeline_class(**takes | {named: network, "vae": vae, "scheduler": scheduler} | extra)
         return family(pipeline)
 

@@ -12,6 +12,7 @@ from rltune.diffusion.lora import MergedLora, add_lora, lora_parameters, remove_
 from rltune.diffusion.quantise import Kind, is_quantised, precision_of, quantise, quantised_layers, weight_bytes
 from rltune.diffusion.sampler import guided_denoiser
 from rltune.errors import UserError
+from tests.benchmarks.architectures import architectures
 from tests.tiny_families import PIPELINES, lively
 from tests.toys import fill
 
@@ -72,7 +73,7 @@ def test_gradients_are_those_of_the_rounded_weights(kind: Kind) -> None:
             assert 0 < error < (0.12 if kind == "nf4" else 0.01)
             before[name].data = unpacked(layer)
             rounded += 1
-    assert rounded == len(quantised_layers(plain.network))
+    assert rounded == len(quantised_layers(plain.network, kind)) > 20
     found, expected = gradients(with_adapters(model)), gradients(with_adapters(plain))
     for mine, theirs in zip(found, expected, strict=True):
         assert theirs.abs().max() > 0
@@ -117,9 +118,21 @@ def test_packed_weights_are_as_large_as_foreseen(kind: Kind) -> None:
 
 def test_linear_layers_of_blocks_are_taken_and_others_left() -> None:
     network = family().network
-    names = {f"{type(parent).__name__}.{name}" for parent, name, _ in quantised_layers(network)}
+    names = {f"{type(parent).__name__}.{name}" for parent, name, _ in quantised_layers(network, "nf4")}
     assert {"Attention.to_q", "ResnetBlock2D.time_emb_proj"} <= names
     assert not any(name.startswith("TimestepEmbedding") for name in names)
+
+
+def test_rows_of_broken_blocks_are_left_which_published_models_hardly_have() -> None:
+    """bitsandbytes unpacks them wrongly on some CPUs; a layer that no test has is still one less."""
+    layers = nn.Sequential(nn.Linear(64, 8), nn.Linear(96, 64), nn.Linear(16, 64), nn.Linear(320, 2))
+    assert [layer.in_features for _, _, layer in quantised_layers(layers, "nf4")] == [64, 320]
+    assert len(quantised_layers(layers, "int8")) == 4
+    left = {}
+    for name, architecture in architectures().items():
+        network = architecture.family().network
+        left[name] = len(quantised_layers(network, "int8")) - len(quantised_layers(network, "nf4"))
+    assert {name: count for name, count in left.items() if count} == {"aura-flow": 1}  # where patches come in
 
 
 @pytest.mark.parametrize("name", KINDS)

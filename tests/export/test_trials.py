@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 
 import rltune
@@ -37,6 +37,7 @@ from rltune.training.sampling import make_sampler
 from rltune.training.setup import eval_image_set
 from tests.run_folders import experiment, result
 from tests.tiny import EVAL_PROMPTS, TRAIN_PROMPTS
+from tests.tiny_families import made, sdxl
 
 BESIDE = {"rltune.json", "README.md", "experiment.yaml", "samples.png", "base.png", "samples"}
 PEFT_FILES = {"adapter_model.safetensors", "adapter_config.json", *BESIDE}
@@ -394,20 +395,20 @@ def cut(grid: np.ndarray[Any, Any], count: int, height: int, width: int) -> np.n
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", LIBRARIES)
-def test_a_lora_of_a_base_in_fewer_bits_is_proved_on_the_published_one(
-    kind: str, tiny_pipeline: Path, tmp_path: Path
-) -> None:
+def test_a_lora_of_a_base_in_fewer_bits_is_proved_on_the_published_one(kind: str, tmp_path: Path) -> None:
     pytest.importorskip(LIBRARIES[kind], reason=f"{LIBRARIES[kind]}, of the extra quantise, is not installed")
-    model = {"base": str(tiny_pipeline), "lora": {"rank": {"choice": [2, 4]}, "alpha": 6.0}, "quantise": kind}
-    folder, experiment_ = trained(asked(tiny_pipeline, model=model), tmp_path / "run")
+    pipeline = tmp_path / "sdxl"  # whose layers are wide enough for nf4
+    made(sdxl).save_pretrained(pipeline)
+    model = {"base": str(pipeline), "lora": {"rank": {"choice": [2, 4]}, "alpha": 6.0}, "quantise": kind}
+    folder, experiment_ = trained(asked(pipeline, model=model), tmp_path / "run")
     exported, fused_too = export_knee(folder, experiment_, "diffusers", "fused")
     assert 0 <= exported.difference < 2e-5
     assert 0 <= fused_too.difference < 2e-5
     state = load_adapter(folder.path / read_results(folder.results_file)[-1].checkpoint)
-    plain = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    plain = StableDiffusionXLPipeline.from_pretrained(pipeline)
     plain.load_lora_weights(exported.folder, weight_name=WEIGHT_FILE)
     found = [value for name, value in plain.unet.state_dict().items() if ".lora_B." in name]
     assert len(found) == sum(".lora_B." in name for name in state)
     assert all(bool(value.any()) for value in found)  # trained through the rounded weights
-    fused = StableDiffusionPipeline.from_pretrained(exported.folder / "fused")
+    fused = StableDiffusionXLPipeline.from_pretrained(exported.folder / "fused")
     assert {value.dtype for value in fused.unet.state_dict().values()} == {torch.float32}

@@ -155,7 +155,7 @@ def test_the_head_is_looked_at(server: FakeServer, tmp_path: Path) -> None:
 
 
 def test_a_head_that_has_just_started_is_given_time_for_its_agent(
-    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     submit_job, refusals = server.submit_job, [RuntimeError(f"status code 500: {jobs.NO_AGENT}, please try again")] * 2
 
@@ -168,8 +168,16 @@ def test_a_head_that_has_just_started_is_given_time_for_its_agent(
     with on_the_head(server, "look", str(tmp_path / "new" / "runs"), "torch") as found:
         assert found
     assert refusals == []
+    assert caplog.messages == ["waiting for the head's agent, which takes jobs"]
     refusals.append(RuntimeError("status code 500: another"))
     with pytest.raises(RunError, match="another"), on_the_head(server, "look", str(tmp_path), "torch"):
+        pass
+    monkeypatch.setattr(jobs, "AGENT_S", 0.0)
+    refusals.extend([RuntimeError(f"status code 500: {jobs.NO_AGENT}, please try again")] * 2)
+    with (
+        pytest.raises(RunError, match=r"^http://\S+: the head has no agent .* --dashboard-agent-listen-port=0$"),
+        on_the_head(server, "look", str(tmp_path), "torch"),
+    ):
         pass
 
 

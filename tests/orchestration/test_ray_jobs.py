@@ -43,6 +43,7 @@ def cluster() -> Iterator[Mapping[str, str]]:
     head["PATH"] = f"{Path(sys.executable).parent}:{head['PATH']}"
     words = ["ray", "start", "--head", "--block", "--num-cpus=2", f"--temp-dir={folder}", f"--port={port}"]
     words += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    words.append("--dashboard-agent-listen-port=0")  # a test beside this one may have the port that Ray always takes
     log = Path(folder, "head.log")
     try:
         with log.open("w") as out, started(words, env=head, cwd="/", stdout=out, stderr=out) as process:

@@ -89,7 +89,7 @@ def test_a_quantised_network_is_counted_packed_with_one_layer_unpacked(make_conf
     config, rounded = make_config(), make_config(model={"quantise": "nf4"})
     outline = outline_of(config)
     plain, found = (forecast(given, outline, precision="fp32") for given in (config, rounded))
-    layers = [layer for _, _, layer in quantised_layers(outline.network)]
+    layers = [layer for _, _, layer in quantised_layers(outline.network, "nf4")]
     weights = sum(layer.weight.numel() for layer in layers)
     assert found.fixed["network"] == pytest.approx(plain.fixed["network"] - (4 - NF4_BYTES) * weights, abs=len(layers))
     largest = max(layer.weight.nbytes for layer in layers)
