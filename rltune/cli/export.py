@@ -63,7 +63,7 @@ def export_pick(
         if push is not None:
             from rltune.export.push import check_push
 
-            check_push(push, experiment.shared.model.adapter.kind)
+            check_push(push, "lora" if soup is not None else experiment.concrete(picked.values).model.adapter.kind)
         _export(picked, folder, experiment, formats)
     if push is not None:
         _push(folder.exports_dir / _name_of(picked), push, is_public=is_public)

@@ -163,7 +163,7 @@ def _method(experiment: Experiment) -> str:
     depth = "" if k is None else f", K {k}"
     name = "estimator searched" if name == "searched" else name
     steps = "" if config.sampler.steps is None else f", {config.sampler.steps} sampling steps"
-    if config.model.adapter.kind == "prompt":
+    if not any(kind.num_rounds for kind in experiment.kinds):
         name, depth = "words alone", ""
     return f"{name} on the {config.model.base} model{steps}{depth}"
 

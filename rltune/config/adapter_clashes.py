@@ -44,8 +44,8 @@ def _prompt_clashes(config: Settings) -> Iterator[Clash]:
             what = f"is a text of its own, and names in braces belong in the template, got {word!r}"
             yield Clash(f"model.prompt.words.{name}", what, "move it to model.prompt.template", (kind,))
     if config.sampler.base_steps:
-        what = f"words are for all steps where {kind} is prompt, got {config.sampler.base_steps}"
-        yield Clash("sampler.base_steps", what, "delete it", (kind,))
+        what = f"words are for all steps where {kind} is prompt, got sampler.base_steps {config.sampler.base_steps}"
+        yield Clash("sampler.base_steps", what, "delete sampler.base_steps", (kind,))
     yield from _shifted_clashes(config, "model.prompt.template", section.template)
     yield from _no_lora_clashes(config)
 
@@ -79,8 +79,10 @@ def _no_lora_clashes(config: Settings) -> Iterator[Clash]:
     name_of_kind = config.model.adapter.kind
     for name in LoraConfig.model_fields:
         if (value := getattr(config.model.lora, name)) != getattr(own, name):
-            what = f"no LoRA is trained where {kind} is {name_of_kind}, got {value!r}"
-            yield Clash(f"model.lora.{name}", what, "delete it", (kind,))
+            where = f"model.lora.{name}"
+            what = f"no LoRA is trained where {kind} is {name_of_kind}, got {where} {value!r}"
+            remedy = f"delete {where}, or in a search over kinds give it a distribution with when: {{{kind}: lora}}"
+            yield Clash(where, what, remedy, (kind,))
     if config.sweep.soup:
         what = f"soups are sums of LoRAs, and none is trained where {kind} is {name_of_kind}, got true"
         yield Clash("sweep.soup", what, "delete it", (kind,))

@@ -18,7 +18,6 @@ WHOLE_SWEEP = (
     "model.revision",
     "model.config",
     "model.drop",
-    "model.adapter",
     "prompts.eval",
     "prompts.masks",
     "evaluate",

@@ -64,6 +64,11 @@ class Experiment:
         return self.concrete(self.active(self.first))
 
     @property
+    def kinds(self) -> tuple[RunConfig, ...]:
+        """The run with every kind of adapter that is searched, and the first values of all else; ``shared`` if none."""
+        return tuple(self.corners(("model.adapter",)))
+
+    @property
     def first(self) -> dict[str, Any]:
         """Each distribution's first value, active or not."""
         return _dotted(first_values(_split(self.space)))

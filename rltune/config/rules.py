@@ -56,11 +56,12 @@ class Together:
     """Settings that one rule reads. A space is tried over the product of those of each rule that are searched in it."""
 
     paths: tuple[str, ...]
-    """Dotted; ``*`` is a reward's name and ``?`` an option's, the same throughout, and ``**`` that of every reward."""
+    """Dotted; ``*`` is a reward's or another free name and ``?`` an option's, the same throughout, and ``**`` that of
+    every reward."""
     divisors: tuple[str, ...] = ()
     """Of these every whole number of a range is tried; of others the ends and the second value, as bounds and multiples
     of a number hold in between if they hold there."""
-    only: tuple[float, ...] = ()
+    only: tuple[float | str, ...] = ()
     """Where only these values can break the rule."""
 
 
@@ -73,11 +74,17 @@ RULES = (
     ),
     Together(("sampler.guidance", "sampler.negative")),
     Together(("model.quantise", "model.lora.dora")),
-    Together(("model.basis.corners", "model.basis.centre")),
-    Together(("model.conditioning.styled", "sampler.attention.strength")),
-    Together(("model.conditioning.styled", "regularize.attention")),
-    Together(("model.prompt.template", "sampler.attention.strength")),
-    Together(("model.prompt.template", "regularize.attention")),
+    Together(("model.adapter.kind", "model.lora.*")),
+    Together(("model.adapter.kind", "model.basis.corners", "model.basis.centre")),
+    Together(("model.adapter.kind", "estimator.name")),
+    Together(("model.adapter.kind", "mixture.method")),
+    Together(("model.adapter.kind", "rewards.**.weight"), only=(0.0, "basis")),
+    Together(("model.adapter.kind", "model.conditioning.styled", "sampler.attention.strength")),
+    Together(("model.adapter.kind", "model.conditioning.styled", "regularize.attention")),
+    Together(("model.adapter.kind", "model.prompt.template", "sampler.attention.strength")),
+    Together(("model.adapter.kind", "model.prompt.template", "regularize.attention")),
+    Together(("model.adapter.kind", "model.prompt.words.*")),
+    Together(("model.adapter.kind", "sampler.base_steps")),
     Together(("optim.batch", "prompts.images_per_prompt"), divisors=("prompts.images_per_prompt",)),
     Together(("optim.batch", "optim.micro_batch", "mixture.method")),
     Together(("optim.steps", "optim.queries", "optim.batch")),

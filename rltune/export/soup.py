@@ -16,7 +16,7 @@ from rltune.errors import RunError
 from rltune.export.base import Adapter
 from rltune.export.card import measured_again, roles
 from rltune.export.effect import Effect
-from rltune.export.write import Exported, Source, export_sources, lora_forms
+from rltune.export.write import Exported, Order, Source, export_all, lora_forms
 from rltune.records import to_record
 from rltune.redaction import redact
 from rltune.runs.confirmations import comparable, read_confirmations
@@ -77,9 +77,9 @@ def export_soup(
         UserError: A format is unknown; nothing was written.
         RunError: A checkpoint is gone, or the file is not the soup.
     """
-    forms = lora_forms(formats)
+    order = Order(partial(_of_run, mixture, trials, folder, experiment), lora_forms(formats))
     try:
-        export_sources({mixture.name: partial(_of_run, mixture, trials, folder, experiment)}, on_export, forms)
+        export_all({mixture.name: order}, on_export)
     finally:
         folder.publish(folder.exports_dir)
 
@@ -96,7 +96,8 @@ def export_mixed(made: Made, layers: Layers, config: RunConfig, *, on_export: Ca
     Raises:
         RunError: The soup changes nothing, or the file is not the soup.
     """
-    export_sources({made.name: lambda: _source(made, config, config, lambda model: layers)}, on_export, lora_forms(()))
+    order = Order(lambda: _source(made, config, config, lambda model: layers), lora_forms(()))
+    export_all({made.name: order}, on_export)
 
 
 def _of_run(mixture: Mixture, trials: Mapping[str, TrialResult], folder: RunFolder, experiment: Experiment) -> Source:

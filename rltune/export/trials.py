@@ -13,7 +13,7 @@ from rltune.export.base import Adapter, ExportFormat
 from rltune.export.card import card_of, strength_of_basis
 from rltune.export.conditioning import ConditioningFile, Mixed
 from rltune.export.effect import Effect
-from rltune.export.write import Exported, Source, export_sources, lora_forms
+from rltune.export.write import Exported, Order, Source, export_all, lora_forms
 from rltune.redaction import redact
 from rltune.runs.layout import RunFolder
 from rltune.runs.record import read_record, settled, with_own_prompts
@@ -42,14 +42,14 @@ def export_trials(
         UserError: A format is unknown, or not one of what was trained; nothing was written.
         RunError: Some failed; the message names each with its reason.
     """
-    forms = forms_of(adapter_of(experiment.shared), formats)
-    sources = {}
+    orders: dict[str, Order] = {}
     for result in picks:
-        sources[f"trial {result.trial}"] = partial(_source_of, result, folder, experiment)
-        for part in adapter_of(experiment.concrete(result.values)).names:
-            sources[f"trial {result.trial}, {part}"] = partial(_source_of, result, folder, experiment, part=part)
+        kind, called = adapter_of(experiment.concrete(result.values)), f"trial {result.trial}"
+        forms, make = forms_of(kind, formats), partial(_source_of, result, folder, experiment)
+        orders |= {called: Order(make, forms)}
+        orders |= {f"{called}, {part}": Order(partial(make, part=part), forms) for part in kind.names}
     try:
-        export_sources(sources, on_export, forms)
+        export_all(orders, on_export)
     finally:
         folder.publish(folder.exports_dir)
 

@@ -74,30 +74,35 @@ class Source:
     """Its card, from the prompts of the samples, what it changes, and its formats."""
 
 
-def export_sources(
-    sources: Mapping[str, Callable[[], Source]],
-    on_export: Callable[[Exported], None],
-    forms: Mapping[str, ExportFormat[Any]],
-) -> None:
+@dataclass(frozen=True)
+class Order:
+    """What is to be exported, and how."""
+
+    make: Callable[[], Source]
+    forms: Mapping[str, ExportFormat[Any]]
+    """The formats, by name."""
+
+
+def export_all(orders: Mapping[str, Order], on_export: Callable[[Exported], None]) -> None:
     """Export every LoRA in every format; one that fails does not keep the others from being written.
 
     Args:
-        sources: What each is called in messages, and what it is.
+        orders: What each is called in messages, and what it is.
         on_export: Is told of each that went well.
-        forms: The formats, by name.
 
     Raises:
         RunError: Some failed; the message names each with its reason.
     """
     num_failed, faults = 0, []
-    for called, make in sources.items():
-        failed = _export(make, forms, on_export)
+    for called, order in orders.items():
+        forms = order.forms
+        failed = _export(order.make, forms, on_export)
         num_failed += len(failed)
         if len(failed) == len(forms) and len(reasons := set(failed.values())) == 1:
             faults.append(f"{called}: {reasons.pop()}")
         else:
             faults += [f"{called} for {name}: {reason}" for name, reason in failed.items()]
-    num = len(sources) * len(forms)
+    num = sum(len(order.forms) for order in orders.values())
     if num_failed == num == 1:
         raise RunError(faults[0])
     if faults:

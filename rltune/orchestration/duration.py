@@ -25,7 +25,15 @@ START_S = (20.0, 120.0)
 PASSES = (1, 3)
 """Besides the forward one, through what carries gradient: a backward one; with two more, of a step's and its blocks'
 checkpoints."""
-CORNERS = ("estimator.k", "estimator.name", "sampler.steps", "optim.steps", "optim.batch", "optim.queries")
+CORNERS = (
+    "model.adapter",
+    "estimator.k",
+    "estimator.name",
+    "sampler.steps",
+    "optim.steps",
+    "optim.batch",
+    "optim.queries",
+)
 """Settings that are tried at both ends."""
 
 

@@ -110,9 +110,11 @@ def inspect_experiment(
     negatives = [config.sampler.negative for config in experiment.corners(("sampler.negative",))]
     cut = cut_in_words(model.cut_off(negatives), negatives)
     notes = [f"sampler.negative: {cut}"] if cut else []
-    beside = [other for config in experiment.corners(("model",)) for other in adapter_of(config).beside(named)]
-    cut = cut_in_words(model.cut_off(beside), beside)
-    notes += [f"model.{experiment.shared.model.adapter.kind}: {cut}"] if cut else []
+    beside: dict[str, list[str]] = {}
+    for config in experiment.corners(("model",)):
+        beside.setdefault(config.model.adapter.kind, []).extend(adapter_of(config).beside(named))
+    cuts = {kind: cut_in_words(model.cut_off(others), others) for kind, others in beside.items()}
+    notes += [f"model.{kind}: {cut}" for kind, cut in cuts.items() if cut]
     notes += [note for note in [last_step_note(experiment, model)] if note]
     return Inputs(prompts, model.cut_off(named), missing, model, tuple(notes))
 

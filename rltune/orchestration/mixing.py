@@ -42,7 +42,7 @@ def wanted_points(
 
     Every basis is a member at the weights of its own rewards, which is no other point.
     """
-    if front.fresh is None or experiment.shared.model.adapter.kind != "basis":
+    if front.fresh is None:
         return []
     known = same_prompts(read_mixtures(folder), comparable(read_confirmations(folder)))
     done = {row.made_of for row in known}
@@ -51,6 +51,8 @@ def wanted_points(
         if trial.trial == BASE_TRIAL or not is_comparable(trial):
             continue
         config = experiment.concrete(trial.values)
+        if config.model.adapter.kind != "basis":
+            continue
         names, steps = config.trained_rewards, config.model.basis.points - 1
         total = sum(config.weights[name] for name in names)
         own = tuple(round(config.weights[name] / total, 9) for name in names)

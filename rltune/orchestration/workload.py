@@ -82,7 +82,7 @@ def work_out(experiment: Experiment, nodes: Sequence[Node]) -> Workload:
             f"has room for {slots}: {describe(nodes)}; {_remedy(wanted, need)}"
         )
     fit = max(1, slots // wanted.workers)  # an elastic trial starts with what there is
-    num_trials = experiment.num_trials
+    num_trials, num_rounds = experiment.num_trials, max(kind.num_rounds for kind in experiment.kinds)
     concurrent = fit if wanted.concurrent == "auto" else wanted.concurrent
     if concurrent > fit:
         raise UserError(
@@ -97,9 +97,9 @@ def work_out(experiment: Experiment, nodes: Sequence[Node]) -> Workload:
         num_nodes=sum(node.num_fitting(need) > 0 for node in nodes),
         num_concurrent=min(concurrent, num_trials + 1),  # the base model's trial is one more
         num_slots=slots,
-        num_steps=config.num_rounds,
+        num_steps=num_rounds,
         images_per_step=config.optim.batch,
-        num_evaluations=max(1, -(-config.num_rounds // config.evaluate.every)),
+        num_evaluations=max(1, -(-num_rounds // config.evaluate.every)),
         images_per_evaluation=config.evaluate.prompts * config.evaluate.images_per_prompt,
         num_calibration_images=math.prod(calibration_size(config)),
         is_growing=is_growing,

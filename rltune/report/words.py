@@ -67,7 +67,8 @@ def question(run: Gathered) -> str:
 
 def setup(run: Gathered) -> list[tuple[str, str]]:
     """Return the setup, a fact a line: what it is, and the fact."""
-    config, experiment = run.experiment.shared, run.experiment
+    experiment = run.experiment
+    config = max(experiment.kinds, key=lambda kind: kind.num_rounds)
     space, optim, evaluate = experiment.space, config.optim, config.evaluate
 
     def said(path: str, value: Any) -> str:

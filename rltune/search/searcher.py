@@ -19,6 +19,7 @@ from rltune.config.load import Experiment
 from rltune.runs.layout import TrialSpec
 from rltune.runs.objectives import Objectives
 from rltune.runs.results import TrialResult
+from rltune.search.features import Conditions
 from rltune.search.optuna_private import generation_key
 from rltune.search.surrogate import SHARE, SurrogateSampler
 
@@ -39,6 +40,7 @@ def make_sampler(
     num_trials: int,
     distributions: Mapping[str, BaseDistribution],
     *,
+    conditions: Mapping[str, Conditions] | None = None,
     first_seed: int | None = None,
 ) -> optuna.samplers.BaseSampler:
     """Return an Optuna sampler by the name it has in an experiment, for a search of so many trials.
@@ -48,6 +50,7 @@ def make_sampler(
         seed: Of its draws.
         num_trials: Of the search.
         distributions: Of every parameter.
+        conditions: Of parameters that count only where each of these choices has taken one of these options.
         first_seed: What ``seed`` was at the first start, on a resume.
 
     Raises:
@@ -57,7 +60,7 @@ def make_sampler(
     population = min(50, max(4, num_trials // 5))
     weights = [parameter for parameter in distributions if parameter.startswith(f"{SIMPLEX}[")]
     makers: Mapping[str, Any] = {
-        "surrogate": lambda: SurrogateSampler(seed, distributions, weights, simplex_weights, first_seed),
+        "surrogate": lambda: SurrogateSampler(seed, distributions, weights, simplex_weights, conditions, first_seed),
         "tpe": lambda: optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=population),
@@ -179,7 +182,19 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # a resumed search goes on with other draws than the first ones, which its trials already have
         seed = (search.seed + 1_000_003 * len(ids)) % 2**32
-        sampler = make_sampler(search.sampler, seed, search.trials, self._distributions, first_seed=search.seed)
+        conditions = {
+            path: [(".".join(parent), options) for parent, options in kind.when]
+            for path, kind in experiment.space.items()
+            if kind.when
+        }
+        sampler = make_sampler(
+            search.sampler,
+            seed,
+            search.trials,
+            self._distributions,
+            conditions=conditions,
+            first_seed=search.seed,
+        )
         directions = ["maximize" if sign > 0 else "minimize" for sign in objectives.signs_D]
         self.study = optuna.create_study(sampler=sampler, directions=directions)
         self._is_held_by_constraints = search.sampler in HELD_BY_CONSTRAINTS

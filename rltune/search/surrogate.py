@@ -9,8 +9,9 @@ the hypervolume scalarisation), so that what one more point adds takes no more t
 N: trials. M: candidates. D: objectives. L: directions. S: draws. F: features.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from optuna.search_space import IntersectionSearchSpace
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from rltune.search.features import Features
+from rltune.search.features import Conditions, Features
 from rltune.search.gaussian import Array, Process, fit
 
 STARTUP = 8
@@ -52,6 +53,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # Optuna's types are
         distributions: Of every parameter of the search; left out, of those that every trial so far had.
         weight_names: Parameters that stand for weights.
         weights_of: Parameter values -> the weights that they stand for, which the models see in their place.
+        conditions: Of parameters that count only where each of these choices has taken one of these options.
         first_seed: Of the search where it was started, if this is a resume with another ``seed``: its first trials lie
             evenly beside those that it has.
     """
@@ -62,6 +64,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # Optuna's types are
         distributions: Mapping[str, BaseDistribution] | None = None,
         weight_names: Sequence[str] = (),
         weights_of: Callable[[Sequence[float]], Sequence[float]] = list,
+        conditions: Mapping[str, Conditions] | None = None,
         first_seed: int | None = None,
     ) -> None:
         self._rng = np.random.default_rng(seed)
@@ -70,6 +73,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # Optuna's types are
         self._common = IntersectionSearchSpace()
         self._weight_names = list(weight_names)
         self._weights_of = weights_of
+        self._conditions = conditions
         self._shift = self._rng.random(len(distributions or ()))
         if first_seed is not None:
             self._shift = np.random.default_rng(first_seed).random(len(self._shift))
@@ -93,25 +97,32 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # Optuna's types are
         """Return the parameters of the next trial."""
         if not search_space:
             return {}
-        space = Features(search_space, self._weight_names, self._weights_of)
+        space = Features(search_space, self._weight_names, self._weights_of, self._conditions)
         if len(self._shift) != len(search_space):
             self._shift = self._rng.random(len(search_space))
         trials = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number and space.has(t.params)]
         ended = [t for t in trials if t.state == TrialState.COMPLETE]
         failed = [t for t in trials if t.state == TrialState.FAIL]
-        if len(ended) + len(failed) < STARTUP:
-            return space.values(even_spread(trial.number, self._shift))
         running = [t for t in trials if t.state == TrialState.RUNNING]
+        known = {space.tried(t.params) for t in (*ended, *running)}
+        if len(ended) + len(failed) < STARTUP:
+            numbers = range(trial.number, trial.number + STARTUP * CANDIDATES, STARTUP)
+            return _first_new((space.values(even_spread(n, self._shift)) for n in numbers), space, known)
         signs_D = np.array([1.0 if d == StudyDirection.MAXIMIZE else -1.0 for d in study.directions])
         ends = [_ends(space, ended, failed)] if failed else []
         worth = self._worth(space, ended, running, signs_D, ends) if len(ended) >= FEWEST else _surest(ends[0])
-        units = self._rng.random((CANDIDATES, len(search_space)))
+        anywhere = units = self._rng.random((CANDIDATES, len(search_space)))
         for deviation in (0.1, 0.03):
             best = units[np.argsort(-worth(space.columns(units)), kind="stable")[:8]]
             moved = np.repeat(best, 20, axis=0)
             moved = np.clip(moved + deviation * self._rng.standard_normal(moved.shape), 0.0, 1.0)
             units = np.vstack([best, moved])
-        return space.values(units[int(worth(space.columns(units)).argmax())])
+        best_first = (
+            space.values(points[i])
+            for points in (units, anywhere)  # where options alone are searched, all that is near was tried soon
+            for i in np.argsort(-worth(space.columns(points)), kind="stable")
+        )
+        return _first_new(best_first, space, known)
 
     def _worth(
         self,
@@ -171,6 +182,13 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # Optuna's types are
             return growth_M * _probability(constraints, points_MF)
 
         return worth
+
+
+def _first_new(candidates: Iterator[dict[str, Any]], space: Features, known: Collection[Any]) -> dict[str, Any]:
+    """Return the first that no trial has tried, which would only say the same again; if all were, the first."""
+    first = next(candidates)
+    rest = itertools.chain([first], candidates)
+    return next((params for params in rest if space.tried(params) not in known), first)
 
 
 def even_spread(number: int, shift: Array) -> Array:

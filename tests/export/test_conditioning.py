@@ -1,6 +1,7 @@
 """Numbers that mix prompts as a file: proved, read again, refused where damaged, and applied by diffusers alone."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,14 @@ from rltune.export.push import check_push
 from rltune.export.trials import export_trials
 from rltune.export.write import Exported
 from rltune.runs.layout import RunFolder
+from rltune.runs.results import TrialResult, append_result
 from rltune.training.adapters.base import MixValues
 from rltune.training.assessment import Subject, make_bench, of_checkpoint, of_file
 from rltune.training.checkpoint import load_adapter
 from rltune.training.evaluation import to_uint8
+from rltune.training.loop import train_run
 from rltune.training.model_cache import load_base_model
+from rltune.training.reporter import FolderReporter
 from rltune.training.sampling import image_shape, make_sampler
 from rltune.training.soups import trained_member
 from tests.export.test_trials import BESIDE, asked, trained
@@ -209,3 +213,33 @@ def test_a_script_without_rltune_draws_rltunes_images(
     assert np.abs(found - expected).max() <= 1
     assert np.abs(base - expected).max() > 3
     assert (tmp_path / "circle.png").is_file()
+
+
+@pytest.mark.long
+def test_trials_of_two_kinds_are_each_exported_as_what_they_are(tiny_pipeline: Path, tmp_path: Path) -> None:
+    model = {
+        "base": str(tiny_pipeline),
+        "adapter": {"kind": {"choice": ["prompt", "lora"]}},
+        "prompt": {"template": "{prompt}, {light}", "words": {"light": "warm"}},
+    }
+    optim = {"lr": {"float": [0.0, 0.1], "when": {"model.adapter.kind": "lora"}}, "steps": 3, "batch": 2}
+    experiment = asked(tiny_pipeline, model=model, optim=optim)
+    values: dict[str, Any] = {"model.adapter.kind": "prompt"}
+    folder, _ = trained(experiment, tmp_path / "run", {"model.adapter.kind": "lora", "optim.lr": 0.05})
+    reporter = FolderReporter(folder.checkpoints_dir("002"))
+    train_run(
+        experiment.concrete(values), trial_dir=folder.trial_dir("002"), base_dir=folder.base_dir, reporter=reporter
+    )
+    checkpoint = str((reporter.latest() or folder.path).relative_to(folder.path))
+    row = TrialResult("002", "ok", values, values, metrics=reporter.reports[-1])
+    append_result(folder.results_file, replace(row, checkpoint=checkpoint))
+    picks = [pick_trial(trial, folder, experiment) for trial in ("001", "002")]
+
+    with pytest.raises(UserError, match=r"conditioning is no LoRA.* got 'comfyui'; leave it out"):
+        export_trials(picks, folder, experiment, on_export=pytest.fail, formats=["comfyui"])
+    assert not folder.exports_dir.exists()
+    made: list[Exported] = []
+    export_trials(picks, folder, experiment, on_export=made.append)
+    assert [(one.trial, one.format) for one in made] == [("001", "diffusers"), ("002", "conditioning")]
+    assert find_lora_file(made[0].folder)
+    assert json.loads((made[1].folder / "conditioning.json").read_text())["styled"] == "{prompt}, warm"

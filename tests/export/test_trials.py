@@ -303,8 +303,9 @@ def test_a_format_may_have_a_folder_which_is_replaced_as_a_whole(
 
 def test_an_unknown_format_is_said_before_anything_is_written(run: tuple[RunFolder, Experiment]) -> None:
     folder, experiment_ = run
+    picks = [pick_trial("knee", folder, experiment_)]
     with pytest.raises(UserError, match=r"^export format 'kohia' is unknown; known: comfyui, diffusers, fused, peft$"):
-        export_trials([], folder, experiment_, on_export=pytest.fail, formats=["diffusers", "kohia"])
+        export_trials(picks, folder, experiment_, on_export=pytest.fail, formats=["diffusers", "kohia"])
 
 
 @pytest.mark.long

@@ -92,3 +92,12 @@ def test_the_points_of_a_basis_are_a_grid_without_its_own(tmp_path: Path) -> Non
     append_line(folder.mixtures_file, json.dumps(to_record(asdict(done))))
     assert wanted_points(front, asked, folder, lambda result: result.trial == "001") == [wanted[0], *wanted[2:]]
     assert wanted_points(front, ASKED, folder, lambda result: True) == []
+    both = experiment(model={**SEARCHED["model"], "adapter": {"kind": {"choice": ["lora", "basis"]}}})
+    kinds = {"001": "basis", "002": "lora"}
+    members = tuple(
+        replace(row, values={**row.values, "model.adapter.kind": kinds[row.trial]})
+        for row in front.members
+        if row.trial in kinds
+    )
+    of_both = wanted_points(replace(front, members=members), both, folder, lambda result: True)
+    assert of_both == [wanted[0], *wanted[2:]]

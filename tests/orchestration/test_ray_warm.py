@@ -57,3 +57,34 @@ def test_a_warm_sweep_survives_and_ends_with_the_numbers_of_trials_trained_alone
         expected = trained_alone(path, tmp_path / "whole" / trial, results[trial].values)
         metrics = results[trial].metrics
         assert metrics == {name: expected[name] for name in metrics}
+
+
+def test_one_worker_takes_trials_of_words_and_of_loras_in_turn(
+    write: Callable[..., Path], start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    words, lora = {"model.adapter.kind": "prompt"}, {"model.adapter.kind": "lora"}
+    path = write(
+        model={
+            "adapter": {"kind": {"choice": ["prompt", "lora"]}},
+            "prompt": {
+                "template": "{prompt}{light}",
+                "words": {"light": {"choice": [", dim light", ", warm light"], "when": words}},
+            },
+        },
+        prompts={"train": "builtin", "eval": "builtin-heldout"},
+        optim={"lr": {"choice": [0.002, 0.005], "when": lora}, "steps": 4, "batch": 2},
+        evaluate={"every": 2, "prompts": 2, "confirm": 0},
+        search={"sampler": "grid", "points": []},
+        resources={"executor": "warm", "concurrent": 1},
+    )
+    process = start("sweep", str(path))
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 0, output
+    run = tmp_path / "runs" / "tiny"
+    results = {result.trial: result for result in read_results(run / "results.jsonl")}
+    kinds = [result.values.get("model.adapter.kind") for result in results.values()]
+    assert kinds == [None, "prompt", "prompt", "lora", "lora"]
+    for trial, result in list(results.items())[1:]:
+        expected = trained_alone(path, tmp_path / "whole" / trial, result.values)
+        assert result.metrics == {name: expected[name] for name in result.metrics}
+    assert len({tuple(result.metrics.items()) for result in results.values()}) == 5

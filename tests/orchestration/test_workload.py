@@ -198,3 +198,11 @@ def test_nodes_that_an_autoscaler_brings_count() -> None:
 def test_what_can_never_run_is_refused(nodes: list[Node], resources: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         plan_on(*nodes, **{"concurrent": "auto", **resources})
+
+
+def test_a_trial_is_one_of_the_kind_that_trains_whichever_comes_first() -> None:
+    model = {"adapter": {"kind": {"choice": ["prompt", "lora"]}}}
+    made = work_out(experiment(FIXED, model=model, evaluate={"every": 5}, search={"trials": 4}), [Node(2)])
+    assert (made.num_steps, made.num_evaluations) == (10, 2)
+    alone = work_out(experiment(FIXED, model={"adapter": {"kind": "prompt"}}, evaluate={"every": 5}), [Node(2)])
+    assert (alone.num_steps, alone.num_evaluations) == (0, 1)

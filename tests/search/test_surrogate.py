@@ -13,7 +13,7 @@ from rltune.config.load import Experiment
 from rltune.runs.layout import TrialSpec
 from rltune.runs.objectives import Objectives
 from rltune.runs.results import TrialResult
-from rltune.search.features import Features
+from rltune.search.features import Conditions, Features
 from rltune.search.searcher import Search, simplex_weights
 from rltune.search.surrogate import STARTUP, SurrogateSampler, _ends, _probability, even_spread
 from tests.run_folders import experiment
@@ -176,6 +176,56 @@ def test_it_learns_where_trials_fail_and_finds_the_best_beside_it() -> None:
     # a search that learns nothing from failures goes to the corner, 2.0, and stays there
     assert np.mean(reached) < 1.5
     assert np.mean(best) > 1.33
+
+
+CONDITIONAL = {
+    "kind": CategoricalDistribution(["lora", "prompt"]),
+    "light": CategoricalDistribution(["", "dim", "warm"]),
+    "is_long": CategoricalDistribution([False, True]),
+    "word": CategoricalDistribution([1, 2]),
+    "lr": FloatDistribution(0.0, 1.0),
+}
+CONDITIONS: dict[str, Conditions] = {
+    "light": [("kind", ["prompt"])],
+    "is_long": [("kind", ["prompt"])],
+    "word": [("is_long", [True])],
+    "lr": [("kind", ["lora"])],
+}
+
+
+def test_what_does_not_count_makes_no_difference() -> None:
+    space = Features(CONDITIONAL, [], simplex_weights, CONDITIONS)
+    words = {"kind": "prompt", "light": "dim", "is_long": False, "word": 1, "lr": 0.2}
+    same, longer = words | {"word": 2, "lr": 0.7}, words | {"is_long": True}
+    other = longer | {"word": 2}
+    lora = words | {"kind": "lora"}
+    columns = space.columns(np.array([space.units(params) for params in (words, same, longer, other, lora)]))
+    assert (columns[0] == columns[1]).all()
+    assert len({tuple(row) for row in columns.tolist()}) == 4
+    tried = [space.tried(params) for params in (words, same, longer, other, lora)]
+    assert tried[0] == tried[1] == (("kind", "prompt"), ("light", "dim"), ("is_long", False))
+    assert tried[4] == (("kind", "lora"), ("lr", 0.2))  # a word counts only where its own condition's does
+    assert len(set(tried)) == 4
+    free = Features(CONDITIONAL, [], simplex_weights)
+    assert len({free.tried(params) for params in (words, same, longer, other, lora)}) == 5
+
+
+@pytest.mark.slow
+def test_nothing_is_tried_twice_until_all_has_been() -> None:
+    """Nine templates, of three lights and of three that are no or one of two words; LoRAs are worth nothing."""
+    distributions = {name: kind for name, kind in CONDITIONAL.items() if name != "lr"}
+    distributions["kind"] = CategoricalDistribution(["prompt", "lora"])
+    space = Features(distributions, [], simplex_weights, CONDITIONS)
+    study = optuna.create_study(
+        direction="maximize", sampler=SurrogateSampler(3, distributions, [], simplex_weights, CONDITIONS)
+    )
+    tried = []
+    for _ in range(12):
+        trial = study.ask(distributions)
+        tried.append(space.tried(trial.params))
+        study.tell(trial, float(trial.params["kind"] == "prompt" and trial.params["light"] == "dim"))
+    assert len(set(tried[:10])) == 10  # and the one LoRA
+    assert set(tried[10:]) <= set(tried[:10])
 
 
 def test_the_first_trials_are_spread_evenly_though_some_fail() -> None:
