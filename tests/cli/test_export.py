@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +69,14 @@ def test_an_unknown_format_is_one_message_that_lists_the_known_ones(call: Call, 
     known = "did you mean 'diffusers'? known: comfyui, diffusers, fused, peft"
     assert err == f"error export format 'diffuser' is unknown; {known}\n"
     assert not folder.exports_dir.exists()
+
+
+def test_only_what_is_a_lora_is_pushed_from_a_run_of_several_kinds(call: Call, tmp_path: Path) -> None:
+    asked = experiment(model={"lora": {}, "adapter": {"kind": {"choice": ["lora", "prompt"]}}})
+    row = result("002", 0.9, 0.1)
+    values = {name: value for name, value in row.values.items() if name in asked.space}
+    words = replace(row, values=values | {"model.adapter.kind": "prompt"})
+    folder = write_run(tmp_path / "mix", asked, [result(BASE_TRIAL, 0.5), words])
+    code, _, err = call("export", folder.path, "--push", "me/mine")
+    assert code == 2
+    assert "--push: the hub's pages are for LoRAs, which prompt is not, got 'me/mine'" in " ".join(err.split())

@@ -205,6 +205,7 @@ def test_what_does_not_count_makes_no_difference() -> None:
     tried = [space.tried(params) for params in (words, same, longer, other, lora)]
     assert tried[0] == tried[1] == (("kind", "prompt"), ("light", "dim"), ("is_long", False))
     assert tried[4] == (("kind", "lora"), ("lr", 0.2))  # a word counts only where its own condition's does
+    assert (space.columns(np.array([space.units(lora | {"light": "warm", "word": 2})])) == columns[4]).all()
     assert len(set(tried)) == 4
     free = Features(CONDITIONAL, [], simplex_weights)
     assert len({free.tried(params) for params in (words, same, longer, other, lora)}) == 5
@@ -226,6 +227,22 @@ def test_nothing_is_tried_twice_until_all_has_been() -> None:
         study.tell(trial, float(trial.params["kind"] == "prompt" and trial.params["light"] == "dim"))
     assert len(set(tried[:10])) == 10  # and the one LoRA
     assert set(tried[10:]) <= set(tried[:10])
+
+
+@pytest.mark.slow
+def test_a_search_knows_the_conditions_of_its_experiment() -> None:
+    words = {"light": {"choice": ["", "dim", "warm"], "when": {"model.adapter.kind": "prompt"}}}
+    optim = {"lr": {"log_float": [1e-4, 1e-2], "when": {"model.adapter.kind": "lora"}}}
+    prompt = {"template": "{prompt}, {light}", "words": words}
+    model = {"adapter": {"kind": {"choice": ["lora", "prompt"]}}, "prompt": prompt}
+    raw = {"name": "mix", "rewards": {"aesthetic": {}}, "model": model, "optim": optim}
+    search, tried = Search(experiment(raw, search={"sampler": "surrogate"}), Objectives(("aesthetic",))), []
+    for _ in range(10):
+        spec = search.ask()
+        tried.append(tuple(spec.values.items()))
+        metrics = {"eval/aesthetic": float(spec.values["model.adapter.kind"] == "prompt")}
+        search.tell(TrialResult(spec.id, "ok", spec.values, spec.params, metrics=metrics))
+    assert len(set(tried)) == 10  # three templates, each once, and LoRAs
 
 
 def test_the_first_trials_are_spread_evenly_though_some_fail() -> None:
