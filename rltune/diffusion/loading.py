@@ -51,7 +51,7 @@ def load_model(
 
     Raises:
         UserError: The weights are not there, or are of a family that rltune does not know, or a component cannot be
-            done without, or the library that quantises is not installed.
+            done without, or the library that quantises is not installed, or finds nothing to round.
     """
     source, folder = resolve_base(base), find_pipeline(base, revision, config)
     is_file = Path(base).is_file()

@@ -34,6 +34,17 @@ def check_quantiser(kind: str) -> None:
         )
 
 
+def check_layers(network: nn.Module, kind: Kind) -> None:
+    """Check that a network, perhaps without values, has layers that a kind rounds.
+
+    Raises:
+        UserError: It has none.
+    """
+    if not quantised_layers(network, kind):
+        rows = f", with rows of whole blocks of {NF4_BLOCK} numbers" if kind == "nf4" else ""
+        raise UserError(f"model.quantise: {kind} rounds linear layers{rows}, and the network has none; write none")
+
+
 def quantise(network: nn.Module, kind: Kind) -> None:
     """Round the weights of the linear layers in a frozen network's blocks; in place, before adapters.
 
@@ -44,9 +55,10 @@ def quantise(network: nn.Module, kind: Kind) -> None:
         kind: ``nf4``, 4-bit normal floats by bitsandbytes, or ``int8``, weight-only by torchao with a scale a row.
 
     Raises:
-        UserError: The library is not installed.
+        UserError: The library is not installed, or there is nothing to round.
     """
     check_quantiser(kind)
+    check_layers(network, kind)
     if kind == "int8":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 

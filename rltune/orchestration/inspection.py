@@ -16,7 +16,7 @@ from rltune.config.load import Experiment
 from rltune.diffusion.families.base import ModelFamily
 from rltune.diffusion.lora import unfit_targets
 from rltune.diffusion.outline import INDEX, find_pipeline, load_outline
-from rltune.diffusion.quantise import check_quantiser
+from rltune.diffusion.quantise import check_layers, check_quantiser
 from rltune.errors import ExperimentError, Fault, RltuneError, RunError, UnknownNameError, UserError
 from rltune.orchestration.last_step import last_step_note
 from rltune.rewards.base import REWARDS
@@ -240,7 +240,8 @@ def _check_prompts(experiment: Experiment, faults: Faults, folder: RunFolder) ->
 
 def _check_base(experiment: Experiment, faults: Faults, *, is_attached: bool) -> ModelFamily | None:
     """Return the base model without weights; None where it is not on this machine, or a fault."""
-    for kind in {config.model.quantise for config in experiment.corners(("model.quantise",))} - {"none"}:
+    kinds = {kind for config in experiment.corners(("model.quantise",)) if (kind := config.model.quantise) != "none"}
+    for kind in kinds:
         with faults.noted():
             if not is_attached:
                 check_quantiser(kind)
@@ -249,6 +250,9 @@ def _check_base(experiment: Experiment, faults: Faults, *, is_attached: bool) ->
         model = _outline(experiment.shared, is_attached=is_attached)
     if model is None:
         return None
+    for kind in kinds:
+        with faults.noted():
+            check_layers(model.network, kind)
     for config in experiment.corners(("sampler", "regularize.attention")):
         with faults.noted():
             image_shape(config, model)

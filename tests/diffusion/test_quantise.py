@@ -135,6 +135,12 @@ def test_rows_of_broken_blocks_are_left_which_published_models_hardly_have() -> 
     assert {name: count for name, count in left.items() if count} == {"aura-flow": 1}  # where patches come in
 
 
+def test_a_network_with_nothing_to_round_is_refused(kind: Kind) -> None:
+    network = nn.Sequential(nn.Conv2d(64, 64, 1), *([nn.Linear(96, 64)] if kind == "nf4" else []))
+    with pytest.raises(UserError, match=rf"^model\.quantise: {kind} rounds linear layers.*, and the network has none"):
+        quantise(network, kind)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_library_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, name: Kind) -> None:
     monkeypatch.setattr(module, "find_spec", lambda _: None)

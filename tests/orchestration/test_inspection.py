@@ -20,6 +20,7 @@ from rltune.rewards.weights import WeightsFile
 from rltune.runs.layout import RunFolder
 from rltune.training.prompts import cut_in_words
 from tests.tiny import hollow
+from tests.tiny_families import PIPELINES, made
 
 Inspect = Callable[..., Inputs]
 
@@ -191,6 +192,17 @@ def test_a_library_that_is_needed_here_is_a_fault_at_every_value(
         "none"
     )
     inspect(text, is_attached=True)  # the nodes' libraries are not known here
+
+
+@pytest.mark.slow
+def test_a_base_with_nothing_to_round_is_a_fault_before_anything_starts(inspect: Inspect, tmp_path: Path) -> None:
+    made(PIPELINES["z_image"]).save_pretrained(tmp_path / "model")
+    text = f"rewards: {{brightness: }}\nmodel: {{base: {tmp_path / 'model'}, quantise: {{choice: [none, nf4, int8]}}}}"
+    (fault,) = faults_of(inspect, text)
+    assert fault == (
+        "model.quantise: nf4 rounds linear layers, with rows of whole blocks of 64 numbers, and the network has none; "
+        "write none"
+    )
 
 
 def test_a_folder_that_is_no_whole_pipeline_is_a_fault(inspect: Inspect, pipeline: Path) -> None:
