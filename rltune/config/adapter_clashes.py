@@ -84,8 +84,8 @@ def _no_lora_clashes(config: Settings) -> Iterator[Clash]:
             remedy = f"delete {where}, or in a search over kinds give it a distribution with when: {{{kind}: lora}}"
             yield Clash(where, what, remedy, (kind,))
     if config.sweep.soup:
-        what = f"soups are sums of LoRAs, and none is trained where {kind} is {name_of_kind}, got true"
-        yield Clash("sweep.soup", what, "delete it", (kind,))
+        what = f"soups are sums of LoRAs, and none is trained where {kind} is {name_of_kind}, got sweep.soup true"
+        yield Clash("sweep.soup", what, "delete sweep.soup", (kind,))
 
 
 def _basis_clashes(config: Settings, known: Known) -> Iterator[Clash]:
@@ -98,7 +98,7 @@ def _basis_clashes(config: Settings, known: Known) -> Iterator[Clash]:
         what = f"a basis weighs the rewards of every image in a gradient, which {config.estimator.name} does not take"
         yield Clash(kind, f"{what}, got basis", "take an estimator that backpropagates, or lora", ("estimator.name",))
     if config.mixture.method not in MIXED:
-        what = f"of a basis every image has weights of its own, got {config.mixture.method}"
+        what = f"of a basis every image has weights of its own, got mixture.method {config.mixture.method}"
         yield Clash("mixture.method", what, f"write {' or '.join(MIXED)}", (kind,))
     if len(config.trained_rewards) == 1:
         what = (
@@ -107,11 +107,11 @@ def _basis_clashes(config: Settings, known: Known) -> Iterator[Clash]:
         others = tuple(f"rewards.{name}.weight" for name in config.rewards)
         yield Clash(kind, what, "give a second reward a weight, or take lora", others)
     if config.model.lora.dora:
-        what = "the effect of DoRAs is no sum by weights, which a basis is, got true"
-        yield Clash("model.lora.dora", what, "delete it", (kind,))
+        what = "the effect of DoRAs is no sum by weights, which a basis is, got model.lora.dora true"
+        yield Clash("model.lora.dora", what, "delete model.lora.dora", (kind,))
     if config.model.lora.start is not None:
-        what = f"a basis starts fresh, got {config.model.lora.start!r}"
-        yield Clash("model.lora.start", what, "delete it", (kind,))
+        what = f"a basis starts fresh, got model.lora.start {config.model.lora.start!r}"
+        yield Clash("model.lora.start", what, "delete model.lora.start", (kind,))
     if config.resources.compile:
-        what = "a basis weighs layers image by image, which compiled blocks do not see, got true"
-        yield Clash("resources.compile", what, "delete it", (kind,))
+        what = "a basis weighs layers image by image, which compiled blocks do not see, got resources.compile true"
+        yield Clash("resources.compile", what, "delete resources.compile", (kind,))

@@ -189,7 +189,7 @@ def test_what_is_for_loras_or_for_steps_is_refused() -> None:
     faults = [
         "model.lora.rank: no LoRA is trained where model.adapter.kind is prompt, got model.lora.rank 8; delete model.l",
         "sampler.base_steps: words are for all steps where model.adapter.kind is prompt, got sampler.base_steps 2; d",
-        "sweep.soup: soups are sums of LoRAs, and none is trained where model.adapter.kind is prompt, got true",
+        "sweep.soup: soups are sums of LoRAs, and none is trained where model.adapter.kind is prompt, got sweep.soup",
     ]
     check_refused({**WORDS, "lora": {"rank": 8}}, {"sampler": {"base_steps": 2}, "sweep": {"soup": True}}, faults)
 
