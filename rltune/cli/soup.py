@@ -15,6 +15,7 @@ from rltune.cli.arguments import at_home, names_of, numbers_of
 from rltune.cli.evaluate import about_bench
 from rltune.cli.targets import Asked, Origin, Target, find_targets, shared_origin
 from rltune.cli.terminal import console, told
+from rltune.config.kinds import NO_LORA
 from rltune.errors import UserError
 from rltune.runs.addresses import as_folder
 
@@ -114,7 +115,11 @@ def _bests(run: Path) -> list[str]:
     front = read_front(folder, experiment)
     if front is None or front.knee is None:
         raise UserError(f"soup: no trained trial of {run} is on its front; name LoRAs, or trials by --pick")
-    return list(dict.fromkeys(front.best(name).trial for name in front.objectives.names))
+    bests = [front.best(name) for name in front.objectives.names]
+    loras = [best.trial for best in bests if experiment.concrete(best.values).model.adapter.kind not in NO_LORA]
+    if not loras:
+        raise UserError(f"soup: what is best of {run} is no LoRA; name LoRAs, or trials by --pick")
+    return list(dict.fromkeys(loras))
 
 
 def _cook(

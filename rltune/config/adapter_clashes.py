@@ -33,12 +33,14 @@ def _prompt_clashes(config: Settings) -> Iterator[Clash]:
         what = f"must hold {PLACE} once, got {section.template!r}"
         yield Clash("model.prompt.template", what, f'write such as "{PLACE}, {{light}}"', (kind,))
     names = set(NAMES.findall(section.template)) - {PLACE[1:-1]}
-    if missing := sorted(names - section.words.keys()):
-        what = f"names {', '.join(missing)}, for which model.prompt.words has nothing, got {section.template!r}"
-        yield Clash("model.prompt.template", what, f"add {missing[0]} to model.prompt.words", (kind,))
+    for name in sorted(names - section.words.keys()):
+        what = f"names {name}, for which model.prompt.words has nothing, got {section.template!r}"
+        others = (kind, f"model.prompt.words.{name}")
+        yield Clash("model.prompt.template", what, f"add {name} to model.prompt.words", others)
     for name in sorted(section.words.keys() - names):
         what = f"stands nowhere in model.prompt.template, {section.template!r}, got {section.words[name]!r}"
-        yield Clash(f"model.prompt.words.{name}", what, f"write {{{name}}} there, or delete it", (kind,))
+        remedy = f"write {{{name}}} there, or delete it"
+        yield Clash(f"model.prompt.words.{name}", what, remedy, (kind, "model.prompt.template"))
     for name, word in section.words.items():
         if NAMES.search(word):
             what = f"is a text of its own, and names in braces belong in the template, got {word!r}"
@@ -80,9 +82,8 @@ def _no_lora_clashes(config: Settings) -> Iterator[Clash]:
     for name in LoraConfig.model_fields:
         if (value := getattr(config.model.lora, name)) != getattr(own, name):
             where = f"model.lora.{name}"
-            what = f"no LoRA is trained where {kind} is {name_of_kind}, got {where} {value!r}"
-            remedy = f"delete {where}, or in a search over kinds give it a distribution with when: {{{kind}: lora}}"
-            yield Clash(where, what, remedy, (kind,))
+            what = f"no LoRA is trained where {kind} is {name_of_kind}, got {value!r}"
+            yield Clash(where, what, "delete it", (kind,))
     if config.sweep.soup:
         what = f"soups are sums of LoRAs, and none is trained where {kind} is {name_of_kind}, got sweep.soup true"
         yield Clash("sweep.soup", what, "delete sweep.soup", (kind,))

@@ -297,14 +297,17 @@ def _constraint_clashes(config: Settings) -> Iterator[Clash]:
 def _stopping_clashes(config: Settings) -> Iterator[Clash]:
     """Rules that could never stop anything."""
     grace, every = config.search.grace, config.evaluate.every
-    if config.search.prune and config.first_rung >= config.num_rounds:
-        what = f"a trial has ended at step {config.num_rounds}, before any are compared, got {config.first_rung}"
-        others = ("optim.steps", "optim.queries", "optim.batch", "search.prune")
+    if config.search.prune and config.first_rung >= config.num_rounds > 0:
+        where = "evaluate.every" if grace is None else "search.grace"
+        what = (
+            f"a trial has ended at step {config.num_rounds}, before any are compared, got {where} {config.first_rung}"
+        )
+        remedy = f"lower {where}, or set search.prune: false"
+        others = ("optim.steps", "optim.queries", "optim.batch", "search.prune", "model.adapter.kind")
         if grace is None:
-            remedy = "lower it, or set search.prune: false"
-            yield Clash("evaluate.every", what, remedy, ("search.grace", *others))
+            yield Clash(where, what, remedy, ("search.grace", *others))
         else:
-            yield Clash("search.grace", what, "lower it, or set search.prune: false", others)
+            yield Clash(where, what, remedy, others)
     elif config.search.prune and grace is not None and grace % every:
         what = f"must be a multiple of evaluate.every, {every} steps, got {grace}"
         yield Clash("search.grace", what, f"write {(grace // every + 1) * every}", ("evaluate.every", "search.prune"))

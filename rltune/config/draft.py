@@ -16,6 +16,7 @@ from rltune.config.distributions import (
     parse_distribution,
     show,
 )
+from rltune.config.kinds import faults_of_kinds
 from rltune.config.points import faults_of_points
 from rltune.config.schema import belongs_to_whole_sweep, node_at
 from rltune.config.validation import cut_out, list_or_value
@@ -138,7 +139,7 @@ class Draft:
             self.report(".".join(on_simplex[0]), what, "write weight: 1.0")
 
     def check_conditions(self) -> None:
-        """Report conditions that can never hold; what has one counts as broken."""
+        """Report conditions that can never hold, or are missing; what has one counts as broken."""
         broken = list(self.broken)
         while True:  # what waits for something broken is broken too
             faults = list(faults_of_conditions(self.space, broken))
@@ -151,6 +152,10 @@ class Draft:
                     self.report(".".join(where), what, remedy, line)
                 broken.append(path)
                 self.space.pop(path, None)
+        for path, what, remedy in [*faults_of_kinds(self.space)]:
+            self.report(".".join(path), what, remedy)
+            broken.append(path)
+            self.space.pop(path, None)
         self.broken = list(dict.fromkeys(broken))
 
     def check_points(self) -> None:

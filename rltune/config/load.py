@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
@@ -13,6 +13,8 @@ from rltune.config.distributions import Distribution, Simplex, is_in, show
 from rltune.config.draft import Draft
 from rltune.config.experiment import Context, RunConfig
 from rltune.config.grid import combinations, is_countable
+from rltune.config.kinds import KIND, NO_LORA
+from rltune.config.model_section import LoraConfig
 from rltune.config.rules import Known
 from rltune.config.validation import faults_of_run, faults_of_space, replaced
 from rltune.config.yamlfile import Path, YamlError, read_yaml, write_yaml
@@ -69,6 +71,12 @@ class Experiment:
         return tuple(self.corners(("model.adapter",)))
 
     @property
+    def lora(self) -> LoraConfig:
+        """The section ``model.lora`` as trials with a LoRA have it; searched settings at their first values."""
+        kinds = (kind.model for kind in self.kinds if kind.model.adapter.kind not in NO_LORA)
+        return next(kinds, self.shared.model).lora
+
+    @property
     def first(self) -> dict[str, Any]:
         """Each distribution's first value, active or not."""
         return _dotted(first_values(_split(self.space)))
@@ -116,14 +124,21 @@ class Experiment:
                 tried.add(repr(values))
                 yield self.concrete(values)
 
-    def largest(self, paths: Collection[str]) -> RunConfig:
-        """Return the run at the greatest number of what is searched among ``paths``, and the first of all else."""
+    def largest(self, paths: Collection[str]) -> tuple[RunConfig, ...]:
+        """Return the run at the greatest number of what is searched among ``paths``, and the first of all else.
+
+        One for every kind of adapter that is searched.
+        """
         greatest = dict(self.first)
         for path, kind in self.space.items():
             if path in paths and not isinstance(kind, Simplex):
                 numbers = [value for _, value in kind.corners() if isinstance(value, int | float)]
                 greatest[path] = max(numbers, default=greatest[path])
-        return self.concrete(self.active(greatest))
+        kinds = (config.model.adapter.kind for config in self.kinds)
+        own: Iterable[dict[str, Any]] = (
+            ({path: kind} for kind in kinds) if (path := ".".join(KIND)) in self.space else ({},)
+        )
+        return tuple(self.concrete(self.active(greatest | kind)) for kind in own)
 
     def concrete(self, values: Mapping[str, Any]) -> RunConfig:
         """Return the run with a value for every active distribution, validated like a file without any.

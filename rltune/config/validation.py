@@ -21,6 +21,7 @@ from rltune.config.distributions import (
     is_in,
 )
 from rltune.config.experiment import Context, RunConfig
+from rltune.config.kinds import without_lora
 from rltune.config.rules import RULES, Clash, Together
 from rltune.config.schema import belongs_to_whole_sweep, node_at
 from rltune.config.words import is_leaf, known_keys, what_is_wrong
@@ -32,12 +33,16 @@ MAX_TOGETHER = 10_000
 
 
 def replaced(data: Mapping[str, Any], values: Mapping[Path, Any], space: Space) -> dict[str, Any]:
-    """Return a copy of ``data`` with ``values`` where distributions stand; what has no value is left out."""
+    """Return a copy of ``data`` with ``values`` where distributions stand; what has no value is left out.
+
+    So is what is said of LoRAs in a trial of another kind, where kinds are searched.
+    """
     result: dict[str, Any] = copy.deepcopy(dict(data))
     cut_out(result, [path for path in space if path not in values])
     for path, value in values.items():
         parent = _at(result, path[:-1])
         parent[int(path[-1]) if isinstance(parent, list) else path[-1]] = value
+    without_lora(result, values)
     return result
 
 

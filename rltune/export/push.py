@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+from rltune.config.kinds import NO_LORA
 from rltune.errors import RunError, UserError
 from rltune.export.card import CARD_FILE
 from rltune.export.readme import REPO
@@ -34,7 +35,7 @@ def check_push(repo: str, kind: str = "lora") -> None:
     Raises:
         UserError: It is no name of a repository, or this machine has no token, or no LoRA was trained.
     """
-    if kind in ("conditioning", "prompt"):
+    if kind in NO_LORA:
         raise UserError(
             f"--push: the hub's pages are for LoRAs, which {kind} is not, got {repo!r}; export it without, and share "
             "the folder"

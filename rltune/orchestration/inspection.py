@@ -258,7 +258,7 @@ def _check_base(experiment: Experiment, faults: Faults, *, is_attached: bool) ->
             image_shape(config, model)
         with faults.noted():
             make_sampler(config, model)
-    for fault in unfit_targets(model.network, experiment.shared.model.lora.targets):  # a list is not searched
+    for fault in unfit_targets(model.network, experiment.lora.targets):  # a list is not searched
         with faults.noted():
             raise UserError(f"model.lora.targets: {fault}")
     for config in experiment.corners(("model",)):

@@ -79,9 +79,9 @@ def plan(
     memory = duration = None
     if not faults and workload is not None and inputs.outline is not None:
         with faults.noted():
-            memory = check_memory(
-                experiment.largest(TAKE_MORE), inputs.outline, workload, nodes, is_here=not is_attached
-            )
+            outline, largest = inputs.outline, experiment.largest(TAKE_MORE)
+            needed = [check_memory(config, outline, workload, nodes, is_here=not is_attached) for config in largest]
+            memory = max(needed, key=lambda found: found.peak_gib)
             if not is_attached:
                 duration = foresee(experiment, inputs.outline, workload)
     faults.raise_any(experiment.source)

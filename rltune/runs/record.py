@@ -294,6 +294,7 @@ def settings_of(experiment: Experiment) -> dict[str, Any]:
     shared = experiment.shared
     settings: dict[str, Any] = shared.model_dump(mode="json")
     settings["objectives"] = list(shared.objective_names)
+    settings["model"]["lora"] = experiment.lora.model_dump(mode="json")
     for path in experiment.space:
         *sections, last = path.split(".")
         section, written = settings, experiment.raw

@@ -104,7 +104,7 @@ class SurrogateSampler(BaseSampler):  # type: ignore[misc]  # Optuna's types are
         ended = [t for t in trials if t.state == TrialState.COMPLETE]
         failed = [t for t in trials if t.state == TrialState.FAIL]
         running = [t for t in trials if t.state == TrialState.RUNNING]
-        known = {space.tried(t.params) for t in (*ended, *running)}
+        known = {space.tried(t.params) for t in (*ended, *failed, *running)}
         if len(ended) + len(failed) < STARTUP:
             numbers = range(trial.number, trial.number + STARTUP * CANDIDATES, STARTUP)
             return _first_new((space.values(even_spread(n, self._shift)) for n in numbers), space, known)

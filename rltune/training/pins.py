@@ -90,7 +90,7 @@ def _pipeline_pin(setting: str, base: str, revision: str | None) -> Pin:
 
 
 def _start_pins(experiment: Experiment) -> Iterator[Pin]:
-    for given in _candidates(experiment, "model.lora.start", experiment.shared.model.lora.start):
+    for given in _candidates(experiment, "model.lora.start", experiment.lora.start):
         if given is not None:
             yield _pin("model.lora.start", given, Path(given).expanduser(), _files(Path(given).expanduser()))
 

@@ -72,7 +72,7 @@ def test_an_unknown_format_is_one_message_that_lists_the_known_ones(call: Call, 
 
 
 def test_only_what_is_a_lora_is_pushed_from_a_run_of_several_kinds(call: Call, tmp_path: Path) -> None:
-    asked = experiment(model={"lora": {}, "adapter": {"kind": {"choice": ["lora", "prompt"]}}})
+    asked = experiment(model={"lora": {}, "adapter": {"kind": {"choice": ["lora", "prompt"]}}}, optim={"lr": 1e-3})
     row = result("002", 0.9, 0.1)
     values = {name: value for name, value in row.values.items() if name in asked.space}
     words = replace(row, values=values | {"model.adapter.kind": "prompt"})

@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 from diffusers import StableDiffusionPipeline
 
 from rltune.config.experiment import RunConfig
+from rltune.runs.layout import BASE_TRIAL
 from tests.cli.conftest import Call
 from tests.cli.test_reading import ODD
 from tests.cli.test_sample import export
+from tests.run_folders import experiment, result, write_run
 
 PROMPTS = ["a snail", "an octopus on a hill"]
 
@@ -105,3 +108,14 @@ def test_a_base_model_is_written_base(call: Call, loras: list[Path]) -> None:
         2,
         "error soup: its members are LoRAs, got the base model 'builtin'; write base in its place\n",
     )
+
+
+def test_of_a_run_only_loras_are_mixed(call: Call, tmp_path: Path) -> None:
+    asked = experiment(model={"lora": {}, "adapter": {"kind": {"choice": ["lora", "prompt"]}}}, optim={"lr": 1e-3})
+    rows = [result("002", 0.9, 0.1), result("001", 0.1, 0.9)]
+    weights = {name: value for name, value in rows[0].values.items() if name in asked.space}
+    words = [replace(row, values=weights | {"model.adapter.kind": "prompt"}) for row in rows]
+    run = write_run(tmp_path / "mix", asked, [result(BASE_TRIAL, 0.5), *words])
+    code, _, err = call("soup", run.path)
+    assert code == 2
+    assert f"soup: what is best of {run.path} is no LoRA; name LoRAs, or trials by --pick" in " ".join(err.split())

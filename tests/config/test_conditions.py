@@ -153,7 +153,7 @@ def test_corners_try_a_setting_wherever_it_is_searched() -> None:
 
 def test_the_largest_run_has_the_greatest_numbers_of_what_is_named_where_they_are_active() -> None:
     text = K.replace("rewards:", "model: {lora: {rank: {choice: [8, 64, 2]}}}\nseed: {int: [3, 9]}\nrewards:")
-    run = load(text).largest(("model.lora.rank", "estimator.k", "optim.batch"))
+    (run,) = load(text).largest(("model.lora.rank", "estimator.k", "optim.batch"))
     assert (run.model.lora.rank, run.estimator.name, run.estimator.k, run.seed) == (64, "alignprop", 3, 3)
 
 

@@ -230,13 +230,13 @@ VALUES: list[tuple[str, list[str]]] = [
     (
         "search: {prune: true, grace: 40}\noptim: {steps: 40}",
         [
-            "x.yaml:2 search.grace: a trial has ended at step 40, before any are compared, got 40; "
-            "lower it, or set search.prune: false"
+            "x.yaml:2 search.grace: a trial has ended at step 40, before any are compared, got search.grace "
+            "40; lower search.grace, or set search.prune: false"
         ],
     ),
     (
         "search: {prune: true}\noptim: {steps: 30, queries: 100, batch: 10}\nevaluate: {every: 10}",
-        ["x.yaml:4 evaluate.every: a trial has ended at step 10, before any are compared, got 10; lower it, or set"],
+        ["x.yaml:4 evaluate.every: a trial has ended at step 10, before any are compared, got evaluate.every 10"],
     ),
     ("search: {reduction: 1}", ["search.reduction: must be a whole number from 2 to 10, got 1; the default is 3"]),
     (

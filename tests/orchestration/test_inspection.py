@@ -194,6 +194,16 @@ def test_a_library_that_is_needed_here_is_a_fault_at_every_value(
     inspect(text, is_attached=True)  # the nodes' libraries are not known here
 
 
+def test_what_is_fixed_for_loras_is_looked_at_though_words_come_first(inspect: Inspect) -> None:
+    lora = "{targets: [to_q, to_z], start: no/lora}"
+    text = f"rewards: {{brightness: }}\nmodel: {{adapter: {{kind: {{choice: [prompt, lora]}}}}, lora: {lora}}}"
+    faults = faults_of(inspect, text)
+    assert [fault.split(";")[0] for fault in faults] == [
+        "model.lora.targets: no layer is called so, got 'to_z'",
+        "model.lora.start: no/lora: no such file or folder",
+    ]
+
+
 @pytest.mark.slow
 def test_a_base_with_nothing_to_round_is_a_fault_before_anything_starts(inspect: Inspect, tmp_path: Path) -> None:
     made(PIPELINES["z_image"]).save_pretrained(tmp_path / "model")

@@ -99,3 +99,15 @@ def test_memory_is_that_of_the_largest_settings_that_are_searched(tmp_path: Path
 def test_this_machine_has_its_cores() -> None:
     assert this_machine().num_cpus >= 1
     assert this_machine().accelerators is None  # of a type that nobody knows before Ray has looked
+
+
+@pytest.mark.slow
+def test_memory_is_of_the_kind_that_takes_most_whichever_comes_first(tmp_path: Path) -> None:
+    rank = "rank: {choice: [1024, 4], when: {model.adapter.kind: lora}}"
+    peaks = []
+    for kinds in ("[lora, prompt]", "[prompt, lora]", "[prompt]"):
+        lora = f", lora: {{{rank}}}" if "lora" in kinds else ""
+        found = plan_of(tmp_path, f"{GOOD}model: {{adapter: {{kind: {{choice: {kinds}}}}}{lora}}}\n", [Node(4)])
+        assert found.memory is not None
+        peaks.append(found.memory.peak_gib)
+    assert peaks[0] == peaks[1] > peaks[2]

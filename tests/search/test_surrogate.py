@@ -229,6 +229,22 @@ def test_nothing_is_tried_twice_until_all_has_been() -> None:
     assert set(tried[10:]) <= set(tried[:10])
 
 
+def test_what_failed_is_not_tried_again_while_something_is_left() -> None:
+    """Six settings, of which one fails each time; once all were tried, the search leaves that one alone."""
+    distributions = {"rank": CategoricalDistribution([1, 4, 16]), "method": CategoricalDistribution(["sum", "best"])}
+    study = optuna.create_study(direction="maximize", sampler=SurrogateSampler(3, distributions))
+    tried = []
+    for _ in range(STARTUP + 6):
+        trial = study.ask(distributions)
+        tried.append((trial.params["rank"], trial.params["method"]))
+        has_failed = tried[-1] == (16, "best")
+        study.tell(
+            trial, None if has_failed else float(trial.params["rank"]), state=TrialState.FAIL if has_failed else None
+        )
+    assert len(set(tried[:6])) == 6
+    assert (16, "best") not in tried[STARTUP:]
+
+
 @pytest.mark.slow
 def test_a_search_knows_the_conditions_of_its_experiment() -> None:
     words = {"light": {"choice": ["", "dim", "warm"], "when": {"model.adapter.kind": "prompt"}}}

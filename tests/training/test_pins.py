@@ -28,6 +28,8 @@ def test_a_lora_to_start_from_is_pinned_by_what_it_holds(tmp_path: Path) -> None
     (lora / "x.safetensors").write_bytes(b"another")
     assert pins_of(tmp_path / "x.yaml", text)["model.lora.start"].digest != first.digest
     assert "model.lora.start" not in pins_of(tmp_path / "x.yaml", "rewards: {brightness: }")
+    both = text.replace("model: {", "model: {adapter: {kind: {choice: [prompt, lora]}}, ")
+    assert pins_of(tmp_path / "x.yaml", both).keys() >= {"model.lora.start"}
 
 
 def test_a_checkpoint_in_one_file_is_pinned_with_its_settings(tiny_pipeline: Path, tmp_path: Path) -> None:

@@ -158,12 +158,12 @@ def test_the_template_holds_the_prompt_once(styled: str, is_right: bool) -> None
     [
         (
             {"lora": {"dora": True}},
-            r"model\.lora\.dora: no LoRA is trained .* got model\.lora\.dora True; delete model",
+            r"model\.lora\.dora: no LoRA is trained .* got True; delete it",
         ),
-        ({"lora": {"rank": 8}}, r"model\.lora\.rank: no LoRA is trained .* got model\.lora\.rank 8; delete model"),
+        ({"lora": {"rank": 8}}, r"model\.lora\.rank: no LoRA is trained .* got 8; delete it"),
         (
             {"lora": {"start": "other"}},
-            r"model\.lora\.start: no LoRA is trained .* got model\.lora\.start 'other'; delete model",
+            r"model\.lora\.start: no LoRA is trained .* got 'other'; delete it",
         ),
     ],
 )

@@ -187,7 +187,7 @@ def test_templates_that_do_not_fit_are_refused(model: dict[str, Any], faults: li
 
 def test_what_is_for_loras_or_for_steps_is_refused() -> None:
     faults = [
-        "model.lora.rank: no LoRA is trained where model.adapter.kind is prompt, got model.lora.rank 8; delete model.l",
+        "model.lora.rank: no LoRA is trained where model.adapter.kind is prompt, got 8; delete it",
         "sampler.base_steps: words are for all steps where model.adapter.kind is prompt, got sampler.base_steps 2; d",
         "sweep.soup: soups are sums of LoRAs, and none is trained where model.adapter.kind is prompt, got sweep.soup",
     ]
