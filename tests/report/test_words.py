@@ -16,7 +16,9 @@ rewards: {aesthetic: {}}
 """
 
 
-BOTH = WORDS.replace("kind: prompt", "kind: {choice: [prompt, lora]}")
+BOTH = WORDS.replace("kind: prompt", "kind: {choice: [prompt, lora]}").replace(
+    "dim light]", "dim light], when: {model.adapter.kind: prompt}"
+)
 
 
 @pytest.mark.parametrize(("text", "is_trained"), [(WORDS, False), (BOTH, True), ("rewards: {aesthetic: {}}", True)])
