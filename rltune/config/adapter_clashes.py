@@ -81,9 +81,8 @@ def _no_lora_clashes(config: Settings) -> Iterator[Clash]:
     name_of_kind = config.model.adapter.kind
     for name in LoraConfig.model_fields:
         if (value := getattr(config.model.lora, name)) != getattr(own, name):
-            where = f"model.lora.{name}"
             what = f"no LoRA is trained where {kind} is {name_of_kind}, got {value!r}"
-            yield Clash(where, what, "delete it", (kind,))
+            yield Clash(f"model.lora.{name}", what, "delete it", (kind,))
     if config.sweep.soup:
         what = f"soups are sums of LoRAs, and none is trained where {kind} is {name_of_kind}, got sweep.soup true"
         yield Clash("sweep.soup", what, "delete sweep.soup", (kind,))

@@ -304,7 +304,7 @@ def _stopping_clashes(config: Settings) -> Iterator[Clash]:
         )
         remedy = f"lower {where}, or set search.prune: false"
         others = ("optim.steps", "optim.queries", "optim.batch", "search.prune", "model.adapter.kind")
-        yield Clash(where, what, remedy, others if grace else ("search.grace", *others))
+        yield Clash(where, what, remedy, ("search.grace", *others) if grace is None else others)
     elif config.search.prune and grace is not None and grace % every:
         what = f"must be a multiple of evaluate.every, {every} steps, got {grace}"
         yield Clash("search.grace", what, f"write {(grace // every + 1) * every}", ("evaluate.every", "search.prune"))
